@@ -1,0 +1,167 @@
+// Arithmetic on blocks of at most kBlock floats that lie in L1. Included inside an architecture's
+// namespace after its Vec. Blocks are padded with -inf up to kPad, so loops have no tails.
+
+constexpr int kPad = 256;  // tokens one Philox call serves at most: 4 vectors of 16 blocks of 4
+
+inline int padded(int n) { return (n + kPad - 1) / kPad * kPad; }
+
+// exp(x) for x <= 88 as 2^floor(t) * 2^fraction, t = x log2(e); about 1e-38 where x is lower than -87.
+// The polynomial is the degree-5 minimax fit of 2^f on [0, 1], relative error 1.5e-7 in float; the
+// rounding of t adds |x| * 6e-8, which matters only where the result itself is negligible.
+inline Vec::F exp(Vec::F x) {
+  using V = Vec;
+  const V::F t = V::max(x, V::set(-87.0f)) * V::set(1.44269504088896341f);
+  const V::F f = V::fraction(t);
+  V::F y = V::set(1.8775767e-3f);
+  y = V::fma(y, f, V::set(8.989341e-3f));
+  y = V::fma(y, f, V::set(5.5826318e-2f));
+  y = V::fma(y, f, V::set(2.4015361e-1f));
+  y = V::fma(y, f, V::set(6.931531e-1f));
+  y = V::fma(y, f, V::set(9.9999994e-1f));
+  return V::scale(y, t, f);
+}
+
+// A block of one operand: where its floats are, its maximum and size, and whether all are finite.
+struct Block {
+  const float* data;
+  float top;        // maximum
+  float magnitude;  // an upper bound of |x|; only if finite
+  bool finite;      // no -inf, NaN, +inf, nor anything above 1e19
+};
+
+// Floats of tokens [begin, begin + n): in place for whole fp32 blocks, else converted into space.
+inline const float* fetch(const void* source, DType dtype, int begin, int n, float* space) {
+  if (dtype == DType::kFloat) {
+    const float* p = static_cast<const float*>(source) + begin;
+    if (n == kBlock) return p;
+    std::memcpy(space, p, n * sizeof(float));
+  } else {
+    const uint16_t* p = static_cast<const uint16_t*>(source) + begin;
+    int i = 0;
+    if (dtype == DType::kBFloat16) {
+      for (; i + Vec::N <= n; i += Vec::N) Vec::store(space + i, Vec::load_bf16(p + i));
+      for (; i < n; ++i) space[i] = bfloat16_to_float(p[i]);
+    } else {
+      for (; i + Vec::N <= n; i += Vec::N) Vec::store(space + i, Vec::load_half(p + i));
+      for (; i < n; ++i) space[i] = half_to_float(p[i]);
+    }
+  }
+  for (int i = n; i < padded(n); ++i) space[i] = -std::numeric_limits<float>::infinity();
+  return space;
+}
+
+// Maximum and finiteness of n floats (a multiple of kPad); the sum of squares overflows or turns
+// NaN exactly when something is not finite (or huge, which the slow paths may as well handle).
+inline Block scan(const float* x, int n, int real) {
+  Vec::F top0 = Vec::load(x), top1 = top0, square0 = Vec::set(0.0f), square1 = square0;
+  for (int i = 0; i < n; i += 2 * Vec::N) {
+    const Vec::F a = Vec::load(x + i), b = Vec::load(x + i + Vec::N);
+    top0 = Vec::max(top0, a);
+    top1 = Vec::max(top1, b);
+    square0 = Vec::fma(a, a, square0);
+    square1 = Vec::fma(b, b, square1);
+  }
+  Block block{x, Vec::top(Vec::max(top0, top1)), 0.0f, true};
+  float square = Vec::sum(square0 + square1);
+  if (n != real) {  // the -inf padding spoils the sum: once a row
+    square = 0.0f;
+    for (int i = 0; i < real; ++i) square += x[i] * x[i];
+  }
+  block.finite = square < std::numeric_limits<float>::infinity();
+  block.magnitude = std::sqrt(square);
+  return block;
+}
+
+// Sum of exp(x - top) over n floats, a multiple of kPad.
+inline float sum_exp(const float* x, int n, float top) {
+  const Vec::F shift = Vec::set(top);
+  Vec::F a = Vec::set(0.0f), b = a;
+  for (int i = 0; i < n; i += 2 * Vec::N) {
+    a = a + exp(Vec::load(x + i) - shift);
+    b = b + exp(Vec::load(x + i + Vec::N) - shift);
+  }
+  return Vec::sum(a + b);
+}
+
+struct PairSums {
+  float z_w, z_b, usable, cross;
+};
+
+// The sums of problem.h over one block; with kMasked, -inf may occur in either operand.
+template <bool kMasked>
+inline PairSums pair_sums(const float* w, const float* b, int n, float max_w, float max_b) {
+  using V = Vec;
+  const V::F shift_w = V::set(max_w), shift_b = V::set(max_b), zero = V::set(0.0f);
+  const V::F lowest = V::set(-std::numeric_limits<float>::max());
+  V::F z_w[2] = {zero, zero}, z_b[2] = {zero, zero}, u[2] = {zero, zero}, cross[2] = {zero, zero};
+  for (int i = 0; i < n; i += 2 * V::N) {
+    for (int k = 0; k < 2; ++k) {
+      const V::F x = V::load(w + i + k * V::N), y = V::load(b + i + k * V::N);
+      const V::F dx = x - shift_w, dy = y - shift_b;
+      V::F ex = exp(dx), ey = exp(dy), d = dx - dy;
+      if (kMasked) {
+        const V::Mask has_w = V::ge(x, lowest), has_b = V::ge(y, lowest);
+        const V::Mask ok = V::both(has_w, has_b);
+        ex = V::select(has_w, ex, zero);
+        ey = V::select(has_b, ey, zero);
+        d = V::select(ok, d, zero);
+        u[k] = u[k] + V::select(ok, ex, zero);
+      }
+      z_w[k] = z_w[k] + ex;
+      z_b[k] = z_b[k] + ey;
+      cross[k] = V::fma(ex, d, cross[k]);
+    }
+  }
+  const float total = V::sum(z_w[0] + z_w[1]);
+  return {total, V::sum(z_b[0] + z_b[1]), kMasked ? V::sum(u[0] + u[1]) : total,
+          V::sum(cross[0] + cross[1])};
+}
+
+// What a block with NaN, infinities or huge values holds; the vector loops leave these to here.
+struct Oddities {
+  bool any = false, invalid = false, masked = false, huge = false;
+  int finite = 0;  // tokens with a finite warm logit, if any
+};
+
+inline Oddities classify(const float* w, const float* other, int n, bool other_is_vector) {
+  Oddities odd;
+  odd.any = true;
+  const float inf = std::numeric_limits<float>::infinity();
+  for (int i = 0; i < n; ++i) {
+    odd.invalid |= !(w[i] < inf);
+    odd.finite += w[i] > -inf;
+    odd.huge |= w[i] > -inf && std::fabs(w[i]) > 1e18f;
+    if (other) {
+      odd.invalid |= !(other[i] < inf) || (other_is_vector && other[i] == -inf);
+      odd.huge |= other[i] > -inf && std::fabs(other[i]) > 1e18f;
+      odd.masked |= !other_is_vector && w[i] > -inf && other[i] == -inf;
+    }
+  }
+  return odd;
+}
+
+// Constants of steered logits in float, for the vector filter in front of the exact arithmetic.
+struct FloatContext {
+  float mu, inside_from, outside_shift, lse_w, lse_b, kl;
+  bool drop_outside;
+  explicit FloatContext(const Context& c)
+      : mu(static_cast<float>(c.mu)),
+        inside_from(static_cast<float>(c.max_w + c.log_alpha)),
+        outside_shift(c.penalty == -kInf ? 0.0f : static_cast<float>(c.mu * c.penalty)),
+        lse_w(static_cast<float>(c.lse_w)),
+        lse_b(static_cast<float>(c.lse_b)),
+        kl(static_cast<float>(c.kl)),
+        drop_outside(c.penalty == -kInf) {}
+};
+
+// delta of a block in float; `other` holds base logits or the vector. All finite.
+template <int kDirection>
+inline void delta_block(const float* w, const float* other, int n, const FloatContext& c, float* out) {
+  using V = Vec;
+  const V::F lse_w = V::set(c.lse_w), shift = V::set(c.lse_b - c.kl);
+  for (int i = 0; i < n; i += V::N) {
+    const V::F x = V::load(w + i) - lse_w;
+    const V::F d = x - (V::load(other + i) - shift);
+    V::store(out + i, kDirection == kLogRatio ? d : exp(x) * d);
+  }
+}

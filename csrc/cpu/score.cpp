@@ -1,0 +1,164 @@
+// steered_logprob and extract.
+#include "arch_headers.h"
+#include "finish.h"
+#include "ops.h"
+
+namespace svdk {
+namespace {
+
+// The first sweep and what follows from it; false when the row is invalid.
+bool open_row(const Row& row, const Parameters& p, const Sweeps& sweeps, Sums& sums,
+              CandidateBuffer& buffer, Context& context) {
+  if (!is_valid(p, row.vocab)) return false;
+  const double log_alpha = p.direction == kPlain ? -kInf : std::log(p.alpha);
+  sweeps.sums(row, 0, row.vocab, log_alpha, sums, &buffer);
+  if (sums.invalid || sums.max_w == -kInf) return false;
+  context = make_context(row, p, sums);
+  if (!buffer.overflow) restrict_to_c(context, buffer.items);
+  return true;
+}
+
+// Mass outside C relative to exp(max_w). The difference of sums is good to float rounding of the
+// whole; when so little is outside that rounding could matter, it is summed on its own.
+double outside_mass(const Row& row, const Context& c, const Sums& sums, const std::vector<Candidate>& items) {
+  if (static_cast<int64_t>(items.size()) == sums.finite) return 0;
+  double inside = 0;
+  for (const Candidate& k : items) inside += std::exp(k.warm - c.max_w);
+  const double rest = sums.z_w - inside;
+  if (rest > 1e-3 * sums.z_w) return rest;
+  double exact = 0;
+  for (int i = 0; i < row.vocab; ++i) {
+    const double w = warm_at(row, i);
+    if (w != -kInf && !c.inside(w)) exact += std::exp(w - c.max_w);
+  }
+  return exact;
+}
+
+Partition partition_of(const Context& c, double mu, double outside, const std::vector<Candidate>& items) {
+  Partition part;
+  Context at = c;
+  at.mu = mu;
+  const bool has_outside = outside > 0 && c.penalty != -kInf;
+  part.max = has_outside ? c.max_w + mu * c.penalty : -kInf;
+  for (const Candidate& k : items) part.max = std::fmax(part.max, at.steered(k.warm, k.other));
+  for (const Candidate& k : items) {
+    const double z = at.steered(k.warm, k.other), d = c.delta(k.warm, k.other), e = std::exp(z - part.max);
+    part.z += e;
+    part.first += e * d;
+    part.second += e * d * d;
+    part.greedy.offer(z, k.id);
+  }
+  if (has_outside) {
+    const double e = outside * std::exp(c.max_w + mu * c.penalty - part.max);
+    part.z += e;
+    part.first += e * c.penalty;
+    part.second += e * c.penalty * c.penalty;
+  }
+  return part;
+}
+
+void score_row(const Row& row, const Parameters& p, const Sweeps& sweeps, int count,
+               const double* strengths, const LogprobCurves& curves, LogprobOutput& out) {
+  Sums sums;
+  CandidateBuffer buffer;
+  Context c;
+  bool valid = p.label >= 0 && p.label < row.vocab;
+  for (int m = 0; m < count; ++m) valid &= std::isfinite(strengths[m]);
+  const float nan = static_cast<float>(kNaN);
+  if (!valid || !open_row(row, p, sweeps, sums, buffer, c)) {
+    const int token = fallback_token(row);
+    for (int m = 0; m < count; ++m) {
+      curves.logprob[m] = curves.slope[m] = curves.curvature[m] = nan;
+      curves.greedy[m] = token;
+    }
+    out = {nan, nan, nan, nan, nan, nan, kInvalid};
+    return;
+  }
+  const int label = static_cast<int>(p.label);
+  const double w = warm_at(row, label), other = other_at(row, label);
+  const bool inside = c.inside(w);
+  const double at_label = inside ? c.delta(w, other) : 0.0;
+
+  Moments moments;
+  std::vector<Partition> parts(count);
+  if (buffer.overflow) {
+    sweeps.moments(row, 0, row.vocab, c, moments);
+    if (count) sweeps.partition(row, 0, row.vocab, c, strengths, count, parts.data());
+  } else {
+    moments = moments_of(c, buffer.items);
+    const double outside = outside_mass(row, c, sums, buffer.items);
+    for (int m = 0; m < count; ++m) parts[m] = partition_of(c, strengths[m], outside, buffer.items);
+  }
+  for (int m = 0; m < count; ++m) {
+    const Partition& part = parts[m];
+    c.mu = strengths[m];
+    const double logprob = c.steered(w, other) - part.max - std::log(part.z);
+    const double mean = part.first / part.z;
+    const double move = inside ? at_label : c.penalty;
+    curves.logprob[m] = static_cast<float>(logprob);
+    curves.slope[m] = logprob == -kInf ? 0.0f : static_cast<float>(move - mean);
+    curves.curvature[m] = static_cast<float>(std::fmax(part.second / part.z - mean * mean, 0.0));
+    curves.greedy[m] = part.greedy.id;
+  }
+  out.gain = static_cast<float>(at_label - moments.mean);
+  out.norm2 = static_cast<float>(moments.norm2);
+  out.variance = static_cast<float>(moments.variance());
+  out.kl = static_cast<float>(row.base ? c.kl : kNaN);
+  out.logprob_warm = static_cast<float>(w - c.lse_w);
+  out.logprob_base = static_cast<float>(!row.base ? kNaN : other == -kInf ? -kInf : other - c.lse_b);
+  out.status = sums.masked ? kBaseMasked : kOk;
+}
+
+}  // namespace
+
+void steered_logprob(const Runtime& runtime, int64_t batch, const GetRow& row,
+                     const GetParameters& parameters, int count,
+                     const std::function<const double*(int64_t)>& strengths,
+                     const std::function<LogprobCurves(int64_t)>& curves, LogprobOutput* out) {
+  runtime.parallel(batch, [&](int64_t i) {
+    score_row(row(i), parameters(i), *runtime.sweeps, count, strengths(i), curves(i), out[i]);
+  });
+}
+
+void extract_rows(const Runtime& runtime, int64_t batch, const GetRow& row,
+                  const GetParameters& parameters, ExtractRow* rows, ExtractOutput* out) {
+  runtime.parallel(batch, [&](int64_t i) {
+    const Row r = row(i);
+    Sums sums;
+    CandidateBuffer buffer;
+    const float nan = static_cast<float>(kNaN);
+    if (!open_row(r, parameters(i), *runtime.sweeps, sums, buffer, rows[i].context)) {
+      out[i] = {nan, nan, nan, kInvalid, 0};
+      return;
+    }
+    const Context& c = rows[i].context;
+    int64_t count = static_cast<int64_t>(buffer.items.size());
+    if (buffer.overflow) {
+      count = 0;
+      for (int t = 0; t < r.vocab; ++t) count += c.inside(warm_at(r, t));
+    }
+    out[i] = {static_cast<float>(r.base ? c.kl : kNaN), static_cast<float>(c.max_w),
+              static_cast<float>(c.lse_w), sums.masked ? kBaseMasked : kOk, count};
+    rows[i].overflow = buffer.overflow;
+    if (!buffer.overflow) rows[i].items.assign(buffer.items.begin(), buffer.items.end());
+  });
+}
+
+void extract_entries(const Row& row, const ExtractRow& extracted, int64_t* ids, float* p, float* delta) {
+  const Context& c = extracted.context;
+  auto put = [&](int id, double w, double other) {
+    *ids++ = id;
+    *p++ = static_cast<float>(std::exp(w - c.lse_w));
+    *delta++ = static_cast<float>(c.delta(w, other));
+  };
+  if (!extracted.overflow) {
+    for (const Candidate& k : extracted.items) put(k.id, k.warm, k.other);
+    return;
+  }
+  for (int t = 0; t < row.vocab; ++t) {
+    const double w = warm_at(row, t);
+    if (c.inside(w)) put(t, w, other_at(row, t));
+  }
+}
+
+}  // namespace svdk

@@ -1,0 +1,137 @@
+// The rarer sweeps: the partition function on a grid of strengths, and what top-k and top-p need
+// when the whole vocabulary is in play. Included inside an architecture's namespace.
+
+// What moves with mu in a block, and what does not: z_hat = still + mu * move. Tokens that cannot be
+// drawn have still = -inf and move = 0.
+inline void split_block(const Pair& pair, const Context& c, Space& space, float* still, float* move) {
+  const bool drop = c.penalty == -kInf;
+  const float outside = drop ? 0.0f : static_cast<float>(c.penalty);
+  const FloatContext f(c);
+  const bool simple = pair.fast && pair.width == pair.n && c.direction != kPlain;
+  const float* delta = simple ? deltas(pair, c.direction, f, space) : nullptr;
+  for (int i = 0; i < pair.n; ++i) {
+    const float w = pair.w.data[i];
+    const bool in = simple ? w >= f.inside_from : c.inside(w);
+    const bool dead = in ? false : drop || w == -std::numeric_limits<float>::infinity();
+    still[i] = dead ? -std::numeric_limits<float>::infinity() : w;
+    move[i] = dead ? 0.0f : !in ? outside : simple ? delta[i] : clamped(c.delta(w, pair.other.data ? pair.other.data[i] : 0.0));
+  }
+  for (int i = pair.n; i < pair.width; ++i) {
+    still[i] = -std::numeric_limits<float>::infinity();
+    move[i] = 0.0f;
+  }
+}
+
+void sweep_partition(const Row& row, int begin, int end, const Context& context,
+                     const double* strengths, int count, Partition* parts) {
+  Space space;
+  alignas(64) float still[kBlock], move[kBlock];
+  for (int at = begin; at < end; at += kBlock) {
+    const Pair pair = read_pair(row, at, end, space);
+    split_block(pair, context, space, still, move);
+    float reach = 0;
+    for (int i = 0; i < pair.n; ++i) reach = std::max(reach, std::fabs(move[i]));
+    const float size = pair.fast ? pair.w.magnitude + pair.other.magnitude : 1.0f;
+    const float from = static_cast<float>(context.max_w + context.log_alpha);
+    for (int m = 0; m < count; ++m) {
+      Partition& part = parts[m];
+      Context c = context;
+      c.mu = strengths[m];
+      const bool wide = pair.odd.huge || (1 + std::fabs(c.mu)) * (size + reach) > 1e30;
+      float* z = space.z;
+      if (wide) {
+        for (int i = 0; i < pair.width; ++i) z[i] = clamped(still[i] + c.mu * move[i]);
+      } else {
+        const Vec::F mu = Vec::set(static_cast<float>(c.mu));
+        for (int i = 0; i < pair.width; i += Vec::N) {
+          Vec::store(z + i, Vec::fma(mu, Vec::load(move + i), Vec::load(still + i)));
+        }
+      }
+      Vec::F highest = Vec::load(z);
+      for (int i = Vec::N; i < pair.width; i += Vec::N) highest = Vec::max(highest, Vec::load(z + i));
+      const float top = Vec::top(highest);
+      if (top == -std::numeric_limits<float>::infinity()) continue;
+      if (top > part.max) part.rescale(top);
+      const Vec::F shift = Vec::set(static_cast<float>(part.max)), zero = Vec::set(0.0f);
+      Vec::F total = zero, first = zero, second = zero;
+      for (int i = 0; i < pair.width; i += Vec::N) {
+        const Vec::F e = exp(Vec::load(z + i) - shift), d = Vec::load(move + i);
+        total = total + e;
+        first = Vec::fma(e, d, first);
+        second = Vec::fma(e * d, d, second);
+      }
+      part.z += Vec::sum(total);
+      part.first += Vec::sum(first);
+      part.second += Vec::sum(second);
+
+      // The greedy token is looked for on C alone.
+      const float slack = 1e-6f * static_cast<float>(1 + (1 + std::fabs(c.mu)) * (size + reach));
+      const float need = static_cast<float>(part.greedy.score) - 2 * slack;
+      if (top < need) continue;
+      float inside_top = -std::numeric_limits<float>::infinity();
+      for (int i = 0; i < pair.n; ++i) {
+        if (pair.w.data[i] >= from && still[i] != -std::numeric_limits<float>::infinity()) {
+          inside_top = std::max(inside_top, z[i]);
+        }
+      }
+      for (int i = 0; i < pair.n; ++i) {
+        if (z[i] < std::max(need, inside_top - 2 * slack) || !context.inside(pair.w.data[i])) continue;
+        const double other = pair.other.data ? pair.other.data[i] : 0.0;
+        part.greedy.offer(c.steered(pair.w.data[i], other), pair.begin + i);
+      }
+    }
+  }
+}
+
+inline Steered steered_block(const Row& row, int at, int end, const Context& c, Space& space, Pair& pair) {
+  pair = read_pair(row, at, end, space);
+  return steer(pair, c, space);
+}
+
+void sweep_histogram(const Row& row, int begin, int end, const Context& context, uint32_t floor_key,
+                     int shift, uint32_t prefix, double top, double inverse_temperature,
+                     Histogram& histogram) {
+  Space space;
+  Pair pair;
+  const int width = shift == 0 ? 10 : 11;
+  const float lowest = -std::numeric_limits<float>::infinity();
+  for (int at = begin; at < end; at += kBlock) {
+    const Steered s = steered_block(row, at, end, context, space, pair);
+    for (int i = 0; i < pair.n; ++i) {
+      if (s.z[i] == lowest) continue;
+      const uint32_t key = ordered_key(s.z[i]);
+      if (key < floor_key || (static_cast<uint64_t>(key) >> (shift + width)) != prefix) continue;
+      const uint32_t bin = (key >> shift) & ((1u << width) - 1);
+      ++histogram.count[bin];
+      histogram.mass[bin] += std::exp(static_cast<float>((s.z[i] - top) * inverse_temperature));
+    }
+  }
+}
+
+void sweep_gather(const Row& row, int begin, int end, const Context& context, uint32_t floor_key,
+                  std::vector<Candidate>& out) {
+  Space space;
+  Pair pair;
+  const float floor = key_value(floor_key);
+  for (int at = begin; at < end; at += kBlock) {
+    const Steered s = steered_block(row, at, end, context, space, pair);
+    if (s.top < floor) continue;
+    for (int i = 0; i < pair.n; ++i) {
+      if (s.z[i] < floor || s.z[i] == -std::numeric_limits<float>::infinity()) continue;
+      out.push_back({pair.begin + i, pair.w.data[i], pair.other.data ? pair.other.data[i] : 0.0f});
+    }
+  }
+}
+
+int sweep_nth_tie(const Row& row, int begin, int end, const Context& context, uint32_t key,
+                  int64_t wanted, int64_t& seen) {
+  Space space;
+  Pair pair;
+  for (int at = begin; at < end; at += kBlock) {
+    const Steered s = steered_block(row, at, end, context, space, pair);
+    for (int i = 0; i < pair.n; ++i) {
+      if (ordered_key(s.z[i]) == key && ++seen == wanted) return at + i;
+    }
+  }
+  return -1;
+}

@@ -1,0 +1,44 @@
+// AVX-512 (F, BW, DQ, VL): 16 floats a vector. Included inside the architecture's own namespace.
+struct Vec {
+  using F = __m512;
+  using U = __m512i;
+  using Mask = __mmask16;
+  static constexpr int N = 16;
+
+  static F load(const float* p) { return _mm512_loadu_ps(p); }
+  static void store(float* p, F x) { _mm512_storeu_ps(p, x); }
+  static F set(float x) { return _mm512_set1_ps(x); }
+  static F max(F a, F b) { return _mm512_max_ps(a, b); }
+  static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+  static F fraction(F t) { return _mm512_reduce_ps(t, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC); }
+  static F scale(F x, F t, F) { return _mm512_scalef_ps(x, t); }  // floors t by itself
+  static Mask ge(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_GE_OQ); }
+  static F select(Mask m, F yes, F no) { return _mm512_mask_blend_ps(m, no, yes); }
+  static uint32_t bits(Mask m) { return m; }
+  static Mask both(Mask a, Mask b) { return a & b; }
+  static float sum(F x) { return _mm512_reduce_add_ps(x); }
+  static float top(F x) { return _mm512_reduce_max_ps(x); }
+
+  static F load_bf16(const uint16_t* p) {
+    const __m512i x = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(x, 16));
+  }
+  static F load_half(const uint16_t* p) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
+  }
+
+  static U set_u(uint32_t x) { return _mm512_set1_epi32((int)x); }
+  static U iota(uint32_t first) {
+    const U lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    return _mm512_add_epi32(lanes, set_u(first));
+  }
+  static U xor3(U a, U b, U c) { return _mm512_ternarylogic_epi32(a, b, c, 0x96); }
+  static void multiply(U a, U m, U& high, U& low) {
+    const U even = _mm512_mul_epu32(a, m);
+    const U odd = _mm512_mul_epu32(_mm512_srli_epi64(a, 32), m);
+    low = _mm512_mask_blend_epi32(0xAAAA, even, _mm512_slli_epi64(odd, 32));
+    high = _mm512_mask_blend_epi32(0xAAAA, _mm512_srli_epi64(even, 32), odd);
+  }
+  static uint32_t ge_u(U a, U b) { return _mm512_cmpge_epu32_mask(a, b); }
+  static void store_u(uint32_t* p, U x) { _mm512_storeu_si512(p, x); }
+};

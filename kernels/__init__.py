@@ -1,0 +1,1 @@
+"""Triton kernels; this version of svdk ships none yet."""

@@ -1,0 +1,49 @@
+"""svdk: fast decode-time adaptation of language models with steering vectors (SVDecode).
+
+Names load on first use, so ``import svdk`` costs little beyond torch and never imports transformers.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+_EXPORTS = {
+    "steered_sample": "svdk.ops",
+    "steered_logprob": "svdk.ops",
+    "extract": "svdk.ops",
+    "SampleInfo": "svdk.types",
+    "LogprobInfo": "svdk.types",
+    "SteeringBatch": "svdk.types",
+    "Status": "svdk.types",
+    "Steering": "svdk.artifact",
+    "warm_start": "svdk.warmstart",
+    "extract_steering": "svdk.extraction",
+    "calibrate": "svdk.calibration",
+    "generate": "svdk.generation",
+    "ModelPair": "svdk.pair",
+    "load_model": "svdk.models",
+    "load_adapter": "svdk.models",
+    "SvdkError": "svdk.errors",
+    "InputError": "svdk.errors",
+    "BackendError": "svdk.errors",
+}
+_MODULES = ("backends", "errors", "reference")
+
+__all__ = ["__version__", *_EXPORTS, *_MODULES]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return importlib.import_module(f"svdk.{name}")
+    if name not in _EXPORTS:
+        raise AttributeError(f"module 'svdk' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_EXPORTS[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,7 @@
+"""``python -m svdk``."""
+
+import sys
+
+from svdk.cli import main
+
+sys.exit(main())

@@ -1,0 +1,393 @@
+"""The calibrated steering artifact: ``steering.json`` with ``steering.safetensors`` beside the adapter.
+
+``save`` survives a crash at any point. The tensors are staged as ``steering.safetensors.new``; replacing
+``steering.json``, which names their SHA-256, commits; only then does the staged file take its final name.
+Before the commit the old pair is untouched, after it ``load`` also accepts the staged file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from svdk import __version__
+from svdk.errors import ArtifactError, InputError
+
+FORMAT = "svdk-steering"
+FORMAT_VERSION = 1
+JSON_NAME = "steering.json"
+TENSORS_NAME = "steering.safetensors"
+STAGED_NAME = TENSORS_NAME + ".new"
+DIRECTIONS = ("kl_gradient", "log_ratio", "vector")
+STRENGTH_MODES = ("constant", "kl_budget")
+MAX_JSON_BYTES = 1 << 20
+_TENSOR_FIELDS = ("vector", "statistics")
+_STATISTICS = "statistics."
+
+
+def is_number(value: object) -> bool:
+    """True for a real int or float (NaN included), not for a bool."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def check_alpha(alpha: float) -> float:
+    """``alpha`` as a float; ``InputError`` unless it is a number in [0, 1]."""
+    if not is_number(alpha) or not 0 <= alpha <= 1:
+        raise InputError(f"alpha was {alpha!r}; allowed: a number in [0, 1]")
+    return float(alpha)
+
+
+def check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    """``InputError`` unless ``value`` is one of ``allowed``."""
+    if not isinstance(value, str) or value not in allowed:
+        raise InputError(f"{name} was {value!r}; allowed: {', '.join(allowed)}")
+
+
+@dataclass(frozen=True, eq=False)
+class Steering:
+    """What decoding needs to steer, and what the calibration that chose it has seen.
+
+    Fingerprints that are None are not checked by :meth:`load` (a hand-made ``Steering`` has none).
+    Raises ``InputError`` when a value is out of range.
+    """
+
+    strength: float
+    """mu for ``constant``; kappa in nats for ``kl_budget``."""
+    direction: str = "kl_gradient"
+    alpha: float = 0.1
+    penalty: float = -math.inf
+    """lambda: finite, or -inf (tokens outside C are never drawn)."""
+    strength_mode: str = "constant"
+    estimator: str | None = None
+    objective: str | None = None
+    gain: float | None = None
+    """Expected gain over the warm start: nats a token (``nll``) or fraction of tokens (``accuracy``)."""
+    confidence_interval: tuple[float, float] | None = None
+    """95 % bootstrap interval of ``gain`` over examples."""
+    at_bound: bool = False
+    """True when the objective still improved at ``strength``, the last value that was measured."""
+    peft_type: str | None = None
+    base_model_fingerprint: str | None = None
+    adapter_fingerprint: str | None = None
+    tokenizer_fingerprint: str | None = None
+    vocab_size: int | None = None
+    data_hash: str | None = None
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    """Calibration figures by name: numbers of examples and tokens, NLL and accuracy."""
+    svdk_version: str = __version__
+    format_version: int = FORMAT_VERSION
+    vector: Tensor | None = None
+    """(V,) float32 in logit units, for direction ``vector``."""
+    statistics: Mapping[str, Tensor] | None = field(default=None, repr=False)
+    """Per-token calibration statistics, as ``svdk.statistics.Statistics.tensors`` gives them."""
+
+    def __post_init__(self) -> None:
+        """Check every field; ``InputError`` names the first bad one."""
+        if not is_number(self.strength) or not math.isfinite(self.strength):
+            raise InputError(f"strength was {self.strength!r}; allowed: a finite number")
+        check_choice("direction", self.direction, DIRECTIONS)
+        check_choice("strength_mode", self.strength_mode, STRENGTH_MODES)
+        if self.strength_mode == "kl_budget" and self.strength < 0:
+            raise InputError(f"strength was {self.strength}; allowed for kl_budget: a number >= 0 (nats)")
+        check_alpha(self.alpha)
+        if not is_number(self.penalty) or not self.penalty < math.inf:
+            raise InputError(f"penalty was {self.penalty!r}; allowed: a finite number or -inf")
+        if self.gain is not None and not is_number(self.gain):
+            raise InputError(f"gain was {self.gain!r}; allowed: a number or None")
+        interval = self.confidence_interval
+        if interval is not None and not (
+            isinstance(interval, tuple) and len(interval) == 2 and all(map(is_number, interval))
+        ):
+            raise InputError(f"confidence_interval was {interval!r}; allowed: (low, high) or None")
+        if not isinstance(self.at_bound, bool):
+            raise InputError(f"at_bound was {self.at_bound!r}; allowed: True or False")
+        size = self.vocab_size
+        if size is not None and not (is_number(size) and isinstance(size, int) and size > 0):
+            raise InputError(f"vocab_size was {size!r}; allowed: a positive integer or None")
+        for name in ("estimator", "objective", "peft_type", "data_hash", *_FINGERPRINTS):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, str):
+                raise InputError(f"{name} was {value!r}; allowed: a string or None")
+        if not isinstance(self.metrics, Mapping) or not all(
+            isinstance(key, str) and is_number(value) for key, value in self.metrics.items()
+        ):
+            raise InputError(f"metrics was {self.metrics!r}; allowed: numbers by name")
+        self._check_vector()
+
+    def _check_vector(self) -> None:
+        if (self.vector is None) == (self.direction == "vector"):
+            have = "absent" if self.vector is None else "given"
+            raise InputError(f"vector was {have} with direction {self.direction!r}; needed for 'vector' only")
+        if self.vector is None:
+            return
+        shape = tuple(self.vector.shape)
+        if len(shape) != 1 or (self.vocab_size is not None and shape[0] != self.vocab_size):
+            raise InputError(f"vector had shape {shape}; allowed: ({self.vocab_size or 'V'},)")
+        if not self.vector.is_floating_point() or not torch.isfinite(self.vector).all():
+            raise InputError(f"vector ({self.vector.dtype}) must hold finite floating-point numbers only")
+
+    @property
+    def helps(self) -> bool:
+        """True when the whole confidence interval of the gain lies above zero."""
+        return self.confidence_interval is not None and self.confidence_interval[0] > 0
+
+    def verdict(self) -> str:
+        """One sentence: what the calibration expects of this steering."""
+        if self.gain is None or self.confidence_interval is None:
+            return f"strength {self.strength:.4g} ({self.direction}, alpha {self.alpha:g}); not calibrated"
+        scale, unit = (
+            (100.0, "points of token accuracy") if self.objective == "accuracy" else (1.0, "nats a token")
+        )
+        low, high = (scale * end for end in self.confidence_interval)
+        expected = f"expected gain {scale * self.gain:.4g} {unit} (95 % interval {low:.4g} to {high:.4g})"
+        setting = f"{self.direction}, alpha {self.alpha:g}, strength {self.strength:.4g}"
+        if self.at_bound:
+            expected += "; the objective still improves at this strength, the last one measured"
+        if self.helps:
+            return f"steering helps: {setting}: {expected}"
+        return f"steering does not help on this data: {setting}: {expected}"
+
+    def save(self, folder: str | Path) -> Path:
+        """Write both files into ``folder`` (made if absent) and return the path of ``steering.json``.
+
+        Raises ``OSError`` when the disk is full or not writable; what was there before stays usable.
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = {} if self.vector is None else {"vector": self.vector.float()}
+        for name, tensor in (self.statistics or {}).items():
+            tensors[_STATISTICS + name] = tensor
+        payload = safetensors.torch.save({k: t.detach().cpu().contiguous() for k, t in tensors.items()})
+        text = json.dumps(self._record(payload), indent=2, allow_nan=False) + "\n"
+
+        staged = folder / STAGED_NAME
+        _finish_interrupted_save(folder)
+        replace_file(staged, payload)
+        try:
+            replace_file(folder / JSON_NAME, text.encode())
+        except BaseException:
+            staged.unlink(missing_ok=True)
+            raise
+        os.replace(staged, folder / TENSORS_NAME)
+        return folder / JSON_NAME
+
+    def _record(self, payload: bytes) -> dict[str, Any]:
+        record: dict[str, Any] = {"format": FORMAT}
+        for entry in fields(self):
+            if entry.name not in _TENSOR_FIELDS:
+                record[entry.name] = _plain(getattr(self, entry.name))
+        digest = hashlib.sha256(payload).hexdigest()
+        record["tensors"] = {"file": TENSORS_NAME, "bytes": len(payload), "sha256": digest}
+        record["checksum"] = _checksum(record)
+        return record
+
+    @classmethod
+    def load(cls, folder: str | Path, *, model: Any = None, tokenizer: Any = None) -> Steering:
+        """Read the artifact in ``folder`` and check that it fits what is beside it and what is given.
+
+        The adapter in ``folder`` (when there is one) is always checked; ``model`` (base model, or a PEFT
+        model on it) and ``tokenizer`` when given. Raises ``ArtifactError`` when the artifact is missing,
+        damaged, of another format version, or was made for something else.
+        """
+        folder = Path(folder)
+        record = _read_json(folder / JSON_NAME)
+        tensors = _read_tensors(folder, record.pop("tensors"))
+        statistics = {k[len(_STATISTICS) :]: t for k, t in tensors.items() if k.startswith(_STATISTICS)}
+        unknown = sorted(set(tensors) - {"vector"} - {_STATISTICS + name for name in statistics})
+        if unknown:
+            raise ArtifactError(f"{folder / TENSORS_NAME} holds unknown tensors: {', '.join(unknown)}")
+        try:
+            steering = cls(**record, vector=tensors.get("vector"), statistics=statistics or None)
+        except InputError as error:
+            raise ArtifactError(f"{folder / JSON_NAME}: {error}") from error
+        steering.check_fit(model=model, tokenizer=tokenizer, adapter=folder)
+        return steering
+
+    def check_fit(
+        self, *, model: Any = None, tokenizer: Any = None, adapter: str | Path | None = None
+    ) -> None:
+        """Compare this steering with the model, tokenizer and adapter folder it is to be used with.
+
+        What is None (here or there) is not compared. ``ArtifactError`` names both values of a mismatch.
+        """
+        from svdk.models import adapter_fingerprint, model_fingerprint, tokenizer_fingerprint  # heavy
+
+        if model is not None:
+            _compare("vocabulary size", self.vocab_size, vocab_size(model))
+            _compare("PEFT type", self.peft_type, peft_type(model))
+            if self.base_model_fingerprint is not None:
+                _compare("base model", self.base_model_fingerprint, model_fingerprint(model))
+        if tokenizer is not None and self.tokenizer_fingerprint is not None:
+            _compare("tokenizer", self.tokenizer_fingerprint, tokenizer_fingerprint(tokenizer))
+        has_adapter = adapter is not None and Path(adapter, "adapter_config.json").exists()
+        if has_adapter and self.adapter_fingerprint is not None:
+            _compare("adapter", self.adapter_fingerprint, adapter_fingerprint(adapter))
+
+
+_FINGERPRINTS = ("base_model_fingerprint", "adapter_fingerprint", "tokenizer_fingerprint")
+_KEYS = frozenset(entry.name for entry in fields(Steering)) - set(_TENSOR_FIELDS)
+
+
+def vocab_size(model: Any) -> int:
+    """The width of the model's logits as its configuration states it."""
+    return int(model.config.get_text_config(decoder=True).vocab_size)
+
+
+def peft_type(model: Any) -> str | None:
+    """The PEFT type of the active adapter ("LORA", "IA3", ...), None for a model without one."""
+    config = getattr(model, "active_peft_config", None) if hasattr(model, "peft_config") else None
+    return None if config is None else str(getattr(config.peft_type, "value", config.peft_type))
+
+
+def _compare(what: str, expected: object, found: object) -> None:
+    if expected is not None and found is not None and expected != found:
+        raise ArtifactError(
+            f"{what} does not match: the artifact was made for {expected}, this one is {found}"
+        )
+
+
+def _plain(value: Any) -> Any:
+    """``value`` in strict JSON: infinities as strings, NaN as null."""
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (tuple, list)):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None if math.isnan(value) else ("inf" if value > 0 else "-inf")
+    return value
+
+
+def _number(value: Any) -> Any:
+    """The inverse of :func:`_plain` where a number is expected; anything else is left to be refused."""
+    return {"inf": math.inf, "-inf": -math.inf}.get(value, value) if isinstance(value, str) else value
+
+
+def _checksum(record: Mapping[str, Any]) -> str:
+    body = {key: value for key, value in record.items() if key != "checksum"}
+    return hashlib.sha256(json.dumps(body, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Write ``data`` beside ``path``, flush it to the disk, then rename it onto ``path``."""
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(name, 0o666 & ~_umask())  # mkstemp makes private files; an artifact is an ordinary one
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _finish_interrupted_save(folder: Path) -> None:
+    """Give a staged file its final name if ``steering.json`` already refers to it."""
+    staged = folder / STAGED_NAME
+    if not (staged.exists() and (folder / JSON_NAME).exists()):
+        return
+    try:
+        wanted = _read_json(folder / JSON_NAME)["tensors"]["sha256"]
+    except ArtifactError:  # a damaged steering.json is about to be replaced: nothing of it to keep
+        return
+    if hashlib.sha256(staged.read_bytes()).hexdigest() == wanted:
+        os.replace(staged, folder / TENSORS_NAME)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """The checked record: constructor arguments of ``Steering`` and ``tensors``."""
+
+    def refuse(literal: str) -> None:
+        raise ValueError(f"{literal} is not strict JSON")
+
+    try:
+        if path.stat().st_size > MAX_JSON_BYTES:
+            raise ArtifactError(
+                f"{path} has {path.stat().st_size} bytes; at most {MAX_JSON_BYTES} are allowed"
+            )
+        record = json.loads(path.read_text("utf-8"), parse_constant=refuse)
+    except FileNotFoundError as error:
+        raise ArtifactError(f"{path} does not exist: run `svdk calibrate` on this adapter first") from error
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, ArtifactError):
+            raise
+        raise ArtifactError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(record, dict) or record.get("format") != FORMAT:
+        raise ArtifactError(f"{path} is not a steering artifact (its format must be {FORMAT!r})")
+    version = record.get("format_version")
+    if version != FORMAT_VERSION or isinstance(version, bool):
+        raise ArtifactError(f"{path}: format_version was {version!r}; this svdk reads {FORMAT_VERSION}")
+    if record.get("checksum") != _checksum(record):
+        raise ArtifactError(f"{path} was changed after it was written: its checksum does not match")
+    del record["checksum"], record["format"]
+    keys = _KEYS | {"tensors"}
+    if set(record) != keys:
+        raise ArtifactError(f"{path}: missing or unknown entries: {', '.join(sorted(set(record) ^ keys))}")
+    if not isinstance(record["svdk_version"], str):
+        raise ArtifactError(f"{path}: svdk_version was {record['svdk_version']!r}; allowed: a string")
+    for name in ("strength", "penalty"):
+        record[name] = _number(record[name])
+    if isinstance(record["confidence_interval"], list):
+        record["confidence_interval"] = tuple(map(_number, record["confidence_interval"]))
+    if isinstance(record["metrics"], dict):
+        values = ((key, _number(value)) for key, value in record["metrics"].items())
+        record["metrics"] = {key: math.nan if value is None else value for key, value in values}
+    return record
+
+
+def _read_tensors(folder: Path, entry: Any) -> dict[str, Tensor]:
+    """The tensors that ``steering.json`` refers to, from the final or (interrupted save) staged file."""
+    if not (
+        isinstance(entry, dict)
+        and set(entry) == {"file", "bytes", "sha256"}
+        and entry["file"] == TENSORS_NAME
+        and isinstance(entry["bytes"], int)
+        and isinstance(entry["sha256"], str)
+    ):
+        raise ArtifactError(f"{folder / JSON_NAME}: tensors was {entry!r}; needed: file, bytes and sha256")
+    problem = f"{folder / TENSORS_NAME} does not exist"
+    for name in (TENSORS_NAME, STAGED_NAME):
+        path = folder / name
+        if not path.exists():
+            continue
+        size = path.stat().st_size
+        if size != entry["bytes"]:
+            reason = f"{path} has {size} bytes, {entry['bytes']} were written: it is truncated or replaced"
+        elif (header := _header_bytes(path)) > size - 8:
+            reason = f"{path} claims a header of {header} bytes in a file of {size}"
+        else:
+            payload = path.read_bytes()
+            digest = hashlib.sha256(payload).hexdigest()
+            if digest == entry["sha256"]:
+                try:
+                    return safetensors.torch.load(payload)
+                except (SafetensorError, ValueError, KeyError) as error:
+                    raise ArtifactError(f"{path} is damaged: {error}") from error
+            reason = f"{path} was changed: its SHA-256 is {digest}, {entry['sha256']} was written"
+        if name == TENSORS_NAME:
+            problem = reason
+    raise ArtifactError(problem)
+
+
+def _header_bytes(path: Path) -> int:
+    with path.open("rb") as file:
+        return int.from_bytes(file.read(8), "little")

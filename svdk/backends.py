@@ -1,0 +1,125 @@
+"""Which implementations of the ops there are, and why one cannot run here.
+
+``auto`` takes the first available row of the table for the tensor's device; a name that cannot run
+raises with the reason. An extension that is present but does not load is an error, not a fallback.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from svdk import library, reference  # noqa: F401 - library registers the schemas
+from svdk.checks import LOGIT_DTYPES
+from svdk.errors import BackendError, InputError
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One row of the table."""
+
+    name: str
+    devices: tuple[str, ...]
+    """Device types, or ``("any",)``."""
+    why_not: Callable[[], str | None]
+    """None when it can run on this machine, else the reason."""
+    load: Callable[[], Any]
+    """A namespace with ``steered_sample``, ``steered_logprob`` and ``extract``."""
+
+    def serves(self, device: str) -> bool:
+        """Whether tensors of this device type can be handled."""
+        return device in self.devices or "any" in self.devices
+
+
+def _load_extension(name: str) -> str | None:
+    """Import a compiled module; the reason if it was not built. A broken one raises."""
+    if importlib.util.find_spec(name) is None:
+        return f"{name} was not built (no compiler at install time, or SVDK_SKIP_EXT=1)"
+    try:
+        importlib.import_module(name)
+    except ImportError as error:
+        raise BackendError(f"{name} is installed but does not load: {error}") from error
+    return None
+
+
+def _once(probe: Callable[[], str | None]) -> Callable[[], str | None]:
+    """Run a probe once; a failure is kept and raised at every use, so that it can never be overlooked."""
+    outcome: list[str | None | BackendError] = []
+
+    def reason() -> str | None:
+        if not outcome:
+            try:
+                outcome.append(probe())
+            except BackendError as error:
+                outcome.append(error)
+        if isinstance(outcome[0], BackendError):
+            raise outcome[0]
+        return outcome[0]
+
+    return reason
+
+
+def _not_in_this_version() -> str:
+    return "not part of this version of svdk"
+
+
+TABLE: dict[str, Backend] = {
+    b.name: b
+    for b in (
+        Backend("cuda", ("cuda",), _not_in_this_version, lambda: torch.ops.svdk),
+        Backend("triton", ("cuda",), _not_in_this_version, lambda: torch.ops.svdk),
+        Backend("cpu", ("cpu",), _once(lambda: _load_extension("svdk._C")), lambda: torch.ops.svdk),
+        Backend("reference", ("any",), lambda: None, lambda: reference),
+    )
+}
+
+_resolved: dict[tuple[str, str], Any] = {}
+
+
+def resolve(name: str, like: Tensor) -> Any:
+    """The op namespace for a backend name and a logits tensor.
+
+    Raises:
+        InputError: an unknown name, or a dtype that the backend does not take.
+        BackendError: the backend cannot run here; the message says why.
+    """
+    device = like.device.type
+    chosen = _resolved.get((name, device))
+    if chosen is None:
+        chosen = _resolved[name, device] = _choose(name, device)
+    if chosen is not reference and like.dtype not in LOGIT_DTYPES:
+        allowed = "float32, bfloat16 or float16 (float64 with backend='reference')"
+        raise InputError(f"warm_logits was {like.dtype}; allowed: {allowed}")
+    return chosen
+
+
+def _choose(name: str, device: str) -> Any:
+    if name == "auto":
+        row = next(b for b in TABLE.values() if b.serves(device) and b.why_not() is None)
+        return row.load()
+    if name not in TABLE:
+        raise InputError(f"backend was {name!r}; allowed: 'auto' | " + " | ".join(map(repr, TABLE)))
+    row = TABLE[name]
+    reason = row.why_not()
+    if reason is None and not row.serves(device):
+        reason = f"it runs on {', '.join(row.devices)} tensors and the logits are on {device}"
+    if reason is not None:
+        raise BackendError(f"backend {name!r} cannot run: {reason}")
+    return row.load()
+
+
+def status() -> dict[str, str]:
+    """Backend name -> ``"available"``, or why it is not; a broken extension's error is shown as the reason."""
+    result = {}
+    for row in TABLE.values():
+        try:
+            result[row.name] = row.why_not() or "available"
+        except BackendError as error:
+            result[row.name] = f"broken: {error}"
+    return result

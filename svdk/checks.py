@@ -1,0 +1,188 @@
+"""Argument checks: every error names the argument, what it was and what is allowed.
+
+Values inside device tensors are not looked at (that would synchronise); a row whose parameter is
+out of range comes back with status INVALID. CPU tensors are checked here.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from svdk.errors import InputError
+from svdk.schema import DIRECTIONS, PLAIN, VECTOR
+
+LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+TWO64 = 1 << 64
+
+
+def fail(name: str, was: Any, allowed: str) -> InputError:
+    """The one wording of an argument error."""
+    return InputError(f"{name} was {was}; allowed: {allowed}")
+
+
+def choice(name: str, value: str, allowed: dict[str, int] | tuple[str, ...]) -> str:
+    """``value`` if it is one of ``allowed``."""
+    if value not in allowed:
+        raise fail(name, repr(value), " | ".join(repr(a) for a in allowed))
+    return value
+
+
+def host_values(rows: Tensor) -> bool:
+    """Whether the numbers in ``rows`` may be read here without a device sync or a graph break."""
+    return rows.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def shape(x: Tensor) -> str:
+    """A tensor's shape for an error message."""
+    return f"a tensor of shape {tuple(x.shape)}"
+
+
+def index_rows(name: str, rows: Tensor, limit: int, like: Tensor) -> Tensor:
+    """int64 (B,) row indices into a tensor of ``limit`` rows."""
+    if not isinstance(rows, Tensor) or rows.dim() != 1 or rows.dtype not in (torch.int64, torch.int32):
+        was = f"{shape(rows)}, {rows.dtype}" if isinstance(rows, Tensor) else repr(rows)
+        raise fail(name, was, "an int64 or int32 tensor of shape (B,)")
+    if rows.device != like.device:
+        raise fail(name, f"on {rows.device}", f"the device of the logits, {like.device}")
+    if host_values(rows) and rows.numel() and (int(rows.min()) < 0 or int(rows.max()) >= limit):
+        raise fail(name, f"{int(rows.min())}..{int(rows.max())}", f"row indices in [0, {limit})")
+    return rows.long()
+
+
+def logits(name: str, x: Any) -> Tensor:
+    """A (rows, V) floating tensor with a contiguous last dimension."""
+    if not isinstance(x, Tensor):
+        raise InputError(f"{name} was {type(x).__name__}; allowed: a tensor of shape (B, V)")
+    if x.dim() != 2 or x.shape[1] == 0:
+        raise fail(name, shape(x), "(B, V) with V >= 1")
+    if not x.dtype.is_floating_point:
+        raise fail(name, str(x.dtype), "float32, bfloat16 or float16 (float64 with backend='reference')")
+    if x.stride(1) != 1 and x.shape[1] > 1:
+        raise fail(name, f"strided {tuple(x.stride())}", "a contiguous last dimension; call .contiguous()")
+    return x
+
+
+def problem(
+    warm: Tensor,
+    base: Tensor | None,
+    vector: Tensor | None,
+    direction: str,
+    warm_rows: Tensor | None,
+    base_rows: Tensor | None,
+    vocab_size: int | None,
+) -> tuple[tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None], int, int, int]:
+    """The five row arguments of every op as the backends take them, with batch, vocabulary, direction code."""
+    logits("warm_logits", warm)
+    width = warm.shape[1]
+    if warm_rows is not None:
+        warm_rows = index_rows("warm_rows", warm_rows, warm.shape[0], warm)
+    batch = warm.shape[0] if warm_rows is None else warm_rows.shape[0]
+    vocab = width if vocab_size is None else operator.index(vocab_size)
+    if not 1 <= vocab <= width:
+        raise fail("vocab_size", vocab, f"1 to {width}, the width of warm_logits")
+
+    if base is None and base_rows is not None:
+        base = warm
+    if base is not None and vector is not None:
+        raise InputError("base_logits and vector were both given; allowed: one of them, or neither")
+    choice("direction", direction, DIRECTIONS)
+    code = DIRECTIONS[direction] if base is not None else PLAIN if vector is None else VECTOR
+
+    if base is not None:
+        if base is not warm:
+            logits("base_logits", base)
+        if base.shape[1] < vocab or (vocab_size is None and base.shape[1] != width):
+            raise fail("base_logits", shape(base), f"the vocabulary of warm_logits, {width}")
+        if base.dtype != warm.dtype or base.device != warm.device:
+            was, allowed = f"{base.dtype} on {base.device}", f"{warm.dtype} on {warm.device} as warm_logits"
+            raise fail("base_logits", was, allowed)
+        if base_rows is not None:
+            base_rows = index_rows("base_rows", base_rows, base.shape[0], warm)
+        if (base.shape[0] if base_rows is None else base_rows.shape[0]) != batch:
+            name, was = ("base_logits", base) if base_rows is None else ("base_rows", base_rows)
+            raise fail(name, shape(was), f"{batch} rows, as many as the warm rows")
+    if vector is not None:
+        if vector.shape not in ((vocab,), (batch, vocab), (width,), (batch, width)):
+            raise fail("vector", shape(vector), f"({width},) or ({batch}, {width})")
+        if vector.device != warm.device or not vector.dtype.is_floating_point:
+            raise fail("vector", f"{vector.dtype} on {vector.device}", f"a float tensor on {warm.device}")
+        vector = vector.float().contiguous()
+    return (warm, base, vector, warm_rows, base_rows), batch, vocab, code
+
+
+def parameter(
+    name: str,
+    value: float | Tensor,
+    batch: int,
+    like: Tensor,
+    low: float = -math.inf,
+    high: float = math.inf,
+    *,
+    integer: bool = False,
+) -> tuple[float, Tensor | None]:
+    """A per-row parameter as ``(scalar, None)`` or ``(0, (B,) tensor)``; numbers must be finite in [low, high]."""
+    if isinstance(value, Tensor):
+        return 0, _row_parameter(name, value, batch, like, low, high, integer)
+    try:
+        number = operator.index(value) if integer else float(value)
+    except (TypeError, ValueError):
+        raise fail(name, repr(value), "a number or a (B,) tensor") from None
+    if not low <= number <= high or not math.isfinite(number):
+        raise fail(name, value, span(low, high))
+    return number, None
+
+
+def _row_parameter(name, value, batch, like, low, high, integer) -> Tensor:
+    if value.dim() == 0:
+        value = value.expand(batch)
+    if value.shape != (batch,):
+        raise fail(name, shape(value), f"a scalar or ({batch},), one a row")
+    if value.device != like.device:
+        raise fail(name, f"on {value.device}", f"the device of the logits, {like.device}")
+    if integer and (value.dtype.is_floating_point or value.dtype == torch.bool):
+        raise fail(name, str(value.dtype), "an integer tensor")
+    value = value.to(torch.int64 if integer else torch.float32).contiguous()
+    if host_values(value) and not (low == -math.inf and integer):
+        bad = ~((value >= low) & (value <= high) & torch.isfinite(value))
+        if bool(bad.any()):
+            row = int(bad.nonzero()[0])
+            raise fail(f"{name}[{row}]", value[row].item(), span(low, high))
+    return value
+
+
+def span(low: float, high: float) -> str:
+    """An interval of numbers in words."""
+    if low == -math.inf and high == math.inf:
+        return "a finite number"
+    return f"a number >= {low:g}" if high == math.inf else f"a number in [{low:g}, {high:g}]"
+
+
+def word64(name: str, value: int | Tensor, batch: int, like: Tensor) -> tuple[int, Tensor | None]:
+    """A seed or offset: 64 bits, passed on as a signed int64."""
+    if isinstance(value, Tensor):
+        return 0, _row_parameter(name, value, batch, like, -math.inf, math.inf, True)
+    number = operator.index(value)
+    if not -(TWO64 >> 1) <= number < TWO64:
+        raise fail(name, number, "a 64-bit integer")
+    return ((number + (TWO64 >> 1)) % TWO64) - (TWO64 >> 1), None
+
+
+def label_ids(labels: Tensor | None, batch: int, vocab: int, like: Tensor) -> Tensor:
+    """int64 (B,) labels inside the vocabulary."""
+    if not isinstance(labels, Tensor) or labels.shape != (batch,):
+        was = shape(labels) if isinstance(labels, Tensor) else repr(labels)
+        raise fail("labels", was, f"an integer tensor of shape ({batch},)")
+    return index_rows("labels", labels, vocab, like).contiguous()
+
+
+def penalty_value(penalty: float) -> float:
+    """lambda: finite or -inf."""
+    number = float(penalty)
+    if math.isnan(number) or number == math.inf:
+        raise fail("penalty", penalty, "a finite number or -inf")
+    return number

@@ -1,0 +1,47 @@
+"""The ``svdk`` command. Each subcommand is a module of this package with ``add_parser`` and ``run``."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import importlib
+import os
+import sys
+
+from svdk.errors import SvdkError
+
+COMMANDS = ("demo", "warmstart", "calibrate", "generate", "bench", "info")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The whole argument parser; subcommand modules import heavy packages only inside ``run``."""
+    parser = argparse.ArgumentParser(
+        prog="svdk", description="Decode-time adaptation of language models with steering vectors."
+    )
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name in COMMANDS:
+        importlib.import_module(f"svdk.cli.{name}").add_parser(commands)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; 0 on success, 2 on an input error, 130 when interrupted."""
+    args = build_parser().parse_args(argv)
+    try:
+        return args.run(args) or 0
+    except SvdkError as error:
+        return _fail(args, str(error))
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return _fail(args, f"disk full while writing {error.filename or 'output'}")
+        return _fail(args, f"{error.strerror or error}: {error.filename or ''}".rstrip(": "))
+    except KeyboardInterrupt:
+        return 130
+
+
+def _fail(args: argparse.Namespace, message: str) -> int:
+    if args.debug or os.environ.get("SVDK_DEBUG"):
+        raise  # noqa: PLE0704 - called from an except block
+    print(f"svdk {args.command}: error: {message}", file=sys.stderr)
+    return 2

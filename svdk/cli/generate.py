@@ -1,0 +1,236 @@
+"""``svdk generate``: stream steered answers, or show base, warm and steered ones side by side."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import secrets
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from svdk.cli.terminal import Printer, columns
+from svdk.errors import DataError, InputError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from svdk.artifact import Steering
+    from svdk.pair import ModelPair
+
+VIEWS = ("base", "warm", "steered")
+PROBE = "PROMPT"
+
+
+def add_parser(commands: argparse._SubParsersAction) -> None:
+    """Register ``generate`` and its options."""
+    parser = commands.add_parser(
+        "generate",
+        help="decode with a steered model",
+        description="Decode with the adapter and its calibrated steering, text appearing as it is decoded. "
+        "Without --prompt and --prompts, standard input is one prompt.",
+    )
+    parser.add_argument("--model", required=True, help="hub name, folder, .gguf file, or smollm2-135m")
+    parser.add_argument("--adapter", required=True, help="adapter folder, calibrated by `svdk calibrate`")
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--prompt", action="append", metavar="TEXT", help="may be given several times")
+    source.add_argument("--prompts", metavar="FILE", help="one prompt a line, or JSONL with 'prompt'")
+    parser.add_argument("--compare", action="store_true", help="base, warm and steered answers side by side")
+    shape = parser.add_mutually_exclusive_group()
+    shape.add_argument("--chat", action="store_true", help="wrap prompts in the tokenizer's chat template")
+    shape.add_argument(
+        "--raw",
+        action="store_true",
+        help="no chat template (default: as the adapter's calibration examples are, else the template)",
+    )
+    parser.add_argument("--system", metavar="TEXT", help="system message, with a chat template")
+    parser.add_argument("--max-new-tokens", type=int, default=128, help="default: 128")
+    parser.add_argument("--dtype", help="auto, float32, bfloat16 or float16 (default: float32 on the CPU)")
+    parser.add_argument("--device", help="cpu or cuda (default: cuda when there is one)")
+    parser.add_argument("--backend", default="auto", help="of the ops (default: auto)")
+    parser.add_argument("--quiet", action="store_true", help="answers only, no timing")
+    sampling = parser.add_argument_group("sampling")
+    sampling.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
+    sampling.add_argument("--top-k", type=int, default=0, help="0 is off (default)")
+    sampling.add_argument("--top-p", type=float, default=1.0, help="1 is off (default)")
+    sampling.add_argument("--min-p", type=float, default=0.0, help="0 is off (default)")
+    sampling.add_argument("--seed", type=int, help="default: another one each time")
+    steering = parser.add_argument_group("steering (default: as calibrated)")
+    steering.add_argument("--strength", type=float, help="mu; with it, an adapter need not be calibrated")
+    steering.add_argument("--strength-mode", help="constant or kl_budget")
+    steering.add_argument("--direction", help="kl_gradient or log_ratio")
+    steering.add_argument("--alpha", type=float, help="confidence mask, in [0, 1]")
+    steering.add_argument("--penalty", type=float, help="lambda outside the mask: a number or -inf")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Load, then answer prompt by prompt."""
+    from svdk.generation import decode
+    from svdk.generation_options import make_sampler
+    from svdk.models import load_adapter, load_model
+    from svdk.pair import ModelPair
+
+    prompts = read_prompts(args.prompt, args.prompts)
+    model, tokenizer = load_model(args.model, dtype=args.dtype, device=args.device)
+    steering = load_steering(args.adapter, args.strength, model, tokenizer)
+    pair = ModelPair(load_adapter(model, args.adapter))
+    chat = wants_chat(args, tokenizer)
+    encoded = [_encode(tokenizer, text, chat, args, pair) for text in prompts]
+    names = ("temperature", "top_k", "top_p", "min_p", "seed", "strength", "strength_mode")
+    options: dict[str, Any] = {name: getattr(args, name) for name in names}
+    options |= {"direction": args.direction, "alpha": args.alpha, "penalty": args.penalty}
+    options |= {"steering": steering, "backend": args.backend, "do_sample": args.temperature != 0}
+    make_sampler(pair, 1, **options)  # a bad value is an error before the first answer, not after it
+    options |= {"max_new_tokens": args.max_new_tokens, "eos_token_id": eos_ids(model, tokenizer)}
+    if hasattr(sys.stdout, "reconfigure"):  # a model can emit what the terminal's encoding cannot show
+        sys.stdout.reconfigure(errors="replace")
+
+    for index, (text, ids) in enumerate(zip(prompts, encoded, strict=True)):
+        if len(prompts) > 1 or args.compare:
+            print(f"{'' if index == 0 else chr(10)}> {text}", flush=True)
+        # Chosen here, not by decode, so that the three answers of --compare share their noise.
+        options["seed"] = secrets.randbits(63) if args.seed is None else args.seed
+
+        def answer(view: str = "steered", ids: Tensor = ids, streamer: Printer | None = None) -> Tensor:
+            sequences = decode(pair, ids, view=view, text_streamer=streamer, **options).sequences
+            return sequences[0, ids.shape[1] :]
+
+        if args.compare:
+            _compare(args, tokenizer, answer)
+        else:
+            start = time.perf_counter()
+            count = len(answer(streamer=Printer(tokenizer)))
+            _report(args, f"{count} tokens, {_pace(start, count)}")
+    return 0
+
+
+def read_prompts(given: list[str] | None, file: str | None) -> list[str]:
+    """Prompts of ``--prompt``, ``--prompts`` or standard input; none may be empty."""
+    if given is not None:
+        prompts = [(f"--prompt {i + 1}", text) for i, text in enumerate(given)]
+    elif file is not None:
+        prompts = list(_from_file(Path(file)))
+    else:
+        if sys.stdin.isatty():
+            print("prompt (end with Ctrl-D):", file=sys.stderr)
+        prompts = [("standard input", sys.stdin.read().rstrip("\n"))]
+    if not prompts:
+        raise DataError(f"{file} held 0 prompts; allowed: at least 1")
+    for where, text in prompts:
+        if not text.strip():
+            raise DataError(f"{where} was empty; allowed: a prompt")
+    return [text for _, text in prompts]
+
+
+def load_steering(
+    folder: str, strength: float | None, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> Steering | None:
+    """The artifact in ``folder``, checked; None if there is none and a strength was given."""
+    from svdk.artifact import JSON_NAME, Steering
+
+    if not Path(folder, "adapter_config.json").exists():
+        raise InputError(f"--adapter was {folder!r}; allowed: a folder that holds adapter_config.json")
+    if strength is not None and not Path(folder, JSON_NAME).exists():
+        return None
+    return Steering.load(folder, model=model, tokenizer=tokenizer)
+
+
+def wants_chat(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether prompts go through the chat template; left open, the calibration examples decide."""
+    from svdk.data import load_examples
+
+    if args.raw:
+        chat = False
+    elif args.chat or args.system:
+        chat = True
+    elif not tokenizer.chat_template:
+        chat = False
+    else:
+        held_out = Path(args.adapter, "calibration.jsonl")
+        tail = render(tokenizer, PROBE, None).partition(PROBE)[2]
+        chat = not held_out.exists() or load_examples(held_out)[0].prompt.endswith(tail)
+    if args.system and not chat:
+        raise InputError("--system was given with --raw; allowed: one of them")
+    if chat and not tokenizer.chat_template:
+        raise InputError("--chat was given, but the tokenizer has no chat template; allowed: --raw")
+    return chat
+
+
+def render(tokenizer: PreTrainedTokenizerBase, text: str, system: str | None) -> str:
+    """A prompt as the chat template writes it, up to where the answer starts."""
+    turns = [{"role": "system", "content": system}] if system else []
+    turns.append({"role": "user", "content": text})
+    return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+
+
+def eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Every id that ends an answer: the tokenizer's and the generation config's."""
+    listed = model.generation_config.eos_token_id
+    listed = listed if isinstance(listed, list) else [listed]
+    return sorted({i for i in [tokenizer.eos_token_id, *listed] if i is not None})
+
+
+def _compare(
+    args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, answer: Callable[[str], Tensor]
+) -> None:
+    answers, times = {}, []
+    for view in VIEWS:
+        start = time.perf_counter()
+        tokens = answer(view)
+        times.append(f"{view} {_pace(start, len(tokens))}")
+        answers[view] = tokenizer.decode(tokens, skip_special_tokens=True).strip()
+    print(columns(answers, shutil.get_terminal_size((96, 24)).columns), flush=True)
+    _report(args, ", ".join(times))
+
+
+def _from_file(path: Path) -> Iterator[tuple[str, str]]:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} was not UTF-8 (byte {error.start}); allowed: UTF-8 text") from None
+    for number, line in enumerate(lines, 1):
+        where = f"{path} line {number}"
+        if not line.strip():
+            continue
+        if path.suffix != ".jsonl":
+            yield where, line
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise DataError(f"{where} was not valid JSON: {error.msg} at column {error.colno}") from None
+        if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
+            raise DataError(f"{where} had no string 'prompt'; allowed: objects with the column 'prompt'")
+        yield where, row["prompt"]
+
+
+def _encode(
+    tokenizer: PreTrainedTokenizerBase, text: str, chat: bool, args: argparse.Namespace, pair: ModelPair
+) -> Tensor:
+    import torch
+
+    from svdk.data import encode_prompt
+
+    ids = encode_prompt(tokenizer, render(tokenizer, text, args.system) if chat else text)
+    limit = getattr(pair.config, "max_position_embeddings", None)
+    room = None if limit is None else limit - pair.num_virtual_tokens - args.max_new_tokens
+    if room is not None and len(ids) > room:
+        raise DataError(
+            f"prompt {text[:40]!r} had {len(ids)} tokens; allowed: at most {room} with "
+            f"--max-new-tokens {args.max_new_tokens}"
+        )
+    return torch.tensor([ids], device=pair.device)
+
+
+def _pace(start: float, count: int) -> str:
+    return f"{1000 * (time.perf_counter() - start) / count:.0f} ms a token"
+
+
+def _report(args: argparse.Namespace, text: str) -> None:
+    if not args.quiet:
+        print(f"({text})", file=sys.stderr, flush=True)

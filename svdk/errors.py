@@ -1,0 +1,27 @@
+"""The errors that svdk raises on purpose; the command line turns each into one line and exit code 2."""
+
+from __future__ import annotations
+
+
+class SvdkError(Exception):
+    """Base of every error that svdk raises on purpose."""
+
+
+class InputError(SvdkError, ValueError):
+    """An argument is unusable; the message names it, what it was and what is allowed."""
+
+
+class DataError(InputError):
+    """A data file or an example in it is unusable."""
+
+
+class ArtifactError(InputError):
+    """A steering artifact or adapter is damaged, or does not fit the model it is used with."""
+
+
+class InvalidLogitsError(InputError):
+    """Logits rows hold NaN or +inf, or nothing finite (raised only with ``check=True``)."""
+
+
+class BackendError(SvdkError, RuntimeError):
+    """A backend was asked for by name and cannot run; the message says why."""

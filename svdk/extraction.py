@@ -1,0 +1,246 @@
+"""One teacher-forced sweep of both models over labelled data: the statistics that calibration needs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from svdk.artifact import check_alpha, check_choice
+from svdk.data import Encoded, Example, encode_all, load_examples
+from svdk.errors import DataError, InputError, InvalidLogitsError
+from svdk.ops import extract, steered_logprob
+from svdk.pair import ModelPair
+from svdk.statistics import GridSums, Statistics, default_grid
+from svdk.types import Status
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+DIRECTIONS = ("kl_gradient", "log_ratio")
+MAX_FORWARD = 1 << 25
+"""Logits of one model held at once (128 MiB in float32)."""
+MAX_OP = 1 << 22
+"""Logits given to an op at once; the reference backend needs about 80 bytes for each."""
+
+
+def extract_steering(
+    model: Any,
+    data: str | Path | Sequence[Mapping[str, Any] | Example],
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    direction: str = "kl_gradient",
+    alpha: float = 0.1,
+    max_length: int = 512,
+    too_long: str = "error",
+    batch_size: int = 8,
+    grid: Tensor | None = None,
+    backend: str = "auto",
+    progress: bool = False,
+) -> Statistics:
+    """Run both models once over ``data``, teacher-forced, and keep what every estimator needs.
+
+    Args:
+        model: a PEFT model, or a :class:`svdk.ModelPair`.
+        data: JSONL path or rows, as :func:`svdk.data.load_examples` takes them.
+        tokenizer: the model's tokenizer.
+        direction: ``kl_gradient``, ``log_ratio``, or ``auto``: both, each with mask ``alpha`` and without.
+        alpha: mask threshold in [0, 1]; with 0 the losses are evaluated on ``grid`` instead.
+        max_length: in tokens; longer examples are an error, or left out with ``too_long="skip"``.
+        too_long: ``error`` or ``skip``.
+        batch_size: examples in one forward pass (fewer when their logits would need too much memory).
+        grid: (M,) ascending strengths with 0 among them, for alpha = 0.
+        backend: of the ops.
+        progress: show a progress bar on standard error.
+
+    Raises:
+        InputError, DataError: an argument or an example that cannot be used.
+        InvalidLogitsError: NaN or +inf logits; the message names the example.
+
+    """
+    alpha = check_alpha(alpha)
+    check_choice("direction", direction, (*DIRECTIONS, "auto"))
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+        raise InputError(f"batch_size was {batch_size!r}; allowed: an integer of at least 1")
+    pair = model if isinstance(model, ModelPair) else ModelPair(model)
+    examples = load_examples(data, tokenizer)
+    encoded, _ = encode_all(tokenizer, examples, max_length, too_long)
+    full = DIRECTIONS if direction == "auto" else (direction,) if alpha == 0 else ()
+    sweep = _Sweep(alpha, full, default_grid() if grid is None else _check_grid(grid), backend)
+    parts: list[_Part | None] = [None] * len(encoded)
+
+    from tqdm.auto import tqdm  # here: importing it costs more than the rest of this module
+
+    with tqdm(total=len(encoded), desc="calibration", unit="example", disable=not progress) as bar:
+        for members in _batches(encoded, batch_size, pair.vocab_size):
+            for index, part in zip(members, _run(pair, sweep, encoded, members), strict=True):
+                parts[index] = part
+            bar.update(len(members))
+    return _assemble(sweep, parts)
+
+
+def _check_grid(grid: Tensor) -> Tensor:
+    grid = torch.as_tensor(grid, dtype=torch.float64)
+    ascending = grid.dim() == 1 and len(grid) >= 3 and bool((grid.diff() > 0).all())
+    if not ascending or not bool((grid == 0).any()) or not bool(torch.isfinite(grid).all()):
+        raise InputError(f"grid was {grid.tolist()}; allowed: at least 3 ascending numbers, one of them 0")
+    return grid
+
+
+@dataclass(frozen=True)
+class _Sweep:
+    """What to compute at each batch."""
+
+    alpha: float
+    full: tuple[str, ...]
+    grid: Tensor
+    backend: str
+
+
+@dataclass
+class _Part:
+    """The statistics of one example; lists have one entry a chunk of its tokens."""
+
+    excluded: int = 0
+    logprobs: list[Tensor] = field(default_factory=list)  # (2, t): warm, base
+    sizes: list[Tensor] = field(default_factory=list)
+    entries: list[Tensor] = field(default_factory=list)  # (2, n): p, ratio
+    labels: list[Tensor] = field(default_factory=list)
+    moments: dict[str, list[Tensor]] = field(default_factory=dict)  # (3, t)
+    curves: dict[str, Tensor] = field(default_factory=dict)  # (3, M): sums
+    counts: dict[str, Tensor] = field(default_factory=dict)  # (M,): sums
+
+
+def _batches(encoded: list[Encoded], batch_size: int, vocab: int) -> Iterator[list[int]]:
+    """Example numbers, longest first (the largest memory need shows at once), within ``MAX_FORWARD``."""
+    order = sorted(range(len(encoded)), key=lambda i: len(encoded[i].input_ids), reverse=True)
+    members: list[int] = []
+    keep = 0
+    for index in order:
+        wider = max(keep, _label_count(encoded[index]))
+        if members and (len(members) == batch_size or (len(members) + 1) * wider * vocab > MAX_FORWARD):
+            yield members
+            members, wider = [], _label_count(encoded[index])
+        members.append(index)
+        keep = wider
+    if members:
+        yield members
+
+
+def _label_count(example: Encoded) -> int:
+    return len(example.input_ids) - example.prompt_length
+
+
+def _run(pair: ModelPair, sweep: _Sweep, encoded: list[Encoded], members: list[int]) -> list[_Part]:
+    """One forward pass of both models and the ops on its labelled positions."""
+    rows = [encoded[i].input_ids for i in members]
+    counts = [_label_count(encoded[i]) for i in members]
+    width, keep = max(map(len, rows)) - 1, max(counts)  # the last token is a label only
+    ids = torch.zeros(len(rows), width, dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    for row, tokens in enumerate(rows):
+        ids[row, width - len(tokens) + 1 :] = torch.tensor(tokens[:-1])
+        mask[row, width - len(tokens) + 1 :] = 1
+    warm, base = pair.teacher_forced(ids.to(pair.device), mask.to(pair.device), keep)  # (B, keep, V) each
+    warm, base = warm.flatten(0, 1), base.flatten(0, 1)
+
+    parts = [_Part() for _ in members]
+    chunk = max(1, MAX_OP // warm.shape[1])
+    for row, (part, count) in enumerate(zip(parts, counts, strict=True)):
+        labels = torch.tensor(rows[row][-count:], device=warm.device)
+        places = torch.arange((row + 1) * keep - count, (row + 1) * keep, device=warm.device)
+        for start in range(0, count, chunk):
+            where = {"warm_rows": places[start : start + chunk], "base_rows": places[start : start + chunk]}
+            _add(part, sweep, warm, base, labels[start : start + chunk], where, members[row])
+    return parts
+
+
+def _add(
+    part: _Part,
+    sweep: _Sweep,
+    warm: Tensor,
+    base: Tensor,
+    labels: Tensor,
+    where: dict[str, Tensor],
+    index: int,
+) -> None:
+    """Add the statistics of some tokens of one example to ``part``."""
+    info = steered_logprob(
+        warm,
+        base,
+        labels,
+        strength=0.0,
+        direction="log_ratio",
+        alpha=sweep.alpha,
+        backend=sweep.backend,
+        **where,
+    )
+    bad = int((info.status & Status.INVALID).ne(0).sum())
+    if bad:
+        raise InvalidLogitsError(
+            f"calibration example {index}: the logits of {bad} of its tokens hold NaN or +inf, or nothing "
+            "finite; allowed: a model whose logits are finite (another dtype, or a warm start that converged)"
+        )
+    # A label that the warm model rules out has infinite loss at any strength: counted, then left out.
+    possible = torch.isfinite(info.logprob_warm)
+    part.excluded += int((~possible).sum())
+    where = {name: rows[possible] for name, rows in where.items()}
+    labels = labels[possible]
+    part.logprobs.append(torch.stack([info.logprob_warm, info.logprob_base])[:, possible].cpu())
+    if not len(labels):
+        return
+    if sweep.alpha > 0:
+        batch = extract(warm, base, direction="log_ratio", alpha=sweep.alpha, backend=sweep.backend, **where)
+        sizes = batch.row_ptr.diff()
+        row = torch.repeat_interleave(torch.arange(len(labels), device=labels.device), sizes)
+        hit = (batch.token_ids == labels[row]).nonzero()[:, 0]
+        place = torch.full_like(labels, -1)
+        place[row[hit]] = hit - batch.row_ptr[row[hit]]
+        part.sizes.append(sizes.int().cpu())
+        part.entries.append(torch.stack([batch.p, batch.delta]).cpu())
+        part.labels.append(place.int().cpu())
+    for direction in sweep.full:
+        info = steered_logprob(
+            warm, base, labels, strengths=sweep.grid.float().to(warm.device), direction=direction, alpha=0.0,
+            backend=sweep.backend, **where,
+        )  # fmt: skip
+        moments = torch.stack([info.gain, info.norm2, info.variance]).cpu()
+        part.moments.setdefault(direction, []).append(moments)
+        curves = torch.stack([-info.logprob, -info.slope, info.curvature]).double().sum(1).cpu()
+        right = (info.greedy == labels[:, None]).sum(0).cpu()
+        part.curves[direction] = part.curves.get(direction, 0) + curves
+        part.counts[direction] = part.counts.get(direction, 0) + right
+
+
+def _assemble(sweep: _Sweep, parts: list[_Part]) -> Statistics:
+    """All examples in their order; one of which no label was possible keeps its place with 0 tokens."""
+
+    def joined(name: str, dim: int = 0) -> Tensor:
+        return torch.cat([tensor for part in parts for tensor in getattr(part, name)], dim=dim)
+
+    tokens = torch.tensor([sum(x.shape[1] for x in part.logprobs) for part in parts])
+    excluded = sum(part.excluded for part in parts)
+    if not int(tokens.sum()):
+        raise DataError(f"the warm model gives probability 0 to all {excluded} labels; needed: possible ones")
+    logprob_warm, logprob_base = joined("logprobs", 1)
+    masked: dict[str, Tensor] = {}
+    if sweep.alpha > 0:
+        p, ratio = joined("entries", 1)
+        masked = {"sizes": joined("sizes"), "p": p, "ratio": ratio, "label": joined("labels")}
+    none = torch.zeros(3, len(sweep.grid), dtype=torch.float64)
+    full = {
+        direction: GridSums(
+            torch.cat([x for part in parts for x in part.moments.get(direction, ())], dim=1),
+            torch.stack([part.curves.get(direction, none) for part in parts], dim=1),
+            torch.stack([part.counts.get(direction, none[0].long()) for part in parts]).int(),
+        )
+        for direction in sweep.full
+    }
+    grid = {"grid": sweep.grid.float().double()} if full else {}  # the ops saw it in float32
+    return Statistics(
+        tokens, logprob_warm, logprob_base, excluded, alpha=sweep.alpha, full=full, **masked, **grid
+    )

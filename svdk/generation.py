@@ -1,0 +1,331 @@
+"""Steered decoding with two forward passes and two caches; :func:`generate` is a ``custom_generate``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers.generation import (
+    EosTokenCriteria,
+    GenerateDecoderOnlyOutput,
+    GenerationConfig,
+    LogitsProcessorList,
+    MaxLengthCriteria,
+    StoppingCriteriaList,
+)
+from transformers.generation.configuration_utils import GenerationMode
+
+from svdk.errors import InputError
+from svdk.generation_options import Sampler, make_sampler, process, split_processors
+from svdk.pair import ModelPair, ViewCache, check_inputs, row_positions
+from svdk.types import SampleInfo
+
+if TYPE_CHECKING:
+    from transformers.generation.streamers import BaseStreamer
+
+    from svdk.artifact import Steering
+
+
+@dataclass
+class SteeredOutput(GenerateDecoderOnlyOutput):
+    """transformers' output with one more field; ``past_key_values`` stays None (there are two caches).
+
+    ``scores``: steered logits after temperature and filters, (B, V) a step. ``logits``: the warm
+    model's, unprocessed.
+    """
+
+    steering_info: tuple[SampleInfo, ...] | None = None
+    """A :class:`svdk.SampleInfo` a step; rows that had already ended have meaningless entries."""
+
+
+def generate(
+    model: nn.Module,
+    input_ids: Tensor | None = None,
+    logits_processor: LogitsProcessorList | None = None,
+    stopping_criteria: StoppingCriteriaList | None = None,
+    generation_config: GenerationConfig | None = None,
+    *,
+    steering: Steering | None = None,
+    strength: float | Tensor | None = None,
+    strength_mode: str | None = None,
+    direction: str | None = None,
+    alpha: float | Tensor | None = None,
+    penalty: float | None = None,
+    vector: Tensor | None = None,
+    seed: int | Tensor | None = None,
+    text_streamer: BaseStreamer | None = None,
+    output_steering: bool = False,
+    check: bool = False,
+    backend: str = "auto",
+    **model_kwargs: Any,
+) -> Tensor | SteeredOutput:
+    """Steered greedy decoding or sampling, as ``model.generate(..., custom_generate=svdk.generate)``.
+
+    ``model`` is a PEFT model (or a transformers model with adapters in it); everything that
+    ``generate`` takes for greedy decoding and sampling works: ``max_new_tokens``, ``do_sample``,
+    ``temperature``, ``top_k``, ``top_p``, ``min_p``, several EOS ids, ``num_return_sequences``,
+    stopping criteria, logits processors, ``return_dict_in_generate``, ``output_scores``,
+    ``output_logits``, ``cache_implementation="static"``, ``use_cache=False``. Called directly, with
+    a PEFT model and the same arguments, it goes through ``model.generate`` itself.
+
+    Differences from a plain ``generate``: logits processors (repetition penalty and the like) run on
+    the warm logits before steering, and what they change is carried over to the base logits;
+    the temperature, top-k, top-p and min-p of the generation config apply to the steered logits; a
+    streamer goes by ``text_streamer`` and a tokenizer cannot be given (transformers keeps both from
+    a custom callable: for stop strings pass a ``StopStringCriteria``).
+
+    Args:
+        model: what transformers hands over, or a PEFT model.
+        input_ids: (B, T), left-padded.
+        logits_processor: as prepared by transformers.
+        stopping_criteria: as prepared by transformers.
+        generation_config: as prepared by transformers.
+        steering: a calibrated artifact; the next six override its fields one by one.
+        strength: mu (default 1), or the budget in nats for ``strength_mode="kl_budget"``; (B,) allowed.
+        strength_mode: "constant" or "kl_budget".
+        direction: "kl_gradient" (default), "log_ratio" or "vector".
+        alpha: confidence threshold in [0, 1] (default 0.1); (B,) allowed.
+        penalty: lambda outside the confidence set: finite, or -inf (default).
+        vector: a fixed steering vector (V,) in logits; the base model is not run.
+        seed: an integer (row r draws with ``seed + r``), a (B,) tensor (a row's tokens then do not
+            depend on the batch around it), or None: from torch's global generator.
+        text_streamer: gets the prompt, then each token.
+        output_steering: with ``return_dict_in_generate``, also return ``steering_info``.
+        check: raise on NaN or infinite logits instead of marking the row (synchronises every step).
+        backend: as in :func:`svdk.steered_sample`.
+        model_kwargs: what else transformers prepared.
+
+    Returns:
+        (B, T + new) token ids, prompt included, or a :class:`SteeredOutput`.
+
+    Raises:
+        InputError: a bad argument, a model without a usable adapter, or a mode that is not steered
+            (beam search, assisted decoding, input embeddings, an own cache).
+        ArtifactError: ``steering`` was made for another kind of model.
+
+    """
+    options = {
+        "steering": steering,
+        "strength": strength,
+        "strength_mode": strength_mode,
+        "direction": direction,
+        "alpha": alpha,
+        "penalty": penalty,
+        "vector": vector,
+        "seed": seed,
+        "check": check,
+        "backend": backend,
+    }
+    if not hasattr(generation_config, "_eos_token_tensor"):  # called directly: let transformers prepare
+        return model.generate(
+            input_ids, generation_config=generation_config, logits_processor=logits_processor,
+            stopping_criteria=stopping_criteria, custom_generate=generate, text_streamer=text_streamer,
+            output_steering=output_steering, **options, **model_kwargs,
+        )  # fmt: skip
+    config = generation_config
+    _check_mode(config, model_kwargs)
+    pair = ModelPair(model)
+    input_ids = input_ids.to(pair.device)
+    mask = model_kwargs.get("attention_mask")
+    mask = check_inputs(input_ids, None if mask is None else mask.to(pair.device))
+    _check_positions(model_kwargs.get("position_ids"), input_ids, mask)
+    sampler = make_sampler(
+        pair,
+        input_ids.shape[0],
+        do_sample=config.do_sample,
+        temperature=_default(config.temperature, 1.0),
+        top_k=_default(config.top_k, 0),
+        top_p=_default(config.top_p, 1.0),
+        min_p=_default(config.min_p, 0.0),
+        copies=config.num_return_sequences,
+        **options,
+    )
+    in_dict = bool(config.return_dict_in_generate)
+    output = _decode(
+        pair,
+        input_ids,
+        mask,
+        sampler,
+        stopping_criteria,
+        processors=split_processors(logits_processor, config),
+        pad_token_id=config._pad_token_tensor,
+        streamer=text_streamer,
+        cache_implementation=config.cache_implementation,
+        use_cache=config.use_cache is not False,
+        max_length=config.max_length,
+        output_scores=in_dict and bool(config.output_scores),
+        output_logits=in_dict and bool(config.output_logits),
+        output_steering=in_dict and output_steering,
+    )
+    return output if in_dict else output.sequences
+
+
+def decode(
+    pair: ModelPair,
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    *,
+    max_new_tokens: int,
+    eos_token_id: int | list[int] | None = None,
+    pad_token_id: int | None = None,
+    stopping_criteria: StoppingCriteriaList | None = None,
+    logits_processor: LogitsProcessorList | None = None,
+    text_streamer: BaseStreamer | None = None,
+    cache_implementation: str | None = None,
+    use_cache: bool = True,
+    output_scores: bool = False,
+    output_logits: bool = False,
+    output_steering: bool = False,
+    **options: Any,
+) -> SteeredOutput:
+    """Steered decoding without ``model.generate``: one loop over a :class:`svdk.ModelPair`.
+
+    Args:
+        pair: the two views.
+        input_ids: (B, T), left-padded.
+        attention_mask: (B, T), or None when nothing is padded.
+        max_new_tokens: at least 1.
+        eos_token_id: one or more ids that end a row; None: rows end at ``max_new_tokens``.
+        pad_token_id: what follows the end of a row (default: the first EOS id).
+        stopping_criteria: more reasons to stop.
+        logits_processor: run on the warm logits before steering; no temperature or filters.
+        text_streamer: gets the prompt, then each token.
+        cache_implementation: "dynamic" (default) or "static".
+        use_cache: False runs every token of the row again at each step.
+        output_scores: steered logits a step, float32 (B, V); slow, computed by the reference.
+        output_logits: the warm model's (or the chosen view's) logits a step, float32 (B, V).
+        output_steering: :class:`svdk.SampleInfo` a step.
+        options: ``steering``, ``strength``, ``strength_mode``, ``direction``, ``alpha``, ``penalty``,
+            ``vector``, ``seed``, ``check``, ``backend`` as in :func:`generate`; ``do_sample``,
+            ``temperature``, ``top_k``, ``top_p``, ``min_p`` as in transformers, but without its
+            default ``top_k=50``; ``view="warm"`` or ``"base"`` (default "steered") for one model's
+            own answer with the same filters and noise.
+
+    Raises:
+        InputError, ArtifactError: as :func:`generate`.
+
+    """
+    if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 1:
+        raise InputError(f"max_new_tokens was {max_new_tokens!r}; allowed: an integer of at least 1")
+    mask = check_inputs(input_ids, attention_mask)
+    input_ids = input_ids.to(pair.device)
+    mask = None if mask is None else mask.to(pair.device)
+    sampler = make_sampler(pair, input_ids.shape[0], **options)
+    max_length = input_ids.shape[1] + max_new_tokens
+    criteria = StoppingCriteriaList([MaxLengthCriteria(max_length)])
+    eos = [] if eos_token_id is None else [eos_token_id] if isinstance(eos_token_id, int) else eos_token_id
+    if eos:
+        criteria.append(EosTokenCriteria(torch.tensor(eos, device=pair.device)))
+        pad_token_id = eos[0] if pad_token_id is None else pad_token_id
+    processors = logits_processor if logits_processor is not None else LogitsProcessorList()
+    return _decode(
+        pair,
+        input_ids,
+        mask,
+        sampler,
+        StoppingCriteriaList([*criteria, *(stopping_criteria or ())]),
+        processors=split_processors(processors, GenerationConfig(do_sample=False)),
+        pad_token_id=pad_token_id,
+        streamer=text_streamer,
+        cache_implementation=cache_implementation,
+        use_cache=use_cache,
+        max_length=max_length,
+        output_scores=output_scores,
+        output_logits=output_logits,
+        output_steering=output_steering,
+    )
+
+
+@torch.no_grad()
+def _decode(
+    pair: ModelPair,
+    input_ids: Tensor,
+    mask: Tensor | None,
+    sampler: Sampler,
+    criteria: Callable[..., Tensor],
+    *,
+    processors: LogitsProcessorList,
+    pad_token_id: int | Tensor | None,
+    streamer: BaseStreamer | None,
+    cache_implementation: str | None,
+    use_cache: bool,
+    max_length: int,
+    output_scores: bool,
+    output_logits: bool,
+    output_steering: bool,
+) -> SteeredOutput:
+    batch = input_ids.shape[0]
+    ends = any(hasattr(criterion, "eos_token_id") for criterion in criteria)
+    if ends and pad_token_id is None:
+        raise InputError("pad_token_id was None; allowed with an EOS criterion: the id that fills ended rows")
+    unfinished = torch.ones(batch, dtype=torch.bool, device=input_ids.device)
+    views = {name: getattr(pair, name) for name in sampler.views}
+    caches: dict[str, ViewCache] = {}
+    scores, logits, infos = [], [], []
+    pending, step = input_ids, 0
+    if streamer is not None:
+        streamer.put(input_ids.cpu())
+    with pair.evaluating():
+        if use_cache:
+            caches = {name: pair.new_cache(name, batch, cache_implementation, max_length) for name in views}
+        while True:
+            rows = {name: view(pending, mask, cache=caches.get(name))[:, -1] for name, view in views.items()}
+            first, *second = rows.values()
+            if output_logits:
+                logits.append(first.float().clone())
+            warm, base = process(processors, input_ids, first, *second)
+            token, info = sampler.draw(warm, base, step, output_steering or output_scores)
+            if output_scores:
+                scores.append(sampler.scores(warm, base, info))
+            if output_steering:
+                infos.append(info)
+            if ends:
+                token = torch.where(unfinished, token, pad_token_id)
+            input_ids = torch.cat([input_ids, token[:, None]], dim=1)
+            if mask is not None:
+                mask = torch.cat([mask, mask.new_ones(batch, 1)], dim=1)
+            unfinished = unfinished & ~criteria(input_ids, tuple(scores) if output_scores else None)
+            if streamer is not None:
+                streamer.put(token.cpu())
+            if not unfinished.any():
+                break
+            pending, step = token[:, None] if use_cache else input_ids, step + 1
+    if streamer is not None:
+        streamer.end()
+    return SteeredOutput(
+        sequences=input_ids,
+        scores=tuple(scores) if output_scores else None,
+        logits=tuple(logits) if output_logits else None,
+        steering_info=tuple(infos) if output_steering else None,
+    )
+
+
+def _check_mode(config: GenerationConfig, model_kwargs: dict[str, Any]) -> None:
+    mode = config.get_generation_mode()
+    if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
+        raise InputError(
+            f"generation mode was {mode.value}; allowed: greedy decoding and sampling, num_beams=1"
+        )
+    cache = model_kwargs.get("past_key_values")
+    if getattr(cache, "_is_user_defined", False):
+        raise InputError("past_key_values was given; allowed: None (the two models need a cache each)")
+    # Recomputed for each of the two models, or made by transformers for one.
+    known = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep"}
+    other = sorted(name for name, value in model_kwargs.items() if name not in known and value is not None)
+    if other:
+        raise InputError(
+            f"generate was given {', '.join(other)}; allowed for the model: input_ids, attention_mask"
+        )
+
+
+def _check_positions(given: Tensor | None, input_ids: Tensor, mask: Tensor | None) -> None:
+    expected = row_positions(input_ids, mask, 0)
+    if given is not None and bool((given.to(expected.device) != expected).any()):
+        raise InputError("position_ids counted differently from attention_mask; allowed: leave them out")
+
+
+def _default(value: Any, default: Any) -> Any:
+    return default if value is None else value

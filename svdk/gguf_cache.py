@@ -1,0 +1,101 @@
+"""GGUF files: de-quantised once, then loaded from a cache, because that takes ten times as long."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import shutil
+import tempfile
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from svdk.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+FORMAT = 1
+
+
+def cache_folder() -> Path:
+    """``$XDG_CACHE_HOME/svdk`` or ``~/.cache/svdk``."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "svdk"
+
+
+def load_gguf(
+    path: Path, dtype: str | torch.dtype = torch.float32
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Model and tokenizer of a GGUF file, de-quantised to float32, then cast to ``dtype``.
+
+    The first load keeps the de-quantised weights under :func:`cache_folder`, keyed by the file's sha256;
+    where they cannot be kept (disk full, read-only), it warns. Raises :class:`InputError` when the
+    file cannot be read as GGUF or the ``gguf`` package is missing.
+    """
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    dtype = torch.float32 if dtype == "auto" else dtype
+    folder = cache_folder() / f"gguf-{FORMAT}-{_digest(path)[:24]}"
+    if folder.is_dir():
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(folder)
+            return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype), tokenizer
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+            raise InputError(f"cache folder {folder} is damaged, delete it: {error}") from error
+    model, tokenizer = _convert(path)
+    try:
+        _store(folder, model, tokenizer)
+    except (OSError, SafetensorError) as error:
+        warnings.warn(f"cannot keep the de-quantised {path.name} in {folder}: {error}", stacklevel=2)
+    return model.to(dtype), tokenizer
+
+
+def clear_quantized(model: PreTrainedModel) -> None:
+    """Make a de-quantised model an ordinary one: what calls itself quantised cannot be saved."""
+    model.is_quantized = False
+    for holder, name in (
+        (model, "hf_quantizer"),
+        (model, "quantization_method"),
+        (model.config, "quantization_config"),
+    ):
+        if hasattr(holder, name):
+            delattr(holder, name)
+
+
+def _convert(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    if importlib.util.find_spec("gguf") is None:
+        raise InputError(f"model {path} needs the gguf package: pip install gguf")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+        model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+    except (OSError, ValueError, KeyError, IndexError, TypeError, RuntimeError) as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise InputError(f"model {path} cannot be read as GGUF: {reason[0]}") from error
+    clear_quantized(model)
+    return model, tokenizer
+
+
+def _store(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        if not folder.exists():  # another process may have been faster
+            os.replace(partial, folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _digest(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

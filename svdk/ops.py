@@ -1,0 +1,209 @@
+"""The three operations: check the arguments, pick a backend, call it, wrap what comes back."""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor
+
+from svdk import backends, checks
+from svdk.errors import InvalidLogitsError
+from svdk.schema import CONSTANT, LABEL, PLAIN, STRENGTH_MODES
+from svdk.types import LogprobInfo, SampleInfo, Status, SteeringBatch
+
+
+def _raise_invalid(status: Tensor) -> None:
+    rows = (status & int(Status.INVALID)).nonzero()[:, 0].tolist()
+    if rows:
+        shown = ", ".join(map(str, rows[:20])) + (", ..." if len(rows) > 20 else "")
+        raise InvalidLogitsError(
+            f"rows {shown}: the logits were NaN, +inf or nowhere finite (or a per-row parameter was out of "
+            "range); allowed: finite values and -inf, at least one finite warm logit a row"
+        )
+
+
+def steered_sample(
+    warm_logits: Tensor,
+    base_logits: Tensor | None = None,
+    *,
+    vector: Tensor | None = None,
+    strength: float | Tensor = 1.0,
+    strength_mode: str = "constant",
+    labels: Tensor | None = None,
+    direction: str = "kl_gradient",
+    alpha: float | Tensor = 0.1,
+    penalty: float = -math.inf,
+    temperature: float | Tensor = 1.0,
+    top_k: int | Tensor = 0,
+    top_p: float | Tensor = 1.0,
+    min_p: float | Tensor = 0.0,
+    seed: int | Tensor = 0,
+    offset: int | Tensor = 0,
+    warm_rows: Tensor | None = None,
+    base_rows: Tensor | None = None,
+    vocab_size: int | None = None,
+    check: bool = False,
+    return_info: bool = False,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, SampleInfo]:
+    """Sample one token a row from steered logits, in one pass over the logits.
+
+    With ``p = softmax(z_w)``, ``q = softmax(z_b)``, ``r = log p - log q`` and ``K = sum p r`` the steering
+    vector is ``delta = p (r - K)`` (``kl_gradient``, SVDecode, arXiv 2509.15888) or ``r - K``
+    (``log_ratio``); on the confidence set ``C = {p >= alpha max p}`` the logits become ``z_w + mu delta``,
+    outside ``z_w + mu penalty`` (never drawn when ``penalty`` is -inf). Then, as in transformers:
+    temperature, top-k, top-p, min-p, sample.
+
+    Args:
+        warm_logits: ``(B, V)``, or any number of rows with ``warm_rows``; float32, bfloat16 or float16,
+            last dimension contiguous.
+        base_logits: ``(B, V)``, or rows picked by ``base_rows`` (of ``warm_logits`` itself if this is None).
+            Without it and without ``vector`` this is a plain sampler: no mask, no steering.
+        vector: ``(V,)`` or ``(B, V)`` steering vector to use instead of a base model.
+        strength: mu, or the KL budget in nats for ``strength_mode="kl_budget"``; scalar or ``(B,)``.
+        strength_mode: ``"constant"``; ``"label"``: mu = g / (||delta||^2 + 1e-12) for ``labels``;
+            ``"kl_budget"``: mu = sqrt(2 kappa / Var_p(delta)).
+        labels: int64 ``(B,)``, for ``"label"`` only.
+        direction: ``"kl_gradient"`` or ``"log_ratio"``; ignored with ``vector``.
+        alpha: threshold of C in [0, 1]; 0 keeps every token.
+        penalty: lambda, finite or -inf.
+        temperature: >= 0; 0 is greedy (ties: lowest id).
+        top_k: 0 is off. Ties with the k-th stay, as in transformers.
+        top_p: in [0, 1]; 1 is off. The most likely token always stays.
+        min_p: in [0, 1]; 0 is off.
+        seed: 64-bit Philox key; scalar or ``(B,)``.
+        offset: 64-bit Philox counter, the step; scalar or ``(B,)``. The same seed and offset give the same
+            token in every backend, whatever the batch around the row is.
+        warm_rows: int64 ``(B,)`` rows of ``warm_logits`` to use.
+        base_rows: int64 ``(B,)`` rows of ``base_logits`` to use.
+        vocab_size: use only the first ``vocab_size`` columns (padded vocabularies).
+        check: synchronise and raise on rows with NaN, +inf or nothing finite. Without it such a row gets
+            the argmax over its finite warm logits and status INVALID.
+        return_info: also return a :class:`SampleInfo`.
+        backend: ``"auto"``, ``"cuda"``, ``"triton"``, ``"cpu"`` or ``"reference"``.
+
+    Returns:
+        int64 tokens ``(B,)``, with ``return_info`` also a :class:`SampleInfo`.
+
+    Raises:
+        InputError: an argument of the wrong shape, dtype, device or value.
+        InvalidLogitsError: with ``check``, naming the rows.
+        BackendError: the named backend cannot run.
+    """
+    rows, batch, vocab, code = checks.problem(
+        warm_logits, base_logits, vector, direction, warm_rows, base_rows, vocab_size
+    )
+    warm = rows[0]
+    mode = STRENGTH_MODES[checks.choice("strength_mode", strength_mode, STRENGTH_MODES)]
+    if mode != CONSTANT and code == PLAIN:
+        raise checks.fail("strength_mode", repr(strength_mode), "'constant' without base_logits or vector")
+    if mode == LABEL:
+        labels = checks.label_ids(labels, batch, vocab, warm)
+    elif labels is not None:
+        raise checks.fail("labels", "given", "None unless strength_mode='label'")
+    low = -math.inf if mode == CONSTANT else 0.0
+    need_info = return_info or check
+    op = backends.resolve(backend, warm).steered_sample
+    token, floats, ints = op(
+        *rows, labels, vocab, code, mode, checks.penalty_value(penalty),
+        *(checks.parameter("strength", strength, batch, warm, low) if mode != LABEL else (0.0, None)),
+        *checks.parameter("alpha", alpha, batch, warm, 0.0, 1.0),
+        *checks.parameter("temperature", temperature, batch, warm, 0.0),
+        *checks.parameter("top_k", top_k, batch, warm, 0, integer=True),
+        *checks.parameter("top_p", top_p, batch, warm, 0.0, 1.0),
+        *checks.parameter("min_p", min_p, batch, warm, 0.0, 1.0),
+        *checks.word64("seed", seed, batch, warm), *checks.word64("offset", offset, batch, warm), need_info,
+    )  # fmt: skip
+    if check:
+        _raise_invalid(ints[1])
+    return (token, SampleInfo(*floats.unbind(0), *ints.unbind(0))) if return_info else token
+
+
+def steered_logprob(
+    warm_logits: Tensor,
+    base_logits: Tensor | None = None,
+    labels: Tensor | None = None,
+    *,
+    strength: float | Tensor = 1.0,
+    strengths: Tensor | None = None,
+    vector: Tensor | None = None,
+    direction: str = "kl_gradient",
+    alpha: float | Tensor = 0.1,
+    penalty: float = 0.0,
+    warm_rows: Tensor | None = None,
+    base_rows: Tensor | None = None,
+    vocab_size: int | None = None,
+    check: bool = False,
+    backend: str = "auto",
+) -> LogprobInfo:
+    """Log-probability of labels under steered logits, with what calibration needs, in one call.
+
+    ``A(mu) = log sum p exp(mu delta)`` and its first two derivatives come with it (source: design
+    section 2, the exact step-size theory of SVDecode, arXiv 2509.15888).
+
+    Args:
+        labels: int64 ``(B,)``, each inside the vocabulary.
+        strength: mu; scalar or ``(B,)``. Results have shape ``(B,)``.
+        strengths: float ``(M,)`` grid of mu used for every row instead; results have shape ``(B, M)``.
+        penalty: lambda outside C; 0 by default, so that a label outside C keeps a finite probability.
+        warm_logits, base_logits, vector, direction, alpha, warm_rows, base_rows, vocab_size, check, backend:
+            as in :func:`steered_sample`.
+
+    Raises:
+        InputError, InvalidLogitsError, BackendError: as :func:`steered_sample`.
+    """
+    rows, batch, vocab, code = checks.problem(
+        warm_logits, base_logits, vector, direction, warm_rows, base_rows, vocab_size
+    )
+    warm = rows[0]
+    labels = checks.label_ids(labels, batch, vocab, warm)
+    if strengths is not None:
+        if strengths.dim() != 1 or strengths.device != warm.device:
+            raise checks.fail("strengths", checks.shape(strengths), f"a (M,) tensor on {warm.device}")
+        strengths = checks.parameter("strengths", strengths, strengths.shape[0], warm)[1]
+    op = backends.resolve(backend, warm).steered_logprob
+    curves, greedy, stats, status = op(
+        *rows, labels, vocab, code, checks.penalty_value(penalty),
+        *checks.parameter("alpha", alpha if code != PLAIN else 0.0, batch, warm, 0.0, 1.0),
+        *checks.parameter("strength", strength, batch, warm), strengths,
+    )  # fmt: skip
+    if check:
+        _raise_invalid(status)
+    if strengths is None:
+        curves, greedy = curves[..., 0], greedy[:, 0]
+    return LogprobInfo(*curves.unbind(0), greedy, *stats.unbind(0), status)
+
+
+def extract(
+    warm_logits: Tensor,
+    base_logits: Tensor | None = None,
+    *,
+    vector: Tensor | None = None,
+    direction: str = "kl_gradient",
+    alpha: float | Tensor = 0.1,
+    warm_rows: Tensor | None = None,
+    base_rows: Tensor | None = None,
+    vocab_size: int | None = None,
+    check: bool = False,
+    backend: str = "auto",
+) -> SteeringBatch:
+    """The steering vectors of a batch, restricted to C, as a ragged sparse batch.
+
+    Arguments and errors as in :func:`steered_sample`; ``base_logits`` (or ``base_rows``) or ``vector``
+    is needed. With ``alpha=0`` every finite token is an entry: B * V of them.
+    """
+    rows, batch, vocab, code = checks.problem(
+        warm_logits, base_logits, vector, direction, warm_rows, base_rows, vocab_size
+    )
+    if code == PLAIN:
+        raise checks.fail("base_logits", "None", "(B, V) logits, base_rows, or a vector")
+    op = backends.resolve(backend, rows[0]).extract
+    row_ptr, ids, p, delta, stats, status = op(
+        *rows, vocab, code, *checks.parameter("alpha", alpha, batch, rows[0], 0.0, 1.0)
+    )
+    if check:
+        _raise_invalid(status)
+    return SteeringBatch(row_ptr, ids, p, delta, *stats.unbind(0), status)
+
+
+__all__ = ["extract", "steered_logprob", "steered_sample"]

@@ -1,0 +1,102 @@
+"""The one plot of a calibration: loss and token accuracy along mu, with the estimators marked."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from svdk.artifact import replace_file
+from svdk.errors import InputError
+
+if TYPE_CHECKING:
+    from svdk.calibration import Report
+
+MARKERS = {"mean": "s", "median": "D", "trimmed_mean": "v", "ratio": "^", "newton": "P", "optimum": "o"}
+COLOURS = {
+    "mean": "#d55e00",
+    "median": "#cc79a7",
+    "trimmed_mean": "#e69f00",
+    "ratio": "#56b4e9",
+    "newton": "#009e73",
+    "optimum": "#000000",
+}  # Okabe and Ito: told apart by colour-blind readers
+LINE = "#0072b2"
+
+
+def check_matplotlib() -> None:
+    """``InputError`` when matplotlib is not installed; call it before a long run."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise InputError("plot needs matplotlib, which is not installed: pip install 'svdk[plot]'") from error
+
+
+def plot_calibration(report: Report, path: str | Path) -> Path:
+    """Write a PNG of ``report`` to ``path`` (atomically) and return it."""
+    check_matplotlib()
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    low, high = _span(report)
+    strengths = np.linspace(low, high, 241)
+    nll, accuracy = report.curve(strengths.tolist())
+    figure = Figure(figsize=(8.4, 6.0), layout="constrained")
+    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
+    figure.suptitle(
+        f"{report.direction}, alpha {report.alpha:g}: {report.metrics['examples']:.0f} examples, "
+        f"{report.metrics['tokens']:.0f} tokens",
+        fontsize=11,
+    )
+    _panel(top, strengths, nll, report.metrics["nll_warm"], "NLL (nats a token)")
+    # A loss that explodes at one end would flatten the part that matters.
+    floor, warm = min(nll), report.metrics["nll_warm"]
+    top.set_ylim(top=min(max(nll), warm + 3 * (warm - floor) + 0.05 * abs(warm)), bottom=None)
+    _panel(bottom, strengths, accuracy, report.metrics["accuracy_warm"], "greedy token accuracy")
+    bottom.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.4g} %")
+    bottom.set_xlabel("steering strength μ")
+    for row in report.rows:
+        mark: dict[str, Any] = {
+            "marker": MARKERS[row.estimator],
+            "color": COLOURS[row.estimator],
+            "markersize": 8,
+            "markeredgecolor": "white",
+            "linestyle": "none",
+            "zorder": 3,
+            "clip_on": True,
+        }
+        inside = low <= row.strength <= high
+        label = f"{row.estimator}  {row.strength:.3g}" + ("" if inside else " (not shown)")
+        top.plot([row.strength] if inside else [], [row.nll] if inside else [], label=label, **mark)
+        bottom.plot([row.strength] if inside else [], [row.accuracy] if inside else [], **mark)
+    handles, labels = top.get_legend_handles_labels()
+    figure.legend(
+        handles, labels, loc="outside right upper", title="estimator and μ", frameon=False, fontsize=9
+    )
+    image = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(image)
+    path = Path(path)
+    replace_file(path, image.getvalue())
+    return path
+
+
+def _span(report: Report) -> tuple[float, float]:
+    """A range of mu with 0, the result, and the other estimators unless they lie far out."""
+    chosen = report.chosen.strength
+    low, high = min(0.0, chosen), max(0.0, chosen)
+    width = max(0.5, high - low)
+    near = [row.strength for row in report.rows if low - 2 * width <= row.strength <= high + 2 * width]
+    low, high = min(low, *near) - 0.5 * width, max(high, *near) + 0.5 * width
+    return max(low, report.view.limits[0]), min(high, report.view.limits[1])
+
+
+def _panel(axes: Any, strengths: np.ndarray, values: list[float], warm: float, label: str) -> None:
+    axes.plot(strengths, values, color=LINE, linewidth=2)
+    axes.axhline(warm, color="0.45", linewidth=1, linestyle="--", zorder=1, label="warm start")
+    axes.axvline(0, color="0.8", linewidth=1, zorder=0)
+    axes.set_ylabel(label)
+    axes.grid(color="0.92")
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)

@@ -1,0 +1,152 @@
+"""``svdk generate`` on a tiny model: what is printed, and what is refused."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+
+import pytest
+import torch
+
+from svdk.artifact import Steering
+from svdk.cli import generate as command
+from svdk.cli.terminal import Printer, columns
+from svdk.data import encode_prompt
+from svdk.errors import DataError, InputError
+from svdk.generation import decode
+from svdk.models import load_adapter, load_model
+from svdk.pair import ModelPair
+from tests import tiny
+
+
+@pytest.fixture(scope="module")
+def adapter(tiny_folder, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("adapter")
+    model, _ = load_model(tiny_folder, device="cpu")
+    tiny.tiny_peft("lora", model=model).save_pretrained(folder)
+    Steering(strength=2.0).save(folder)
+    return folder
+
+
+@pytest.fixture
+def call(tiny_folder, adapter, capsys):
+    def run(*options, folder=adapter):
+        parser = argparse.ArgumentParser()
+        command.add_parser(parser.add_subparsers())
+        args = ["generate", "--model", tiny_folder, "--adapter", folder, "--device", "cpu", *options]
+        args = parser.parse_args([str(arg) for arg in args])
+        capsys.readouterr()
+        assert args.run(args) == 0
+        return capsys.readouterr()
+
+    return run
+
+
+def expected(tiny_folder, adapter, text, strength=2.0):
+    model, tokenizer = load_model(tiny_folder, device="cpu")
+    ids = torch.tensor([encode_prompt(tokenizer, text)])
+    pair = ModelPair(load_adapter(model, adapter))
+    tokens = decode(pair, ids, max_new_tokens=10, strength=strength, eos_token_id=2).sequences
+    return tokenizer.decode(tokens[0, ids.shape[1] :], skip_special_tokens=True)
+
+
+def test_prints_the_steered_answer(call, tiny_folder, adapter):
+    shown = call("--prompt", "say hi", "--raw", "--max-new-tokens", 10)
+    assert shown.out == expected(tiny_folder, adapter, "say hi") + "\n"
+    assert "10 tokens, " in shown.err
+    shown = call("--prompt", "say hi", "--raw", "--max-new-tokens", 10, "--strength", 9, "--quiet")
+    assert shown.out == expected(tiny_folder, adapter, "say hi", 9.0) + "\n"
+    assert "ms a token" not in shown.err
+
+
+def test_chat_template_as_the_calibration_examples_have_it(call, tiny_folder, adapter):
+    _, tokenizer = load_model(tiny_folder, device="cpu")
+    chat = expected(tiny_folder, adapter, command.render(tokenizer, "say hi", None)) + "\n"
+    raw = expected(tiny_folder, adapter, "say hi") + "\n"
+    options = ("--prompt", "say hi", "--max-new-tokens", 10)
+    held_out = adapter / "calibration.jsonl"
+    try:
+        assert call(*options).out == chat  # nothing known: the tokenizer has a template
+        held_out.write_text(json.dumps({"prompt": "say ho", "completion": "ho"}), encoding="utf-8")
+        assert call(*options).out == raw
+        assert call(*options, "--chat").out == chat
+        text = command.render(tokenizer, "say ho", "be brief")
+        held_out.write_text(json.dumps({"prompt": text, "completion": "ho"}), encoding="utf-8")
+        assert call(*options).out == chat
+    finally:
+        held_out.unlink()
+
+
+def test_compare_shows_three_answers_for_every_prompt(call, tmp_path, monkeypatch):
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('{"prompt": "one"}\n\n{"prompt": "two"}\n', encoding="utf-8")
+    monkeypatch.setenv("COLUMNS", "40")
+    options = ("--prompts", file, "--compare", "--max-new-tokens", 5, "--temperature", 0.7)
+    shown = call(*options, "--seed", 1)
+    assert shown.out.count("[base]") == shown.out.count("[warm]") == shown.out.count("[steered]") == 2
+    assert "> one\n" in shown.out and "> two\n" in shown.out
+    assert shown.out == call(*options, "--seed", 1).out
+    assert shown.out != call(*options, "--seed", 2).out
+
+
+def test_standard_input_is_a_prompt(call, monkeypatch, tiny_folder, adapter):
+    monkeypatch.setattr("sys.stdin", io.StringIO("say hi\n"))
+    assert call("--raw", "--max-new-tokens", 10).out == expected(tiny_folder, adapter, "say hi") + "\n"
+
+
+def test_columns_wrap_and_give_way():
+    answers = {"base": "a b c\n\n" + "x" * 40, "warm": "", "steered": "y"}
+    wide = columns(answers, 96).splitlines()
+    assert wide[0].split() == ["base", "|", "warm", "|", "steered"]
+    assert wide[2].split() == ["a", "b", "c", "|", "|", "y"]
+    assert "".join(line.split("|")[0].strip() for line in wide[4:]) == "x" * 40
+    assert columns(answers, 40).splitlines()[:2] == ["[base]", "a b c"]
+
+
+def test_printer_holds_back_half_a_character(tiny_tokenizer, capsys):
+    printer = Printer(tiny_tokenizer)
+    shown = []
+    for ids in ([7, 8], *([i] for i in encode_prompt(tiny_tokenizer, "a é"))):
+        printer.put(torch.tensor(ids))
+        shown.append(capsys.readouterr().out)
+    printer.end()
+    assert shown == ["", "a", " ", "", "é"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--prompt", " "), "--prompt 1 was empty"),
+        (("--prompt", "x" * 600), "had 619 tokens; allowed: at most 384 with --max-new-tokens 128"),
+        (("--prompt", "x", "--alpha", "1.5"), "alpha was 1.5"),
+        (("--prompt", "x", "--temperature", "-1"), "temperature was -1.0"),
+        (("--prompt", "x", "--max-new-tokens", "0"), "max_new_tokens was 0"),
+        (("--prompt", "x", "--raw", "--system", "s"), "--system was given with --raw"),
+    ],
+)
+def test_bad_arguments(call, options, message):
+    with pytest.raises(InputError, match=message):
+        call(*options)
+
+
+def test_bad_files(call, tmp_path):
+    for name, content, message in (
+        ("a.txt", b"", "held 0 prompts"),
+        ("b.txt", b"\xff", "was not UTF-8"),
+        ("c.jsonl", b'{"text": "x"}', "line 1 had no string 'prompt'"),
+        ("d.jsonl", b"{", "line 1 was not valid JSON"),
+    ):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(DataError, match=message):
+            call("--prompts", tmp_path / name)
+    with pytest.raises(InputError, match="adapter_config"):
+        call("--prompt", "x", folder=tmp_path)
+
+
+def test_an_uncalibrated_adapter_needs_a_strength(call, tiny_folder, tmp_path):
+    model, _ = load_model(tiny_folder, device="cpu")
+    tiny.tiny_peft("ia3", model=model).save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="run `svdk calibrate`"):
+        call("--prompt", "x", folder=tmp_path)
+    assert call("--prompt", "x", "--strength", "1", "--max-new-tokens", "3", folder=tmp_path).out
