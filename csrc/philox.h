@@ -1,5 +1,6 @@
 // Philox4x32-10 (Salmon et al., SC 2011), scalar, usable on host and device.
-// key = the row's seed, counter = (token id >> 2, offset low, offset high, stream), word = token id & 3.
+// key = the row's seed, counter = (token id >> 2, offset low, offset high, stream), word = token id
+// & 3.
 #pragma once
 #include <cstdint>
 

@@ -50,7 +50,7 @@ def _load_extension(name: str) -> str | None:
 
 def _once(probe: Callable[[], str | None]) -> Callable[[], str | None]:
     """Run a probe once; a failure is kept and raised at every use, so that it can never be overlooked."""
-    outcome: list[str | None | BackendError] = []
+    outcome: list[str | BackendError | None] = []
 
     def reason() -> str | None:
         if not outcome:
@@ -115,7 +115,7 @@ def _choose(name: str, device: str) -> Any:
 
 
 def status() -> dict[str, str]:
-    """Backend name -> ``"available"``, or why it is not; a broken extension's error is shown as the reason."""
+    """Backend name -> ``"available"``, or why it is not (a broken extension: its error)."""
     result = {}
     for row in TABLE.values():
         try:

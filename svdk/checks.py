@@ -76,7 +76,7 @@ def problem(
     base_rows: Tensor | None,
     vocab_size: int | None,
 ) -> tuple[tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None], int, int, int]:
-    """The five row arguments of every op as the backends take them, with batch, vocabulary, direction code."""
+    """The five row arguments of every op as backends take them; batch, vocabulary, direction code."""
     logits("warm_logits", warm)
     width = warm.shape[1]
     if warm_rows is not None:
@@ -125,7 +125,7 @@ def parameter(
     *,
     integer: bool = False,
 ) -> tuple[float, Tensor | None]:
-    """A per-row parameter as ``(scalar, None)`` or ``(0, (B,) tensor)``; numbers must be finite in [low, high]."""
+    """A per-row parameter as ``(scalar, None)`` or ``(0, (B,) tensor)``, finite and in [low, high]."""
     if isinstance(value, Tensor):
         return 0, _row_parameter(name, value, batch, like, low, high, integer)
     try:

@@ -1,8 +1,8 @@
-"""Steered decoding with two forward passes and two caches; :func:`generate` is a ``custom_generate``."""
+"""Steered decoding, both models in one forward where possible; :func:`generate` is a ``custom_generate``."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,7 @@ from transformers.generation.configuration_utils import GenerationMode
 from svdk.errors import InputError
 from svdk.generation_options import Sampler, make_sampler, process, split_processors
 from svdk.pair import ModelPair, ViewCache, check_inputs, row_positions
+from svdk.paired import PairedForward, choose_forward
 from svdk.types import SampleInfo
 
 if TYPE_CHECKING:
@@ -60,6 +61,9 @@ def generate(
     output_steering: bool = False,
     check: bool = False,
     backend: str = "auto",
+    forward: str = "auto",
+    row_adapters: Sequence[str] | None = None,
+    verify_forward: bool = False,
     **model_kwargs: Any,
 ) -> Tensor | SteeredOutput:
     """Steered greedy decoding or sampling, as ``model.generate(..., custom_generate=svdk.generate)``.
@@ -96,6 +100,12 @@ def generate(
         output_steering: with ``return_dict_in_generate``, also return ``steering_info``.
         check: raise on NaN or infinite logits instead of marking the row (synchronises every step).
         backend: as in :func:`svdk.steered_sample`.
+        forward: "auto" runs both models in one forward over 2B rows where the adapter allows it, and says
+            once why not where it does not; "paired" raises then; "two_pass" is the slower plain way.
+        row_adapters: an adapter's name for each prompt: rows with different LoRA adapters in one
+            batch. ``strength``, ``alpha``, ``temperature`` and so on may then be (B,) tensors.
+        verify_forward: at the first step, compare the paired forward with each model's own and raise
+            :class:`svdk.BackendError` if they differ; a debugging aid.
         model_kwargs: what else transformers prepared.
 
     Returns:
@@ -119,11 +129,12 @@ def generate(
         "check": check,
         "backend": backend,
     }
+    paths = {"forward": forward, "row_adapters": row_adapters, "verify_forward": verify_forward}
     if not hasattr(generation_config, "_eos_token_tensor"):  # called directly: let transformers prepare
         return model.generate(
             input_ids, generation_config=generation_config, logits_processor=logits_processor,
             stopping_criteria=stopping_criteria, custom_generate=generate, text_streamer=text_streamer,
-            output_steering=output_steering, **options, **model_kwargs,
+            output_steering=output_steering, **options, **paths, **model_kwargs,
         )  # fmt: skip
     config = generation_config
     _check_mode(config, model_kwargs)
@@ -143,6 +154,8 @@ def generate(
         copies=config.num_return_sequences,
         **options,
     )
+    if row_adapters is not None:
+        paths["row_adapters"] = [name for name in row_adapters for _ in range(config.num_return_sequences)]
     in_dict = bool(config.return_dict_in_generate)
     output = _decode(
         pair,
@@ -159,6 +172,7 @@ def generate(
         output_scores=in_dict and bool(config.output_scores),
         output_logits=in_dict and bool(config.output_logits),
         output_steering=in_dict and output_steering,
+        **paths,
     )
     return output if in_dict else output.sequences
 
@@ -179,6 +193,9 @@ def decode(
     output_scores: bool = False,
     output_logits: bool = False,
     output_steering: bool = False,
+    forward: str = "auto",
+    row_adapters: Sequence[str] | None = None,
+    verify_forward: bool = False,
     **options: Any,
 ) -> SteeredOutput:
     """Steered decoding without ``model.generate``: one loop over a :class:`svdk.ModelPair`.
@@ -198,6 +215,9 @@ def decode(
         output_scores: steered logits a step, float32 (B, V); slow, computed by the reference.
         output_logits: the warm model's (or the chosen view's) logits a step, float32 (B, V).
         output_steering: :class:`svdk.SampleInfo` a step.
+        forward: "auto", "paired" or "two_pass", as in :func:`generate`.
+        row_adapters: an adapter's name for each row, as in :func:`generate`.
+        verify_forward: check the paired forward at the first step.
         options: ``steering``, ``strength``, ``strength_mode``, ``direction``, ``alpha``, ``penalty``,
             ``vector``, ``seed``, ``check``, ``backend`` as in :func:`generate`; ``do_sample``,
             ``temperature``, ``top_k``, ``top_p``, ``min_p`` as in transformers, but without its
@@ -236,6 +256,9 @@ def decode(
         output_scores=output_scores,
         output_logits=output_logits,
         output_steering=output_steering,
+        forward=forward,
+        row_adapters=row_adapters,
+        verify_forward=verify_forward,
     )
 
 
@@ -256,24 +279,29 @@ def _decode(
     output_scores: bool,
     output_logits: bool,
     output_steering: bool,
+    forward: str,
+    row_adapters: Sequence[str] | None,
+    verify_forward: bool,
 ) -> SteeredOutput:
     batch = input_ids.shape[0]
     ends = any(hasattr(criterion, "eos_token_id") for criterion in criteria)
     if ends and pad_token_id is None:
         raise InputError("pad_token_id was None; allowed with an EOS criterion: the id that fills ended rows")
     unfinished = torch.ones(batch, dtype=torch.bool, device=input_ids.device)
-    views = {name: getattr(pair, name) for name in sampler.views}
-    caches: dict[str, ViewCache] = {}
+    step_forward = _step_forward(pair, sampler, forward, row_adapters)
+    cache = None
     scores, logits, infos = [], [], []
     pending, step = input_ids, 0
     if streamer is not None:
         streamer.put(input_ids.cpu())
     with pair.evaluating():
         if use_cache:
-            caches = {name: pair.new_cache(name, batch, cache_implementation, max_length) for name in views}
+            cache = step_forward.new_cache(batch, cache_implementation, max_length)
         while True:
-            rows = {name: view(pending, mask, cache=caches.get(name))[:, -1] for name, view in views.items()}
-            first, *second = rows.values()
+            rows = step_forward(pending, mask, cache=cache)
+            if verify_forward and step == 0 and isinstance(step_forward, PairedForward):
+                step_forward.verify(input_ids, mask, rows)
+            first, *second = (view[:, -1] for view in rows)
             if output_logits:
                 logits.append(first.float().clone())
             warm, base = process(processors, input_ids, first, *second)
@@ -301,6 +329,35 @@ def _decode(
         logits=tuple(logits) if output_logits else None,
         steering_info=tuple(infos) if output_steering else None,
     )
+
+
+class _Views:
+    """The views that a step needs, one forward each, each with its own cache."""
+
+    def __init__(self, pair: ModelPair, names: tuple[str, ...]) -> None:
+        self._pair = pair
+        self._names = names
+
+    def new_cache(
+        self, batch_size: int, implementation: str | None, max_length: int
+    ) -> tuple[ViewCache, ...]:
+        return tuple(self._pair.new_cache(v, batch_size, implementation, max_length) for v in self._names)
+
+    def __call__(
+        self, input_ids: Tensor, mask: Tensor | None, *, cache: tuple[ViewCache, ...] | None
+    ) -> tuple[Tensor, ...]:
+        caches = cache or (None,) * len(self._names)
+        views = (getattr(self._pair, name) for name in self._names)
+        return tuple(view(input_ids, mask, cache=c) for view, c in zip(views, caches, strict=True))
+
+
+def _step_forward(
+    pair: ModelPair, sampler: Sampler, forward: str, row_adapters: Sequence[str] | None
+) -> PairedForward | _Views:
+    if row_adapters is not None and len(sampler.views) != 2:
+        raise InputError("row_adapters was given; allowed: None where a single model is run")
+    paired = choose_forward(pair, forward, row_adapters)
+    return _Views(pair, sampler.views) if paired is None or len(sampler.views) != 2 else paired
 
 
 def _check_mode(config: GenerationConfig, model_kwargs: dict[str, Any]) -> None:

@@ -48,7 +48,8 @@ def load_model(
         model, tokenizer = load_gguf(Path(source), dtype)
     else:
         model, tokenizer = _from_pretrained(source, dtype)
-    model.config._name_or_path = model.name_or_path = source
+    # The alias, not a path into this machine's Python, is what adapters made on it should record.
+    model.config._name_or_path = model.name_or_path = name if name == SMOLLM2 else source
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "left"

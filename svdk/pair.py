@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -58,20 +58,22 @@ class ModelPair:
         self._prompt_model = owner if prompt_learning else None
         # modules() once: PEFT's disable_adapter() walks them all on every entry and exit, 30 ms a token.
         kinds = (BaseTunerLayer, AuxiliaryTrainingWrapper)
-        self._layers = [m for m in self.module.modules() if isinstance(m, kinds)]
+        self.layers = {name: m for name, m in self.module.named_modules() if isinstance(m, kinds)}
+        """Adapter layers by name, fixed when the pair is made."""
+        self._configs = getattr(self.module, "peft_config", None) or getattr(owner, "peft_config", {})
         if prompt_learning:
             configs = [owner.active_peft_config]
             disabled = owner._adapters_disabled
         else:
-            configs = self._layer_configs(owner)
-            disabled = any(layer.disable_adapters for layer in self._layers)
+            configs = self._layer_configs()
+            disabled = any(layer.disable_adapters for layer in self.layers.values())
         if disabled:
             raise InputError("adapter was disabled; allowed: an enabled one (leave disable_adapter() first)")
         for config in configs:
             _check_config(config)
         self.peft_type = "+".join(sorted({config.peft_type.value for config in configs}))
         self.num_virtual_tokens: int = configs[0].num_virtual_tokens if prompt_learning else 0
-        self._prefix = self.peft_type == "PREFIX_TUNING"
+        self.is_prefix = self.peft_type == "PREFIX_TUNING"
 
         self.config = self.module.config
         self._arguments = set(inspect.signature(self.module.forward).parameters)
@@ -99,7 +101,7 @@ class ModelPair:
         implementation = implementation or "dynamic"
         if implementation not in CACHES:
             raise InputError(f"cache_implementation was {implementation!r}; allowed: {', '.join(CACHES)}")
-        prefix = self._prefix_cache(batch_size) if view == "warm" and self._prefix else None
+        prefix = self.prefix_cache(batch_size) if view == "warm" and self.is_prefix else None
         if implementation == "dynamic":
             return ViewCache(DynamicCache(config=self.config) if prefix is None else prefix)
         if max_length is None:
@@ -135,13 +137,13 @@ class ModelPair:
             positions = positions + virtual
             if attention_mask is not None:
                 attention_mask = torch.cat([attention_mask.new_ones(batch, virtual), attention_mask], dim=1)
-            if self._prefix:
-                kv = self._prefix_cache(batch) if kv is None else kv
+            if self.is_prefix:
+                kv = self.prefix_cache(batch) if kv is None else kv
             elif seen == 0:
-                inputs = {"inputs_embeds": self._prompt_embeddings(input_ids)}
+                inputs = {"inputs_embeds": self.prompt_embeddings(input_ids)}
                 first = torch.arange(virtual, device=positions.device).expand(batch, -1)
                 positions = torch.cat([first, positions], dim=1)
-        logits = self._forward(inputs, attention_mask, positions, kv, keep)
+        logits = self.forward_rows(inputs, attention_mask, positions, kv, keep)
         if cache:
             cache.seen += input_ids.shape[1]
         return logits
@@ -158,7 +160,7 @@ class ModelPair:
         """Logits (B, keep, V) of the base model; arguments as in :meth:`warm`."""
         positions = row_positions(input_ids, attention_mask, cache.seen if cache else 0)
         with self._adapters_off():
-            logits = self._forward(
+            logits = self.forward_rows(
                 {"input_ids": input_ids}, attention_mask, positions, cache.kv if cache else None, keep
             )
         if cache:
@@ -203,16 +205,17 @@ class ModelPair:
     def _adapters_off(self) -> Iterator[None]:
         # The flag itself, past nn.Module.__setattr__: enable_adapters() would also walk the parameters
         # and change requires_grad, and the base view is entered once a token.
-        flags = [vars(layer).get("_disable_adapters", False) for layer in self._layers]
+        layers = list(self.layers.values())
+        flags = [vars(layer).get("_disable_adapters", False) for layer in layers]
         try:
-            for layer in self._layers:
+            for layer in layers:
                 vars(layer)["_disable_adapters"] = True
             yield
         finally:
-            for layer, flag in zip(self._layers, flags, strict=True):
+            for layer, flag in zip(layers, flags, strict=True):
                 vars(layer)["_disable_adapters"] = flag
 
-    def _forward(
+    def forward_rows(
         self,
         inputs: dict[str, Any],
         attention_mask: Tensor | None,
@@ -220,6 +223,7 @@ class ModelPair:
         kv: Cache | None,
         keep: int,
     ) -> Tensor:
+        """One call of the model with the adapters as they are; the views prepare the arguments."""
         if "position_ids" in self._arguments:  # models with ALiBi count from the mask themselves
             inputs["position_ids"] = positions
         if "logits_to_keep" in self._arguments:
@@ -233,20 +237,20 @@ class ModelPair:
         )
         return output.logits[:, -keep:]
 
-    def _prompt_embeddings(self, input_ids: Tensor) -> Tensor:
+    def prompt_embeddings(self, input_ids: Tensor) -> Tensor:
         """Virtual and real embeddings, (B, virtual + T, hidden)."""
         embedded = self._prompt_model.word_embeddings(input_ids)
         prompt = self._prompt_model.get_prompt(batch_size=input_ids.shape[0])
         return torch.cat([prompt.to(embedded.dtype), embedded], dim=1)
 
     @torch.no_grad()
-    def _prefix_cache(self, batch_size: int) -> Cache:
+    def prefix_cache(self, batch_size: int) -> Cache:
+        """A cache that holds the tuned prefix for ``batch_size`` rows and nothing else."""
         return self._prompt_model.get_prompt(batch_size=batch_size)
 
-    def _layer_configs(self, owner: PeftModel | None) -> list[Any]:
+    def _layer_configs(self) -> list[Any]:
         """The configs of the adapters that are active inside the layers."""
-        tuners = [layer for layer in self._layers if isinstance(layer, BaseTunerLayer)]
-        configs = getattr(self.module, "peft_config", None) or getattr(owner, "peft_config", {})
+        tuners = [layer for layer in self.layers.values() if isinstance(layer, BaseTunerLayer)]
         if not tuners:
             raise InputError(
                 f"model was {type(self.module).__name__} without a PEFT adapter that generates; allowed: "
@@ -261,7 +265,12 @@ class ModelPair:
         if not active or active - present:
             allowed = f"one or more of {sorted(present)} (set_adapter())"
             raise InputError(f"active adapter was {sorted(active)}; allowed: {allowed}")
-        return [configs[name] for name in sorted(active)]
+        return [self._configs[name] for name in sorted(active)]
+
+    def check_adapters(self, names: Sequence[str]) -> None:
+        """Refuse adapters, active or not, whose type or settings do not leave the base model as it is."""
+        for name in names:
+            _check_config(self._configs[name])
 
 
 def check_inputs(input_ids: Tensor, attention_mask: Tensor | None) -> Tensor | None:

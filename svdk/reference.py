@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from svdk.philox import gumbel, random_bits
-from svdk.schema import LABEL, LOG_RATIO, KL_BUDGET, PLAIN, VECTOR
+from svdk.schema import KL_BUDGET, LABEL, LOG_RATIO, PLAIN, VECTOR
 from svdk.types import Status
 
 EPS = 1e-12
@@ -41,6 +41,7 @@ class Rows:
 
     @property
     def status(self) -> Tensor:
+        """int32 (B,) bits of :class:`svdk.Status`."""
         masked = self.base_masked & ~self.invalid
         return (self.invalid * Status.INVALID + masked * Status.BASE_MASKED).int()
 
@@ -50,6 +51,7 @@ class Rows:
         return mean, (self.delta**2).sum(1), (self.p * (self.delta - mean[:, None]) ** 2).sum(1)
 
     def nan_if_invalid(self, x: Tensor) -> Tensor:
+        """Float32 (B,) with NaN on invalid rows."""
         return torch.where(self.invalid, math.nan, x).float()
 
 
@@ -123,7 +125,7 @@ def steer(rows: Rows, strength: Tensor, penalty: float) -> Tensor:
 
 
 def keep_top(z: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
-    """transformers' top-k, top-p and min-p in that order, as a (B, V) mask of what may be drawn."""
+    """Top-k, top-p and min-p in that order, as transformers do, as a (B, V) mask of what may be drawn."""
     vocab = z.shape[1]
     order = torch.sort(z, dim=1, descending=True, stable=True)  # ties: the lower id first
     k = torch.where(top_k > 0, top_k.clamp(max=vocab), vocab)
@@ -150,15 +152,16 @@ def bad_parameters(strength, mode, alpha, temperature, top_k, top_p, min_p, labe
     return bad
 
 
-def steered_sample(
+def steered_rows(
     warm, base, vector, warm_rows, base_rows, labels, vocab, direction, mode, penalty,
     strength, strength_rows, alpha, alpha_rows, temperature, temperature_rows,
-    top_k, top_k_rows, top_p, top_p_rows, min_p, min_p_rows, seed, seed_rows, offset, offset_rows, info,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Tokens int64 (B,), diagnostics float32 (5, B) and int32 (2, B); see :class:`svdk.SampleInfo`."""
+    top_k, top_k_rows, top_p, top_p_rows, min_p, min_p_rows, seed, seed_rows, offset, offset_rows, *_,
+) -> tuple[Rows, Tensor, Tensor, Tensor]:  # fmt: skip
+    """The rows, mu (B,), the steered logits (B, V), and the scores (B, V) whose argmax is the token."""
     like = warm[:, 0] if warm_rows is None else warm_rows
+    plain = direction == PLAIN
     strength = per_row(strength, strength_rows, like)
-    alpha = per_row(alpha if direction != PLAIN else 0.0, alpha_rows if direction != PLAIN else None, like)
+    alpha = per_row(0.0 if plain else alpha, None if plain else alpha_rows, like)
     temperature = per_row(temperature, temperature_rows, like)
     top_k, top_p = per_row(top_k, top_k_rows, like), per_row(top_p, top_p_rows, like)
     min_p = per_row(min_p, min_p_rows, like)
@@ -179,10 +182,15 @@ def steered_sample(
     keep = keep_top(z, t, top_k, top_p, torch.where(rows.invalid, 0.0, min_p))
     seeds = torch.full(like.shape, seed, device=z.device) if seed_rows is None else seed_rows
     offsets = torch.full(like.shape, offset, device=z.device) if offset_rows is None else offset_rows
-    score = torch.where(keep, z / t[:, None] + gumbel(random_bits(seeds, offsets, vocab)), -math.inf)
-    token = torch.where(temperature == 0, argmax_lowest(z), argmax_lowest(score))
-    token = torch.where(rows.invalid, rows.fallback, token)
-    if not info:
+    noisy = torch.where(keep, z / t[:, None] + gumbel(random_bits(seeds, offsets, vocab)), -math.inf)
+    return rows, strength, z, torch.where(greedy[:, None], z, noisy)
+
+
+def steered_sample(*arguments) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens int64 (B,), diagnostics float32 (5, B) and int32 (2, B); see :class:`svdk.SampleInfo`."""
+    rows, strength, z, score = steered_rows(*arguments)
+    token = torch.where(rows.invalid, rows.fallback, argmax_lowest(score))
+    if not arguments[-1]:
         return token, z.new_empty(0, dtype=torch.float32), token.new_empty(0, dtype=torch.int32)
 
     def at(x: Tensor | None) -> Tensor:
@@ -191,9 +199,8 @@ def steered_sample(
     steered = at(z) - z.logsumexp(1)
     floats = [strength, rows.kl, steered, at(rows.log_p), at(rows.log_q)]
     candidates = torch.where(rows.invalid, 0, rows.inside.sum(1))
-    return token, torch.stack([rows.nan_if_invalid(x) for x in floats]), torch.stack(
-        [candidates.int(), rows.status]
-    )
+    ints = [candidates.int(), rows.status]
+    return token, torch.stack([rows.nan_if_invalid(x) for x in floats]), torch.stack(ints)
 
 
 def steered_logprob(
@@ -255,4 +262,5 @@ def extract(
     row_ptr = torch.zeros(like.shape[0] + 1, dtype=torch.int64, device=like.device)
     row_ptr[1:] = inside.sum(1).cumsum(0)
     stats = [rows.nan_if_invalid(x) for x in (rows.kl, rows.max_logit, rows.lse)]
-    return row_ptr, ids, rows.p[row, ids].float(), rows.delta[row, ids].float(), torch.stack(stats), rows.status
+    p, delta = rows.p[row, ids].float(), rows.delta[row, ids].float()
+    return row_ptr, ids, p, delta, torch.stack(stats), rows.status

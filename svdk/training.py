@@ -150,6 +150,7 @@ def training_arguments(
         remove_unused_columns=False,
         label_names=["labels"],
         dataloader_pin_memory=torch.cuda.is_available(),
+        ddp_find_unused_parameters=False,
     )
     per_step = arguments.train_batch_size * arguments.world_size * arguments.gradient_accumulation_steps
     steps = arguments.max_steps

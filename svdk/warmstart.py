@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate import PartialState
 from safetensors import SafetensorError
 
 from svdk import __version__
@@ -148,6 +149,7 @@ def warm_start(
                 _write_adapter(partial / "adapter", peft_model, held_out, record)
         if main:
             publish(partial, output)
+        PartialState().wait_for_everyone()  # no process returns before the folder is there
     except SafetensorError as error:
         raise as_os_error(error, partial) from error
     finally:

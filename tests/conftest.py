@@ -15,7 +15,8 @@ from hypothesis import HealthCheck, settings
 
 from tests import tiny
 
-torch.set_num_threads(2)
+# One thread: on tiny tensors, threads only wait for each other (tens of times slower on a busy machine).
+torch.set_num_threads(1)
 settings.register_profile(
     "svdk",
     derandomize=True,
@@ -25,14 +26,6 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 settings.load_profile("svdk")
-
-
-@pytest.fixture
-def one_thread():
-    """One torch thread: on a busy machine, two threads make a tiny model tens of times slower."""
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(2)
 
 
 @pytest.fixture(scope="session")

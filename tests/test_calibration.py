@@ -25,15 +25,6 @@ EXAMPLES = [
 SCALARS = ("strength", "direction", "alpha", "gain", "confidence_interval", "metrics", "data_hash")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """The tensors are tiny: threads would only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     """A saved base model and, inside an adapter folder, calibration data."""

@@ -107,16 +107,17 @@ def test_base_view_is_not_entered_through_peft(lora, monkeypatch):
     assert not any(m._disable_adapters for m in lora.modules() if isinstance(m, BaseTunerLayer))
 
 
-def test_forwards_one_token_a_step(lora):
+@pytest.mark.parametrize(("forward", "calls"), [("auto", 1), ("paired", 1), ("two_pass", 2)])
+def test_forwards_one_token_a_step(lora, forward, calls):
     lengths = []
 
     def record(module, args, kwargs):
         lengths.append(kwargs["input_ids"].shape[1])
 
     hook = lora.base_model.model.model.register_forward_pre_hook(record, with_kwargs=True)
-    generate(lora, *left_padded()[:2], **NO_EOS)
+    generate(lora, *left_padded()[:2], forward=forward, **NO_EOS)
     hook.remove()
-    assert lengths == [9, 9] + [1, 1] * (STEPS - 1)
+    assert lengths == [9] * calls + [1] * calls * (STEPS - 1)
 
 
 def test_rows_end_at_any_eos_and_are_padded(lora):

@@ -24,7 +24,6 @@ from svdk.models import (
 )
 from tests import tiny
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 IDS = torch.tensor([[5, 6, 7, 8, 9]])
 
 
@@ -268,7 +267,6 @@ def test_file_that_is_no_gguf(tmp_path, monkeypatch):
 
 @pytest.mark.real_model
 def test_real_model_answers_and_is_an_ordinary_model(real_model, tmp_path):
-    torch.set_num_threads(2)
     model, tokenizer = real_model
     chat = [{"role": "user", "content": "What is the capital of France?"}]
     inputs = tokenizer.apply_chat_template(

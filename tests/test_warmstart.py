@@ -21,7 +21,6 @@ from svdk.training import Collator
 from svdk.warmstart import warm_start
 from tests import tiny
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 EXAMPLES = tiny.tiny_examples(40)
 # High enough for a random tiny model to learn in a few steps.
 LEARNING_RATES = {

@@ -4,6 +4,5 @@
 #include "sweeps.h"
 #include "sweeps_full.h"
 
-const Sweeps kSweeps = {SVDK_ARCH_NAME, sweep_sums,      sweep_sample, sweep_moments,
-                        sweep_partition, sweep_histogram, sweep_gather,
-                        sweep_nth_tie};
+const Sweeps kSweeps = {SVDK_ARCH_NAME,  sweep_sums,      sweep_sample, sweep_moments,
+                        sweep_partition, sweep_histogram, sweep_gather, sweep_nth_tie};

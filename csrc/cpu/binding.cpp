@@ -66,9 +66,11 @@ class Rows {
         vocab_(static_cast<int>(vocab)) {
     batch = warm_rows ? warm_rows->size(0) : warm.size(0);
     const ScalarType type = warm.scalar_type();
-    STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half,
-                    "warm_logits must be float32, bfloat16 or float16");
-    STD_TORCH_CHECK(!base || base->scalar_type() == type, "base_logits must have warm_logits' dtype");
+    STD_TORCH_CHECK(
+        type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half,
+        "warm_logits must be float32, bfloat16 or float16");
+    STD_TORCH_CHECK(!base || base->scalar_type() == type,
+                    "base_logits must have warm_logits' dtype");
     STD_TORCH_CHECK(vocab > 0 && vocab <= warm.size(1) && (!base || vocab <= base->size(1)),
                     "vocab_size out of range");
     type_ = type == ScalarType::Float      ? svdk::DType::kFloat
@@ -146,7 +148,8 @@ std::tuple<Tensor, Tensor, Tensor> steered_sample(
   Tensor token = allocate({batch}, ScalarType::Long);
   for (int64_t i = 0; i < batch; ++i) out<int64_t>(token)[i] = result[i].token;
   if (!info) return {token, allocate({0}, ScalarType::Float), allocate({0}, ScalarType::Int)};
-  Tensor floats = allocate({5, batch}, ScalarType::Float), ints = allocate({2, batch}, ScalarType::Int);
+  Tensor floats = allocate({5, batch}, ScalarType::Float),
+         ints = allocate({2, batch}, ScalarType::Int);
   for (int64_t i = 0; i < batch; ++i) {
     const svdk::SampleOutput& r = result[i];
     const float row[5] = {r.strength, r.kl, r.logprob_steered, r.logprob_warm, r.logprob_base};
@@ -183,7 +186,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> steered_logprob(
   if (strengths) {
     grid.assign(data<float>(strengths), data<float>(strengths) + count);
   } else {
-    for (int64_t i = 0; i < batch; ++i) grid.push_back(strength_rows ? data<float>(strength_rows)[i] : strength);
+    for (int64_t i = 0; i < batch; ++i)
+      grid.push_back(strength_rows ? data<float>(strength_rows)[i] : strength);
   }
   Tensor curves = allocate({3, batch, count}, ScalarType::Float);
   Tensor greedy = allocate({batch, count}, ScalarType::Long);
@@ -195,10 +199,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> steered_logprob(
       [&](int64_t i) { return grid.data() + (strengths ? 0 : i); },
       [&](int64_t i) {
         const int64_t at = i * count, plane = batch * count;
-        return svdk::LogprobCurves{curve + at, curve + plane + at, curve + 2 * plane + at, token + at};
+        return svdk::LogprobCurves{curve + at, curve + plane + at, curve + 2 * plane + at,
+                                   token + at};
       },
       result.data());
-  Tensor stats = allocate({6, batch}, ScalarType::Float), status = allocate({batch}, ScalarType::Int);
+  Tensor stats = allocate({6, batch}, ScalarType::Float),
+         status = allocate({batch}, ScalarType::Int);
   for (int64_t i = 0; i < batch; ++i) {
     const svdk::LogprobOutput& r = result[i];
     const float row[6] = {r.gain, r.norm2, r.variance, r.kl, r.logprob_warm, r.logprob_base};
@@ -221,7 +227,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> extract(
   const svdk::Runtime run = runtime();
   svdk::extract_rows(run, batch, rows, parameters, extracted.data(), result.data());
 
-  Tensor row_ptr = allocate({batch + 1}, ScalarType::Long), stats = allocate({3, batch}, ScalarType::Float);
+  Tensor row_ptr = allocate({batch + 1}, ScalarType::Long),
+         stats = allocate({3, batch}, ScalarType::Float);
   Tensor status = allocate({batch}, ScalarType::Int);
   int64_t* start = out<int64_t>(row_ptr);
   start[0] = 0;
@@ -234,12 +241,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> extract(
     out<int32_t>(status)[i] = r.status;
   }
   Tensor ids = allocate({start[batch]}, ScalarType::Long);
-  Tensor p = allocate({start[batch]}, ScalarType::Float), delta = allocate({start[batch]}, ScalarType::Float);
+  Tensor p = allocate({start[batch]}, ScalarType::Float),
+         delta = allocate({start[batch]}, ScalarType::Float);
   int64_t* to_ids = out<int64_t>(ids);
   float *to_p = out<float>(p), *to_delta = out<float>(delta);
   run.parallel(batch, [&](int64_t i) {
     if (result[i].count == 0) return;
-    svdk::extract_entries(rows(i), extracted[i], to_ids + start[i], to_p + start[i], to_delta + start[i]);
+    svdk::extract_entries(rows(i), extracted[i], to_ids + start[i], to_p + start[i],
+                          to_delta + start[i]);
   });
   return {row_ptr, ids, p, delta, stats, status};
 }
@@ -266,7 +275,7 @@ extern "C" PyMODINIT_FUNC PyInit__C(void) {
   static PyMethodDef methods[] = {
       {"cpu_arch", cpu_arch, METH_NOARGS, "Instruction set that the CPU sweeps use here."},
       {nullptr, nullptr, 0, nullptr}};
-  static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, methods, nullptr, nullptr,
-                               nullptr, nullptr};
+  static PyModuleDef module = {
+      PyModuleDef_HEAD_INIT, "_C", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
   return PyModule_Create(&module);
 }

@@ -5,9 +5,9 @@ constexpr int kPad = 256;  // tokens one Philox call serves at most: 4 vectors o
 
 inline int padded(int n) { return (n + kPad - 1) / kPad * kPad; }
 
-// exp(x) for x <= 88 as 2^floor(t) * 2^fraction, t = x log2(e); about 1e-38 where x is lower than -87.
-// The polynomial is the degree-5 minimax fit of 2^f on [0, 1], relative error 1.5e-7 in float; the
-// rounding of t adds |x| * 6e-8, which matters only where the result itself is negligible.
+// exp(x) for x <= 88 as 2^floor(t) * 2^fraction, t = x log2(e); about 1e-38 where x is lower than
+// -87. The polynomial is the degree-5 minimax fit of 2^f on [0, 1], relative error 1.5e-7 in float;
+// the rounding of t adds |x| * 6e-8, which matters only where the result itself is negligible.
 inline Vec::F exp(Vec::F x) {
   using V = Vec;
   const V::F t = V::max(x, V::set(-87.0f)) * V::set(1.44269504088896341f);
@@ -156,7 +156,8 @@ struct FloatContext {
 
 // delta of a block in float; `other` holds base logits or the vector. All finite.
 template <int kDirection>
-inline void delta_block(const float* w, const float* other, int n, const FloatContext& c, float* out) {
+inline void delta_block(const float* w, const float* other, int n, const FloatContext& c,
+                        float* out) {
   using V = Vec;
   const V::F lse_w = V::set(c.lse_w), shift = V::set(c.lse_b - c.kl);
   for (int i = 0; i < n; i += V::N) {

@@ -89,8 +89,9 @@ int draw(std::vector<Scored>& set, const Parameters& p, double total) {
   size_t kept = set.size();
   const double inverse = 1.0 / p.temperature;
   if (has_filters(p)) {
-    std::sort(set.begin(), set.end(),
-              [](const Scored& a, const Scored& b) { return a.z != b.z ? a.z > b.z : a.id < b.id; });
+    std::sort(set.begin(), set.end(), [](const Scored& a, const Scored& b) {
+      return a.z != b.z ? a.z > b.z : a.id < b.id;
+    });
     if (p.top_k > 0 && static_cast<size_t>(p.top_k) < kept) {
       const double kth = set[p.top_k - 1].z;
       kept = p.top_k;
@@ -201,7 +202,8 @@ bool select(const Row& row, const Sweeps& sweeps, const Context& context, const 
   const float min_p_floor = static_cast<float>(std::fmax(lowest, -3e38));
   const uint32_t min_p_key = p.min_p > 0 ? ordered_key(min_p_floor) - 1 : 0;
 
-  // A superset by whole bins; with top-k it has to hold all of the top-k set, whose mass top-p needs.
+  // A superset by whole bins; with top-k it has to hold all of the top-k set, whose mass top-p
+  // needs.
   Cut k, m;
   uint32_t floor_key = min_p_key;
   if (use_k) {
@@ -231,7 +233,8 @@ bool select(const Row& row, const Sweeps& sweeps, const Context& context, const 
     floor_key = cut.key;
     const double each = cut.tie_mass / static_cast<double>(cut.tie_count);
     const double share = std::ceil((p.top_p * mass - cut.mass_before) / each);
-    const int64_t ties = std::min<int64_t>(cut.tie_count, std::max<int64_t>(1, static_cast<int64_t>(share)));
+    const int64_t ties =
+        std::min<int64_t>(cut.tie_count, std::max<int64_t>(1, static_cast<int64_t>(share)));
     int64_t seen = 0;
     last_tie = sweeps.nth_tie(row, 0, row.vocab, context, cut.key, ties, seen);
   }

@@ -28,7 +28,8 @@ inline double other_at(const Row& row, int id) {
   return row.base ? logit(row.base, row.dtype, id) : row.vector ? row.vector[id] : 0.0;
 }
 
-// The token of a row that cannot be sampled: argmax over its finite warm logits, 0 if there is none.
+// The token of a row that cannot be sampled: argmax over its finite warm logits, 0 if there is
+// none.
 int fallback_token(const Row& row);
 
 // Formulas of a row from its sums; mu is set later.
@@ -49,8 +50,8 @@ Noise noise_of(const Parameters& p);
 // the tokens given (after top-k).
 int draw(std::vector<Scored>& set, const Parameters& p, double total);
 
-// Top-k, top-p and min-p over the whole vocabulary. Either fills `set` (and `total`) with few enough
-// tokens to draw from, or `filter` for a second sweep; true when it filled the set.
+// Top-k, top-p and min-p over the whole vocabulary. Either fills `set` (and `total`) with few
+// enough tokens to draw from, or `filter` for a second sweep; true when it filled the set.
 bool select(const Row& row, const Sweeps& sweeps, const Context& context, const Parameters& p,
             std::vector<Scored>& set, double& total, Filter& filter);
 

@@ -65,6 +65,7 @@ void steered_logprob(const Runtime& runtime, int64_t batch, const GetRow& row,
 // First half: sizes; second half: entries, written at the pointers given.
 void extract_rows(const Runtime& runtime, int64_t batch, const GetRow& row,
                   const GetParameters& parameters, ExtractRow* rows, ExtractOutput* out);
-void extract_entries(const Row& row, const ExtractRow& extracted, int64_t* ids, float* p, float* delta);
+void extract_entries(const Row& row, const ExtractRow& extracted, int64_t* ids, float* p,
+                     float* delta);
 
 }  // namespace svdk

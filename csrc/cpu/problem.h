@@ -189,7 +189,8 @@ struct Sweeps {
   // Tokens whose key is at least floor_key; at most kCapacity.
   void (*gather)(const Row&, int begin, int end, const Context&, uint32_t floor_key,
                  std::vector<Candidate>&);
-  // Adds to `seen` the tokens whose key equals `key`; the id of the one that makes it `wanted`, or -1.
+  // Adds to `seen` the tokens whose key equals `key`; the id of the one that makes it `wanted`, or
+  // -1.
   int (*nth_tie)(const Row&, int begin, int end, const Context&, uint32_t key, int64_t wanted,
                  int64_t& seen);
 };

@@ -38,10 +38,12 @@ class SampleRow {
     Slice& s = slices_[slice];
     s = Slice{};
     if (one_sweep_) {
-      sweeps_.sample(row_, from(slice), from(slice + 1), context_, Filter{}, noise_, &s.sums, s.best);
+      sweeps_.sample(row_, from(slice), from(slice + 1), context_, Filter{}, noise_, &s.sums,
+                     s.best);
     } else {
       const bool collect = p_.direction != kPlain;
-      sweeps_.sums(row_, from(slice), from(slice + 1), log_alpha_, s.sums, collect ? &s.buffer : nullptr);
+      sweeps_.sums(row_, from(slice), from(slice + 1), log_alpha_, s.sums,
+                   collect ? &s.buffer : nullptr);
       s.buffer.overflow |= !collect;
     }
   }
@@ -75,11 +77,13 @@ class SampleRow {
     context_.mu = strength_of(row_, p_, context_, m);
     noise_.needs_sums = false;
 
-    const bool outside = p_.penalty != -kInf && static_cast<int64_t>(buffer_.items.size()) != sums_.finite;
+    const bool outside =
+        p_.penalty != -kInf && static_cast<int64_t>(buffer_.items.size()) != sums_.finite;
     std::vector<Scored> set;
     double total = -1;
     if (!buffer_.overflow && !outside) {
-      for (const Candidate& c : buffer_.items) set.push_back({context_.steered(c.warm, c.other), c.id});
+      for (const Candidate& c : buffer_.items)
+        set.push_back({context_.steered(c.warm, c.other), c.id});
     } else if (!has_filters(p_) || !select(row_, sweeps_, context_, p_, set, total, filter_)) {
       return true;
     }
@@ -192,7 +196,8 @@ void steered_sample(const Runtime& runtime, int64_t batch, const GetRow& row,
   const int64_t blocks = (row(0).vocab + kBlock - 1) / kBlock;
   int slices = 1;
   if (batch % runtime.threads != 0 && batch < 4 * runtime.threads) {
-    slices = static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(runtime.threads, blocks / 16)));
+    slices =
+        static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(runtime.threads, blocks / 16)));
   }
   if (slices == 1) {
     runtime.parallel(batch, [&](int64_t i) {
@@ -213,15 +218,15 @@ void steered_sample(const Runtime& runtime, int64_t batch, const GetRow& row,
   for (int64_t i = 0; i < batch; ++i) {
     rows.emplace_back(row(i), parameters(i), info, *runtime.sweeps, &parts[i * slices], slices);
   }
-  runtime.parallel(batch * slices, [&](int64_t t) { rows[t / slices].first(static_cast<int>(t % slices)); });
+  runtime.parallel(batch * slices,
+                   [&](int64_t t) { rows[t / slices].first(static_cast<int>(t % slices)); });
   std::vector<SampleRow*> again;
   for (SampleRow& r : rows) {
     if (r.settle()) again.push_back(&r);
   }
   if (!again.empty()) {
-    runtime.parallel(static_cast<int64_t>(again.size()) * slices, [&](int64_t t) {
-      again[t / slices]->second(static_cast<int>(t % slices));
-    });
+    runtime.parallel(static_cast<int64_t>(again.size()) * slices,
+                     [&](int64_t t) { again[t / slices]->second(static_cast<int>(t % slices)); });
     for (SampleRow* r : again) r->finish();
   }
   for (int64_t i = 0; i < batch; ++i) out[i] = rows[i].out();

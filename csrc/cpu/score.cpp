@@ -20,7 +20,8 @@ bool open_row(const Row& row, const Parameters& p, const Sweeps& sweeps, Sums& s
 
 // Mass outside C relative to exp(max_w). The difference of sums is good to float rounding of the
 // whole; when so little is outside that rounding could matter, it is summed on its own.
-double outside_mass(const Row& row, const Context& c, const Sums& sums, const std::vector<Candidate>& items) {
+double outside_mass(const Row& row, const Context& c, const Sums& sums,
+                    const std::vector<Candidate>& items) {
   if (static_cast<int64_t>(items.size()) == sums.finite) return 0;
   double inside = 0;
   for (const Candidate& k : items) inside += std::exp(k.warm - c.max_w);
@@ -34,7 +35,8 @@ double outside_mass(const Row& row, const Context& c, const Sums& sums, const st
   return exact;
 }
 
-Partition partition_of(const Context& c, double mu, double outside, const std::vector<Candidate>& items) {
+Partition partition_of(const Context& c, double mu, double outside,
+                       const std::vector<Candidate>& items) {
   Partition part;
   Context at = c;
   at.mu = mu;
@@ -42,7 +44,8 @@ Partition partition_of(const Context& c, double mu, double outside, const std::v
   part.max = has_outside ? c.max_w + mu * c.penalty : -kInf;
   for (const Candidate& k : items) part.max = std::fmax(part.max, at.steered(k.warm, k.other));
   for (const Candidate& k : items) {
-    const double z = at.steered(k.warm, k.other), d = c.delta(k.warm, k.other), e = std::exp(z - part.max);
+    const double z = at.steered(k.warm, k.other), d = c.delta(k.warm, k.other),
+                 e = std::exp(z - part.max);
     part.z += e;
     part.first += e * d;
     part.second += e * d * d;
@@ -105,7 +108,9 @@ void score_row(const Row& row, const Parameters& p, const Sweeps& sweeps, int co
   out.variance = static_cast<float>(moments.variance());
   out.kl = static_cast<float>(row.base ? c.kl : kNaN);
   out.logprob_warm = static_cast<float>(w - c.lse_w);
-  out.logprob_base = static_cast<float>(!row.base ? kNaN : other == -kInf ? -kInf : other - c.lse_b);
+  out.logprob_base = static_cast<float>(!row.base        ? kNaN
+                                        : other == -kInf ? -kInf
+                                                         : other - c.lse_b);
   out.status = sums.masked ? kBaseMasked : kOk;
 }
 
@@ -144,7 +149,8 @@ void extract_rows(const Runtime& runtime, int64_t batch, const GetRow& row,
   });
 }
 
-void extract_entries(const Row& row, const ExtractRow& extracted, int64_t* ids, float* p, float* delta) {
+void extract_entries(const Row& row, const ExtractRow& extracted, int64_t* ids, float* p,
+                     float* delta) {
   const Context& c = extracted.context;
   auto put = [&](int id, double w, double other) {
     *ids++ = id;

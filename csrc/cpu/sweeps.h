@@ -71,8 +71,8 @@ inline bool accumulate(const Row& row, const Pair& pair, Sums& s) {
 
 inline void collect(const Pair& pair, double threshold, CandidateBuffer& buffer) {
   const float lowest = std::numeric_limits<float>::lowest();
-  const float from = std::max(
-      lowest, std::nextafter(static_cast<float>(threshold), -std::numeric_limits<float>::infinity()));
+  const float from = std::max(lowest, std::nextafter(static_cast<float>(threshold),
+                                                     -std::numeric_limits<float>::infinity()));
   if (pair.w.top < from) return;
   const Vec::F bound = Vec::set(from);
   std::vector<Candidate>& items = buffer.items;
@@ -90,7 +90,8 @@ inline void collect(const Pair& pair, double threshold, CandidateBuffer& buffer)
           return;
         }
       }
-      items.push_back({pair.begin + k, pair.w.data[k], pair.other.data ? pair.other.data[k] : 0.0f});
+      items.push_back(
+          {pair.begin + k, pair.w.data[k], pair.other.data ? pair.other.data[k] : 0.0f});
     }
   }
 }
@@ -139,7 +140,8 @@ inline Steered steer(const Pair& pair, const Context& c, Space& space) {
   if (!pair.fast || reach > 1e30) {
     float largest = 0;
     for (int i = 0; i < pair.width; ++i) {
-      space.z[i] = i < pair.n ? clamped(c.steered(pair.w.data[i], pair.other.data[i])) : clamped(-kInf);
+      space.z[i] =
+          i < pair.n ? clamped(c.steered(pair.w.data[i], pair.other.data[i])) : clamped(-kInf);
       out.top = std::max(out.top, space.z[i]);
       if (space.z[i] > -kInf) largest = std::max(largest, std::fabs(space.z[i]));
     }
@@ -147,7 +149,8 @@ inline Steered steer(const Pair& pair, const Context& c, Space& space) {
     return out;
   }
   const float* delta = deltas(pair, c.direction, f, space);
-  const Vec::F mu = Vec::set(f.mu), from = Vec::set(f.inside_from), shift = Vec::set(f.outside_shift);
+  const Vec::F mu = Vec::set(f.mu), from = Vec::set(f.inside_from),
+               shift = Vec::set(f.outside_shift);
   const Vec::F gone = Vec::set(-std::numeric_limits<float>::infinity());
   Vec::F top = gone;
   for (int i = 0; i < pair.width; i += Vec::N) {
@@ -192,7 +195,8 @@ struct Sampler {
   }
   void offer(int i, uint32_t bits) {
     const double uniform = (bits + 0.5) * 0x1p-32;
-    best.offer(exact(i) * noise.inverse_temperature - std::log(-std::log(uniform)), pair->begin + i);
+    best.offer(exact(i) * noise.inverse_temperature - std::log(-std::log(uniform)),
+               pair->begin + i);
   }
   // A token wins only if 1 - u < exp(bound - best): the cheap test in front of two logarithms.
   void consider(int i, uint32_t bits) {
@@ -219,9 +223,9 @@ void take_greedy(Sampler& s) {
   }
 }
 
-constexpr int kWays = Vec::N == 16 ? 4 : 2;          // Philox chains in flight
-constexpr int kGroup = kWays * Vec::N * 4;           // tokens they serve
-constexpr double kLargestGumbel = 22.873856958477;   // -log(-log(1 - 2^-33))
+constexpr int kWays = Vec::N == 16 ? 4 : 2;         // Philox chains in flight
+constexpr int kGroup = kWays * Vec::N * 4;          // tokens they serve
+constexpr double kLargestGumbel = 22.873856958477;  // -log(-log(1 - 2^-33))
 static_assert(kPad % kGroup == 0, "a padded block is a whole number of groups");
 
 void take_noisy(Sampler& s) {

@@ -1,9 +1,10 @@
 // The rarer sweeps: the partition function on a grid of strengths, and what top-k and top-p need
 // when the whole vocabulary is in play. Included inside an architecture's namespace.
 
-// What moves with mu in a block, and what does not: z_hat = still + mu * move. Tokens that cannot be
-// drawn have still = -inf and move = 0.
-inline void split_block(const Pair& pair, const Context& c, Space& space, float* still, float* move) {
+// What moves with mu in a block, and what does not: z_hat = still + mu * move. Tokens that cannot
+// be drawn have still = -inf and move = 0.
+inline void split_block(const Pair& pair, const Context& c, Space& space, float* still,
+                        float* move) {
   const bool drop = c.penalty == -kInf;
   const float outside = drop ? 0.0f : static_cast<float>(c.penalty);
   const FloatContext f(c);
@@ -14,7 +15,10 @@ inline void split_block(const Pair& pair, const Context& c, Space& space, float*
     const bool in = simple ? w >= f.inside_from : c.inside(w);
     const bool dead = in ? false : drop || w == -std::numeric_limits<float>::infinity();
     still[i] = dead ? -std::numeric_limits<float>::infinity() : w;
-    move[i] = dead ? 0.0f : !in ? outside : simple ? delta[i] : clamped(c.delta(w, pair.other.data ? pair.other.data[i] : 0.0));
+    move[i] = dead     ? 0.0f
+              : !in    ? outside
+              : simple ? delta[i]
+                       : clamped(c.delta(w, pair.other.data ? pair.other.data[i] : 0.0));
   }
   for (int i = pair.n; i < pair.width; ++i) {
     still[i] = -std::numeric_limits<float>::infinity();
@@ -48,7 +52,8 @@ void sweep_partition(const Row& row, int begin, int end, const Context& context,
         }
       }
       Vec::F highest = Vec::load(z);
-      for (int i = Vec::N; i < pair.width; i += Vec::N) highest = Vec::max(highest, Vec::load(z + i));
+      for (int i = Vec::N; i < pair.width; i += Vec::N)
+        highest = Vec::max(highest, Vec::load(z + i));
       const float top = Vec::top(highest);
       if (top == -std::numeric_limits<float>::infinity()) continue;
       if (top > part.max) part.rescale(top);
@@ -75,7 +80,8 @@ void sweep_partition(const Row& row, int begin, int end, const Context& context,
         }
       }
       for (int i = 0; i < pair.n; ++i) {
-        if (z[i] < std::max(need, inside_top - 2 * slack) || !context.inside(pair.w.data[i])) continue;
+        if (z[i] < std::max(need, inside_top - 2 * slack) || !context.inside(pair.w.data[i]))
+          continue;
         const double other = pair.other.data ? pair.other.data[i] : 0.0;
         part.greedy.offer(c.steered(pair.w.data[i], other), pair.begin + i);
       }
@@ -83,7 +89,8 @@ void sweep_partition(const Row& row, int begin, int end, const Context& context,
   }
 }
 
-inline Steered steered_block(const Row& row, int at, int end, const Context& c, Space& space, Pair& pair) {
+inline Steered steered_block(const Row& row, int at, int end, const Context& c, Space& space,
+                             Pair& pair) {
   pair = read_pair(row, at, end, space);
   return steer(pair, c, space);
 }

@@ -20,14 +20,12 @@ struct Vec {
     return t - ((t - 0.5f + magic) - magic);
   }
   static F scale(F x, F t, F f) {  // x * 2^(t - f)
-    const U e = ((U)__builtin_convertvector(t - f, Mask) + 127u) << 23;
+    const U e = ((U) __builtin_convertvector(t - f, Mask) + 127u) << 23;
     return x * (F)e;
   }
   static Mask ge(F a, F b) { return a >= b; }
   static F select(Mask m, F yes, F no) { return m ? yes : no; }
-  static uint32_t bits(Mask m) {
-    return (m[0] & 1u) | (m[1] & 2u) | (m[2] & 4u) | (m[3] & 8u);
-  }
+  static uint32_t bits(Mask m) { return (m[0] & 1u) | (m[1] & 2u) | (m[2] & 4u) | (m[3] & 8u); }
   static Mask both(Mask a, Mask b) { return a & b; }
   static float sum(F x) { return (x[0] + x[1]) + (x[2] + x[3]); }
   static float top(F x) {

@@ -42,6 +42,6 @@ def main(argv: list[str] | None = None) -> int:
 
 def _fail(args: argparse.Namespace, message: str) -> int:
     if args.debug or os.environ.get("SVDK_DEBUG"):
-        raise  # noqa: PLE0704 - called from an except block
+        raise
     print(f"svdk {args.command}: error: {message}", file=sys.stderr)
     return 2

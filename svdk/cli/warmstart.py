@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 
 PEFT_TYPES = "lora, ia3, prompt_tuning, p_tuning or prefix_tuning"
 
@@ -92,6 +93,8 @@ PASSED_ON = (
 
 def run(args: argparse.Namespace) -> int:
     """Train, then say what came out and what to do next."""
+    from accelerate import PartialState
+
     from svdk.models import WARMSTART_FILE
     from svdk.warmstart import warm_start
 
@@ -105,12 +108,16 @@ def run(args: argparse.Namespace) -> int:
         progress=not args.quiet,
         **chosen,
     )
+    if not PartialState().is_main_process:
+        return 0
     record = json.loads((folder / WARMSTART_FILE).read_text(encoding="utf-8"))
-    (_, first), (steps, last) = record["loss_history"][0], record["loss_history"][-1]
+    history = record["loss_history"]
+    edge = math.ceil(len(history) / 10)  # single steps are noisy: the first and the last tenth
+    first, last = (sum(loss for _, loss in part) / edge for part in (history[:edge], history[-edge:]))
     if record["skipped_examples"]:
         print(f"left out {record['skipped_examples']} examples of more than {args.max_length} tokens")
     print(
-        f"trained {args.peft} on {record['train_examples']} examples in {steps} steps: "
+        f"trained {args.peft} on {record['train_examples']} examples in {history[-1][0]} steps: "
         f"loss {first:.3f} -> {last:.3f} nats a completion token"
     )
     print(f"adapter: {folder} ({record['calibration_examples']} examples held out for calibration)")

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from svdk.data import Example
 
-PROMPT = "Text: {text}\nDate:"
+PROMPT = "Text: {text}\nDate (YYYY-MM-DD):"
 FIRST, LAST = datetime.date(1950, 1, 1), datetime.date(2029, 12, 31)
 ISO = re.compile(r"\d{4}-\d{2}-\d{2}", re.ASCII)
 
@@ -107,7 +107,7 @@ def ordinal_suffix(day: int) -> str:
 
 
 def score(answer: str, expected: str) -> Score:
-    """Judge ``answer`` (all that the model wrote) against ``expected``; only white space around is ignored."""
+    """Judge ``answer`` (all that the model wrote) against ``expected``; white space around is ignored."""
     answer, expected = answer.strip(), expected.strip()
     valid = ISO.fullmatch(answer) is not None
     if valid:

@@ -1,0 +1,207 @@
+"""The first sweep over a slice of a row, and how the last slice to finish takes over the row.
+
+A slice yields the online-softmax sums of both rows (``SUMS`` float32 numbers), the ids that may be in C,
+and for one-sweep problems its best token. Sums are kept per lane and reduced once, so that a tile costs
+one or two block-wide maxima and no more. With several slices a row, each publishes its numbers and
+counts itself in with an acquire-release atomic; whoever counts last sees all of them, merges them and
+finishes the row within the same launch, and leaves the counter at zero for the next one.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .noise import block_bits, gumbel
+from .steering import INF, LOG_RATIO, MAX_ID, PLAIN, VECTOR, best_of, inside_of, or_zero
+
+INVALID = tl.constexpr(1)  # the status bits of svdk.types.Status
+BASE_MASKED = tl.constexpr(2)
+SUMS = tl.constexpr(8)  # float32 numbers a slice publishes: the six sums, its best score, one spare
+COUNTS = tl.constexpr(4)  # int32 numbers: flags, count, best id, one spare
+
+
+@triton.jit
+def first_sweep(
+    warm, other, begin, end, log_alpha, listed, mu, inverse_temperature, greedy, seed, offset,
+    DIRECTION: tl.constexpr, COMPACT: tl.constexpr, DIRECT: tl.constexpr, SUMMED: tl.constexpr,
+    CAP: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Tokens [begin, end) of a row, begin a multiple of BLOCK.
+
+    COMPACT lists at ``listed`` (at most CAP) the ids within log_alpha of the running maximum, a superset
+    of those in C; the count goes on past CAP. DIRECT takes part in the draw already here (C is the whole
+    row and the steered logits need no sums), and counts finite tokens. SUMMED asks for the sums.
+
+    Returns (max_w, max_b, Z_w, Z_b, usable, cross, flags, count, best, best_id): Z relative to the maxima;
+    usable: the part of Z_w with a finite base; cross: sum of exp(w - max_w) ((w - max_w) - (b - max_b))
+    over it.
+    """
+    HAS_BASE: tl.constexpr = DIRECTION < VECTOR
+    lane = tl.arange(0, BLOCK)
+    zero = tl.zeros([BLOCK], tl.float32)
+    zw, zb, usable, cross = zero, zero, zero, zero
+    best, best_id = zero - INF, tl.full([BLOCK], MAX_ID, tl.int32)
+    bad, masked, finite = tl.zeros([BLOCK], tl.int32), tl.zeros([BLOCK], tl.int32), tl.zeros([BLOCK], tl.int32)
+    max_w, max_b = tl.max(best, 0), tl.max(best, 0)
+    count = tl.min(bad, 0)
+    for start in tl.range(begin, end, BLOCK, num_stages=STAGES):
+        ids = start + lane
+        live = ids < end
+        w = tl.load(warm + ids, mask=live, other=-INF).to(tl.float32)
+        bad |= tl.where(w < INF, 0, 1)  # NaN compares false
+        if DIRECTION != PLAIN:
+            o = tl.load(other + ids, mask=live, other=-INF if HAS_BASE else 0.0).to(tl.float32)
+            bad |= tl.where(o < INF, 0, 1)
+        if DIRECTION == VECTOR:
+            bad |= tl.where(o > -INF, 0, 1)
+
+        if SUMMED or COMPACT:
+            tile_max = tl.max(w, 0)
+            new_w = tl.maximum(max_w, tile_max)
+        if SUMMED:
+            ref_w = or_zero(new_w)
+            dw, keep = w - ref_w, tl.exp(max_w - ref_w)
+            e = tl.exp(dw)
+            zw = zw * keep + e
+            if HAS_BASE:
+                new_b = tl.maximum(max_b, tl.max(o, 0))
+                ref_b = or_zero(new_b)
+                db = o - ref_b
+                zb = zb * tl.exp(max_b - ref_b) + tl.exp(db)
+                both = (w > -INF) & (o > -INF)
+                masked |= tl.where((w > -INF) & (o == -INF), 1, 0)
+                shift = (max_w - ref_w) - (max_b - ref_b)
+                moved = tl.where(usable > 0.0, keep * (cross + usable * shift), 0.0)
+                cross = moved + tl.where(both & (e > 0.0), e * (dw - db), 0.0)
+                usable = usable * keep + tl.where(both, e, 0.0)
+                max_b = new_b
+        if COMPACT:
+            if tile_max - new_w >= log_alpha:  # else nothing in this tile can be in C
+                near = inside_of(w, new_w, log_alpha)
+                place = count + tl.cumsum(near.to(tl.int32), 0) - 1
+                tl.store(listed + place, ids, mask=near & (place < CAP))
+                count += tl.sum(near.to(tl.int32), 0)
+        if SUMMED or COMPACT:
+            max_w = new_w
+        if DIRECT:
+            z = w
+            if DIRECTION == LOG_RATIO:
+                z = tl.where((w > -INF) & (o > -INF), w + mu * (w - o), w)
+            if DIRECTION == VECTOR:
+                z = w + mu * o
+            if not greedy:
+                z = z * inverse_temperature + gumbel(block_bits(start, seed, offset, BLOCK))
+            better = (w > -INF) & (z > best)
+            best, best_id = tl.where(better, z, best), tl.where(better, ids, best_id)
+            finite += (w > -INF).to(tl.int32)
+    if DIRECT:
+        count = tl.sum(finite, 0)
+    top, top_id = best_of(best, best_id)
+    flags = tl.max(bad, 0) * INVALID | tl.max(masked, 0) * BASE_MASKED
+    return (max_w, max_b, tl.sum(zw, 0), tl.sum(zb, 0), tl.sum(usable, 0), tl.sum(cross, 0),
+            flags, count, top, top_id)  # fmt: skip
+
+
+@triton.jit
+def publish(sums, counts, max_w, max_b, zw, zb, usable, cross, flags, count, best, best_id):
+    """Write a slice's numbers where the finishing program finds them."""
+    tl.store(sums, max_w)
+    tl.store(sums + 1, max_b)
+    tl.store(sums + 2, zw)
+    tl.store(sums + 3, zb)
+    tl.store(sums + 4, usable)
+    tl.store(sums + 5, cross)
+    tl.store(sums + 6, best)
+    tl.store(counts, flags)
+    tl.store(counts + 1, count)
+    tl.store(counts + 2, best_id)
+
+
+@triton.jit
+def arrive(counter, SPLITS: tl.constexpr):
+    """Whether this program is the last of its row's SPLITS to get here; the last one zeroes the counter."""
+    # All threads' writes come before the barrier, the barrier before the one thread's release.
+    tl.debug_barrier()
+    last = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == SPLITS - 1
+    if last:
+        tl.store(counter, 0)
+    return last
+
+
+@triton.jit
+def merge(sums, counts, listed, warm, log_alpha, SPLITS: tl.constexpr, COMPACT: tl.constexpr,
+          CAP: tl.constexpr):  # fmt: skip
+    """The whole row's numbers out of its slices', in the order of :func:`first_sweep`.
+
+    COMPACT: the ids that are in C are moved to the front of ``listed``; ``count`` is how many, or -1
+    if some slice had more than fitted.
+    """
+    LANES: tl.constexpr = triton.next_power_of_2(SPLITS)
+    lane = tl.arange(0, LANES)
+    live = lane < SPLITS
+    at, of = sums + lane * SUMS, counts + lane * COUNTS
+    max_w_s, max_b_s = tl.load(at, mask=live, other=-INF), tl.load(at + 1, mask=live, other=-INF)
+    max_w, max_b = tl.max(max_w_s, 0), tl.max(max_b_s, 0)
+    ref_w, ref_b = or_zero(max_w), or_zero(max_b)
+    scale = tl.exp(max_w_s - ref_w)
+    zw = tl.sum(tl.load(at + 2, mask=live, other=0.0) * scale, 0)
+    zb = tl.sum(tl.load(at + 3, mask=live, other=0.0) * tl.exp(max_b_s - ref_b), 0)
+    usable_s = tl.load(at + 4, mask=live, other=0.0)
+    cross_s = tl.load(at + 5, mask=live, other=0.0)
+    shift = (max_w_s - ref_w) - (max_b_s - ref_b)
+    cross = tl.sum(tl.where(usable_s > 0.0, scale * (cross_s + usable_s * shift), 0.0), 0)
+    usable = tl.sum(usable_s * scale, 0)
+    flags_s = tl.load(of, mask=live, other=0)
+    flags = tl.max(flags_s & INVALID, 0) | tl.max(flags_s & BASE_MASKED, 0)
+    count_s = tl.load(of + 1, mask=live, other=0)
+    best, best_id = best_of(tl.load(at + 6, mask=live, other=-INF), tl.load(of + 2, mask=live, other=MAX_ID))
+    if COMPACT:
+        count_s = tl.where(inside_of(max_w_s, max_w, log_alpha), count_s, 0)
+        count = pack(listed, warm, count_s, max_w, log_alpha, LANES, CAP)
+    else:
+        count = tl.sum(count_s, 0)
+    return max_w, max_b, zw, zb, usable, cross, flags, count, best, best_id
+
+
+@triton.jit
+def pack(listed, warm, count_s, max_w, log_alpha, LANES: tl.constexpr, CAP: tl.constexpr):
+    """Move the listed ids that are inside C, in order, to the front of the row's list; how many, or -1.
+
+    Slice s wrote its ``count_s[s]`` ids from ``s * CAP`` on. Place i of all of them belongs to the slice
+    that is found by comparing i with the running totals. A move never goes up, and a store waits (through
+    the cumsum) for the loads of its tile, so it can be done in place.
+    """
+    if tl.max(count_s, 0) > CAP:
+        kept = tl.max(count_s, 0) * 0 - 1
+    else:
+        TILE: tl.constexpr = max(16, min(1024, 8192 // LANES))
+        ends = tl.cumsum(count_s, 0)
+        total = tl.sum(count_s, 0)
+        kept = total * 0
+        for start in range(0, total, TILE):
+            place = start + tl.arange(0, TILE)
+            passed = ends[None, :] <= place[:, None]
+            slices = tl.sum(passed.to(tl.int32), 1)
+            within = place - tl.sum(tl.where(passed, count_s[None, :], 0), 1)
+            live = place < total
+            ids = tl.load(listed + slices * CAP + within, mask=live, other=0)
+            w = tl.load(warm + ids, mask=live, other=-INF).to(tl.float32)
+            inside = inside_of(w, max_w, log_alpha)
+            tl.store(listed + kept + tl.cumsum(inside.to(tl.int32), 0) - 1, ids, mask=inside)
+            kept += tl.sum(inside.to(tl.int32), 0)
+        tl.debug_barrier()  # the list is read back by other threads
+    return kept
+
+
+@triton.jit
+def divergence(zw, zb, usable, cross, HAS_BASE: tl.constexpr):
+    """``(log Z_w, log Z_b, K)`` of a row from its sums; Z relative to the maxima."""
+    log_zw = tl.log(zw)
+    if HAS_BASE:
+        log_zb = tl.where(zb > 0.0, tl.log(tl.where(zb > 0.0, zb, 1.0)), 0.0)
+        kl = cross / zw - usable / zw * (log_zw - log_zb)
+    else:
+        log_zb = log_zw
+        kl = log_zw * 0.0
+    return log_zw, log_zb, kl

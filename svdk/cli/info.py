@@ -1,0 +1,73 @@
+"""``svdk info``: what can run here, and which decoding path a model and an adapter will take."""
+
+from __future__ import annotations
+
+import argparse
+import platform
+
+
+def add_parser(commands: argparse._SubParsersAction) -> None:
+    """Register ``info`` and its options."""
+    parser = commands.add_parser(
+        "info",
+        help="show versions, backends and the decoding path",
+        description="Versions and backends of this installation; with --model and --adapter, also whether "
+        "both models of a decoding step share one forward pass, and why not if they do not.",
+    )
+    parser.add_argument("--model", help="hub name, folder, .gguf file, or smollm2-135m")
+    parser.add_argument("--adapter", help="adapter folder")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the tables."""
+    import torch
+
+    import svdk
+    from svdk import backends
+    from svdk.errors import InputError
+
+    if bool(args.model) != bool(args.adapter):
+        missing = "--adapter" if args.model else "--model"
+        raise InputError(f"{missing} was absent; allowed: --model and --adapter together, or neither")
+    cuda = torch.version.cuda or "none"
+    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+    versions = {"svdk": svdk.__version__, "Python": platform.python_version()}
+    versions |= {"torch": f"{torch.__version__} ({torch.get_num_threads()} threads)", "CUDA": cuda + gpu}
+    status = backends.status()
+    if status["cpu"] == "available":
+        from svdk import _C
+
+        status["cpu"] += f" ({_C.cpu_arch()})"
+    _table("versions", versions)
+    _table("backends", status)
+    if args.model:
+        _table("decoding", _decoding(args.model, args.adapter))
+    return 0
+
+
+def _decoding(model_name: str, adapter: str) -> dict[str, str]:
+    from svdk.models import load_adapter, load_model
+    from svdk.pair import ModelPair
+    from svdk.paired import why_not_paired
+
+    model, _ = load_model(model_name)
+    pair = ModelPair(load_adapter(model, adapter))
+    reason = why_not_paired(pair)
+    rows = {"model": f"{type(pair.module).__name__}, vocabulary {pair.vocab_size}", "adapter": pair.peft_type}
+    if reason is None:
+        return rows | {"path": "paired: one forward a step over both models' rows", "why": _why(pair)}
+    return rows | {"path": "two_pass: two forwards a step, two caches", "why": reason}
+
+
+def _why(pair) -> str:
+    if pair.num_virtual_tokens:
+        return f"the base rows mask the {pair.num_virtual_tokens} virtual tokens"
+    return f"all {len(pair.layers)} adapter layers can serve warm and base rows together"
+
+
+def _table(title: str, rows: dict[str, str]) -> None:
+    width = max(map(len, rows))
+    print(title)
+    for name, value in rows.items():
+        print(f"  {name.ljust(width)}  {value}")

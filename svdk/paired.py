@@ -1,0 +1,228 @@
+"""Both views of a ModelPair in one forward: 2B rows, one read of the weights, one key-value cache."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache, StaticCache
+
+from svdk.errors import BackendError, InputError
+from svdk.pair import ModelPair, ViewCache, row_positions
+from svdk.paired_layers import Rows, route
+
+FORWARDS = ("auto", "paired", "two_pass")
+"""How the two views of a step are run: "auto" pairs them when it can."""
+
+_said: set[str] = set()
+
+
+class PairedForward:
+    """One forward over 2B rows of a :class:`svdk.ModelPair`: the warm rows, then the base rows.
+
+    The base layers run over all rows, the adapter's arithmetic only over the warm ones; with virtual
+    tokens, the base rows hold masked padding where the warm rows hold them. The layers' forwards are
+    replaced for the length of one call. Reads the adapter's weights once, here: build a new one
+    after changing the active adapter.
+
+    Args:
+        pair: the two views.
+        row_adapters: the adapter's name for each of the B rows (LoRA only); None: the active one for all.
+
+    Raises:
+        InputError: the pair cannot be paired (the message says why), or an unknown adapter.
+
+    """
+
+    def __init__(self, pair: ModelPair, row_adapters: Sequence[str] | None = None) -> None:
+        """Build the layers' forwards; nothing in the model is changed yet."""
+        self.pair = pair
+        self._rows = Rows()
+        self._order: Tensor | None = None
+        names = None
+        if row_adapters is not None:
+            names = _check_adapters(pair, row_adapters)
+            # Rows of one adapter side by side, so that every layer works on slices.
+            order = sorted(range(len(row_adapters)), key=lambda row: row_adapters[row])
+            self._adapters = [row_adapters[row] for row in order]
+            self._order = torch.tensor(order, device=pair.device)
+        reason, self._forwards = _routes(pair, self._rows, names)
+        if reason is not None:
+            raise InputError(f"forward was 'paired'; allowed for this model: 'two_pass', because {reason}")
+
+    def new_cache(
+        self, batch_size: int, implementation: str | None = None, max_length: int | None = None
+    ) -> ViewCache:
+        """An empty cache for ``batch_size`` pairs of rows; arguments as :meth:`ModelPair.new_cache`."""
+        length = None if max_length is None else max_length + self._virtual
+        cache = self.pair.new_cache("base", batch_size, implementation, length)
+        if not self.pair.is_prefix:
+            return cache
+        prefix = self._prefix(batch_size)
+        if isinstance(cache.kv, StaticCache):
+            for index, layer in enumerate(prefix.layers):
+                cache.kv.update(layer.keys, layer.values, index)
+            return cache
+        return ViewCache(prefix)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        cache: ViewCache | None = None,
+        keep: int = 1,
+    ) -> tuple[Tensor, Tensor]:
+        """Warm and base logits (B, keep, V), views of one (2B, keep, V) tensor; arguments as ``warm``."""
+        order = self._order
+        if order is not None:
+            input_ids = input_ids[order]
+            attention_mask = None if attention_mask is None else attention_mask[order]
+        with self._routed(input_ids.shape[0]):
+            logits = self._both(input_ids, attention_mask, cache, keep)
+        if cache:
+            cache.seen += input_ids.shape[1]
+        warm, base = logits.chunk(2)
+        if order is not None:
+            back = order.argsort()
+            warm, base = warm[back], base[back]
+        return warm, base
+
+    def verify(self, input_ids: Tensor, attention_mask: Tensor | None, logits: tuple[Tensor, Tensor]) -> None:
+        """Compare the first step's ``logits`` with each model's own forward; a debugging aid.
+
+        Raises:
+            BackendError: a row differs by more than rounding.
+
+        """
+        for view, got in zip(("warm", "base"), logits, strict=True):
+            if view == "warm" and self._order is not None:
+                continue  # the warm view knows one adapter at a time
+            want = getattr(self.pair, view)(input_ids, attention_mask)[:, -1].float()
+            worst = ((got[:, -1].float() - want).abs().amax(1) / want.abs().amax(1)).max().item()
+            limit = 1e-3 if got.dtype == torch.float32 else 0.1
+            if not worst <= limit:
+                raise BackendError(
+                    f"the paired forward's {view} rows differ from the {view} model's own by {worst:.2g} of "
+                    f"the largest logit (limit {limit:g}); use forward='two_pass' and report this model"
+                )
+
+    @property
+    def _virtual(self) -> int:
+        return self.pair.num_virtual_tokens
+
+    def _both(
+        self, input_ids: Tensor, attention_mask: Tensor | None, cache: ViewCache | None, keep: int
+    ) -> Tensor:
+        pair, virtual, batch = self.pair, self._virtual, input_ids.shape[0]
+        seen = cache.seen if cache else 0
+        kv = cache.kv if cache else None
+        positions = row_positions(input_ids, attention_mask, seen)
+        both = torch.cat([input_ids, input_ids])
+        inputs: dict[str, Any] = {"input_ids": both}
+        positions = torch.cat([positions + virtual, positions])
+        if virtual:
+            if attention_mask is None:
+                attention_mask = input_ids.new_ones(batch, seen + input_ids.shape[1])
+            real, hidden = attention_mask.new_ones(batch, virtual), attention_mask.new_zeros(batch, virtual)
+            attention_mask = torch.cat(
+                [torch.cat([real, attention_mask], dim=1), torch.cat([hidden, attention_mask], dim=1)]
+            )
+            if pair.is_prefix:
+                kv = self._prefix(batch) if kv is None else kv
+            elif seen == 0:
+                inputs = {"inputs_embeds": self._embeddings(input_ids)}
+                first = torch.arange(virtual, device=positions.device).expand(batch, -1)
+                positions = torch.cat([torch.cat([first, torch.zeros_like(first)]), positions], dim=1)
+        elif attention_mask is not None:
+            attention_mask = torch.cat([attention_mask, attention_mask])
+        return pair.forward_rows(inputs, attention_mask, positions, kv, keep)
+
+    @contextmanager
+    def _routed(self, batch: int) -> Iterator[None]:
+        self._rows.total = 2 * batch
+        self._rows.spans = [(None, 0, batch)] if self._order is None else _spans(self._adapters, batch)
+        try:
+            for layer, forward in self._forwards:
+                vars(layer)["forward"] = forward
+            yield
+        finally:
+            for layer, _ in self._forwards:
+                vars(layer).pop("forward", None)
+
+    def _embeddings(self, input_ids: Tensor) -> Tensor:
+        """(2B, virtual + T, hidden): the base rows hold zeros, masked, in place of the prompt."""
+        warm = self.pair.prompt_embeddings(input_ids)
+        base = warm.clone()
+        base[:, : self._virtual] = 0
+        return torch.cat([warm, base])
+
+    def _prefix(self, batch: int) -> Cache:
+        cache = self.pair.prefix_cache(batch)
+        for layer in cache.layers:
+            layer.keys = torch.cat([layer.keys, torch.zeros_like(layer.keys)])
+            layer.values = torch.cat([layer.values, torch.zeros_like(layer.values)])
+        return cache
+
+
+def why_not_paired(pair: ModelPair) -> str | None:
+    """Why the two views of ``pair`` cannot share a forward; None when they can."""
+    return _routes(pair, Rows(), None)[0]
+
+
+def choose_forward(
+    pair: ModelPair, forward: str, row_adapters: Sequence[str] | None = None
+) -> PairedForward | None:
+    """The paired forward, or None for two passes; "auto" says once why it fell back.
+
+    Raises:
+        InputError: an unknown name, or "paired" (or ``row_adapters``) for a pair that cannot be.
+
+    """
+    if forward not in FORWARDS:
+        raise InputError(f"forward was {forward!r}; allowed: {', '.join(FORWARDS)}")
+    if row_adapters is not None and forward == "two_pass":
+        raise InputError("forward was 'two_pass' with row_adapters; allowed: 'auto' or 'paired'")
+    if forward == "two_pass":
+        return None
+    reason = None if forward == "paired" or row_adapters is not None else why_not_paired(pair)
+    if reason is None:
+        return PairedForward(pair, row_adapters)
+    if reason not in _said:
+        _said.add(reason)
+        warnings.warn(f"svdk decodes with two forward passes a step, because {reason}", stacklevel=2)
+    return None
+
+
+def _routes(pair: ModelPair, rows: Rows, adapters: list[str] | None) -> tuple[str | None, list[Any]]:
+    forwards = []
+    for name, layer in pair.layers.items():
+        if "expert" in name:  # tokens are regrouped there, row by row no more
+            return f"layer {name}: rows are regrouped inside a mixture of experts", []
+        forward = route(layer, rows, adapters)
+        if isinstance(forward, str):
+            return f"layer {name}: {forward}", []
+        forwards.append((layer, forward))
+    return None, forwards
+
+
+def _check_adapters(pair: ModelPair, row_adapters: Sequence[str]) -> list[str]:
+    names = sorted(set(row_adapters))
+    loaded = sorted({name for layer in pair.layers.values() for name in getattr(layer, "lora_A", ())})
+    unknown = [name for name in names if name not in loaded]
+    if unknown or not names:
+        raise InputError(f"row_adapters was {list(row_adapters)}; allowed: one a row, of {loaded}")
+    pair.check_adapters(names)
+    return names
+
+
+def _spans(adapters: list[str], batch: int) -> list[tuple[str | None, int, int]]:
+    if len(adapters) != batch:
+        raise InputError(f"row_adapters had {len(adapters)} names; allowed: one for each of {batch} rows")
+    starts = [row for row in range(batch) if row == 0 or adapters[row] != adapters[row - 1]]
+    return [(adapters[first], first, end) for first, end in zip(starts, [*starts[1:], batch], strict=True)]

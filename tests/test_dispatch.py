@@ -1,0 +1,75 @@
+"""The ops as PyTorch sees them: schemas, fakes, opcheck, torch.compile."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+import svdk
+from tests import ops_cases as oc
+
+pytestmark = pytest.mark.skipif(svdk.backends.status()["cpu"] != "available", reason="svdk._C was not built")
+
+W, B = oc.logits(3, 200)
+LABELS = torch.tensor([1, 5, 7])
+ROWS = torch.tensor([2, 0, 1])
+SAMPLE = (
+    W, B, None, None, None, None, 200, 0, 0, -math.inf, 1.0, None, 0.1, None, 1.0, None,
+    0, None, 1.0, None, 0.0, None, 7, None, 0, None,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("info", [False, True])
+def test_opcheck_sample(info):
+    torch.library.opcheck(torch.ops.svdk.steered_sample.default, (*SAMPLE, info))
+
+
+def test_opcheck_sample_with_rows():
+    args = list(SAMPLE)
+    args[3], args[4], args[5], args[8] = ROWS, ROWS, LABELS, 1
+    args[11] = torch.ones(3)
+    torch.library.opcheck(torch.ops.svdk.steered_sample.default, (*args, True))
+
+
+@pytest.mark.parametrize("strengths", [None, torch.tensor([0.0, 1.0, 2.0])])
+def test_opcheck_logprob(strengths):
+    args = (W, B, None, None, None, LABELS, 200, 0, 0.0, 0.1, None, 1.0, None, strengths)
+    torch.library.opcheck(torch.ops.svdk.steered_logprob.default, args)
+
+
+def test_opcheck_extract():
+    torch.library.opcheck(torch.ops.svdk.extract.default, (W, B, None, None, None, 200, 0, 0.1, None))
+
+
+def test_compiled_function_equals_eager():
+    def step(warm, base, seed):
+        token, info = svdk.steered_sample(warm * 2, base * 2, strength=1.5, seed=seed, return_info=True)
+        return token + 1, info.logprob_steered.exp()
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    for value in (1, 2):
+        seed = torch.full((3,), value)
+        for got, want in zip(compiled(W, B, seed), step(W, B, seed), strict=True):
+            assert torch.equal(got, want)
+
+
+def test_compiled_scoring_equals_eager():
+    def score(warm, base):
+        info = svdk.steered_logprob(warm, base, LABELS, strengths=torch.tensor([0.0, 1.0]))
+        return info.logprob.sum(), info.kl
+
+    compiled = torch.compile(score, fullgraph=True, backend="aot_eager")
+    for got, want in zip(compiled(W, B), score(W, B), strict=True):
+        assert torch.equal(got, want)
+
+
+def test_wrong_calls_of_the_raw_op_are_refused():
+    """The wrapper checks first; a direct call of the op must not read out of bounds either."""
+    with pytest.raises(RuntimeError, match="vocab_size"):
+        torch.ops.svdk.extract(W, B, None, None, None, 201, 0, 0.1, None)
+    with pytest.raises(RuntimeError, match="warm_rows was 9"):
+        torch.ops.svdk.extract(W, B, None, torch.tensor([9]), torch.tensor([0]), 200, 0, 0.1, None)
+    with pytest.raises(RuntimeError, match="base_logits"):
+        torch.ops.svdk.extract(W, B.bfloat16(), None, None, None, 200, 0, 0.1, None)

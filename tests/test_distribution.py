@@ -1,0 +1,102 @@
+"""What the samplers draw, by support first and then by chi-square with the tail in view."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+import svdk
+from tests import ops_cases as oc
+
+VOCAB = 64
+BACKEND = pytest.mark.parametrize("backend", oc.kernels())
+
+
+def one_row():
+    """Probabilities from about 0.3 down to 1e-6, ids shuffled."""
+    generator = torch.Generator().manual_seed(1)
+    warm = -0.2 * torch.arange(VOCAB)[torch.randperm(VOCAB, generator=generator)].float()
+    return warm[None], warm[None] + 0.5 * torch.randn(1, VOCAB, generator=generator)
+
+
+def chi_square_p_value(counts: torch.Tensor, expected: torch.Tensor) -> float:
+    """Tail probability; cells are pooled from the rare end until each expects at least 10 draws."""
+    order = expected.argsort()
+    cells, seen, want = [], 0.0, 0.0
+    for c, e in zip(counts[order].tolist(), expected[order].tolist(), strict=True):
+        seen, want = seen + c, want + e
+        if want >= 10:
+            cells.append((seen, want))
+            seen = want = 0.0
+    statistic = sum((c - e) ** 2 / e for c, e in cells)
+    shape = torch.tensor((len(cells) - 1) / 2, dtype=torch.float64)
+    return float(torch.special.gammaincc(shape, torch.tensor(statistic / 2, dtype=torch.float64)))
+
+
+def draws_for(backend: str) -> int:
+    return 20_000 if backend == "triton" and oc.device_of(backend) == "cpu" else 1_000_000
+
+
+SAMPLERS = {
+    "steered": ({"alpha": 0.0, "strength": 2.0}, True),
+    "masked": ({"alpha": 0.05, "strength": 2.0}, True),
+    "log_ratio": ({"alpha": 0.0, "direction": "log_ratio", "strength": 0.7}, True),
+    "penalty": ({"alpha": 0.3, "penalty": -1.0}, True),
+    "plain": ({}, False),
+    "plain_top_p": ({"top_p": 0.95, "temperature": 1.5}, False),
+    "top_k_min_p": ({"top_k": 20, "min_p": 0.05, "alpha": 0.0}, True),
+}
+
+
+@BACKEND
+@pytest.mark.parametrize("vary", ["seed", "offset"])
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_draws_follow_the_distribution(backend, name, vary):
+    kwargs, steered = SAMPLERS[name]
+    warm, base = (x.to(oc.device_of(backend)) for x in one_row())
+    args = (warm, base) if steered else (warm,)
+    _, _, z, scores = svdk.reference.steered_rows(*oc.flat_arguments(args, kwargs))
+    allowed = torch.isfinite(scores[0])
+    probabilities = torch.softmax(z[0] / kwargs.get("temperature", 1.0), 0).where(allowed, 0)
+    probabilities /= probabilities.sum()
+
+    draws = draws_for(backend)
+    keys = torch.arange(draws, device=warm.device) + 12345
+    rows = tuple(x.expand(draws, -1) for x in args)  # row stride 0: one row, many draws
+    tokens = svdk.steered_sample(*rows, backend=backend, **{vary: keys}, **kwargs).cpu()
+    counts = torch.bincount(tokens, minlength=VOCAB).double()
+    assert counts[~allowed.cpu()].sum() == 0, "a token that the filters removed was drawn"
+    assert chi_square_p_value(counts, probabilities.cpu() * draws) > 1e-4
+
+    # The tail on its own: the rarest tokens that together hold a thousandth of the mass.
+    order = probabilities.argsort()
+    tail = order[probabilities[order].cumsum(0) <= 1e-3]
+    share = float(probabilities[tail].sum())
+    if share * draws > 20:
+        deviation = (float(counts[tail].sum()) - share * draws) / math.sqrt(share * (1 - share) * draws)
+        assert abs(deviation) < 4.5
+
+
+@BACKEND
+def test_neighbouring_tokens_draw_independent_noise(backend):
+    """Four tokens share a Philox block; with equal logits each pair must still win equally often."""
+    draws = draws_for(backend)
+    flat = torch.zeros(1, 8, device=oc.device_of(backend)).expand(draws, -1)
+    keys = torch.arange(draws, device=flat.device)
+    a = svdk.steered_sample(flat, seed=keys, offset=0, backend=backend).cpu()
+    b = svdk.steered_sample(flat, seed=keys, offset=1, backend=backend).cpu()
+    pairs = torch.bincount(a * 8 + b, minlength=64).double()
+    assert chi_square_p_value(pairs, torch.full((64,), draws / 64, dtype=torch.float64)) > 1e-4
+
+
+def test_the_chi_square_test_can_fail():
+    """The statistic rejects what it should: one token of probability 1e-3 drawn 20 % too often."""
+    expected = torch.full((100,), 0.00999, dtype=torch.float64)
+    expected[0] = 1 - expected[1:].sum()
+    expected *= 1_000_000
+    counts = expected.clone()
+    assert chi_square_p_value(counts, expected) > 0.99
+    counts[5] *= 1.2
+    assert chi_square_p_value(counts, expected) < 1e-6
