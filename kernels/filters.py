@@ -10,199 +10,148 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .steering import INF, MAX_ID, best_of, delta_of, inside_of, load_set, ordered_key, steered_of
+from .steering import INF, MAX_ID, safe_log, steered_tile
 
+RANK_LIMIT = tl.constexpr(1024)  # a longer list is searched like a row: ranking costs its square
 RANKED = tl.constexpr(64)  # list entries compared at a time
 TILE = tl.constexpr(512)  # tokens a sweep of the threshold search handles at a time
 
 
 @triton.jit
-def steered_tile(
-    warm, other, listed, from_list, start, count, max_w, log_zw, max_b, gap, log_alpha, mu, penalty,
-    DIRECTION: tl.constexpr, FINITE_PENALTY: tl.constexpr, COMPACT: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """``(ids, z, inside)`` of tile ``start`` of the tokens in play; z relative to ``max_w``."""
-    ids, w, o = load_set(warm, other, listed, from_list, start, count, DIRECTION, COMPACT, BLOCK)
-    inside = inside_of(w, max_w, log_alpha)
-    delta = delta_of(w, o, max_w, log_zw, max_b, gap, DIRECTION)
-    return ids, steered_of(w, delta, inside, max_w, mu, penalty, FINITE_PENALTY), inside
+def weights(z, top, inverse_temperature):
+    """Unnormalised probabilities of steered logits; 0 at -inf."""
+    return tl.where(z > -INF, tl.exp((z - top) * inverse_temperature), 0.0)
 
 
 @triton.jit
-def top_token(
-    warm, other, listed, from_list, count, max_w, log_zw, max_b, gap, log_alpha, mu, penalty,
-    DIRECTION: tl.constexpr, FINITE_PENALTY: tl.constexpr, COMPACT: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """The largest steered logit of the tokens in play and its lowest id."""
-    best = tl.full([BLOCK], -INF, tl.float32)
-    best_id = tl.full([BLOCK], MAX_ID, tl.int32)
-    for start in range(0, count, BLOCK):
-        ids, z, _ = steered_tile(
-            warm, other, listed, from_list, start, count, max_w, log_zw, max_b, gap, log_alpha, mu, penalty,
-            DIRECTION, FINITE_PENALTY, COMPACT, BLOCK,
-        )  # fmt: skip
-        better = z > best
-        best, best_id = tl.where(better, z, best), tl.where(better, ids, best_id)
-    return best_of(best, best_id)
-
-
-@triton.jit
-def rank_list(
-    warm, other, listed, values, count, max_w, log_zw, max_b, gap, log_alpha, mu, penalty,
-    top, inverse_temperature, top_k, top_p, min_p, DIRECTION: tl.constexpr,
-):  # fmt: skip
-    """Write the filtered steered logits of the list (-inf where a filter drops the token) to ``values``."""
-    for start in range(0, count, RANKED):
-        ids, z, _ = steered_tile(
-            warm, other, listed, True, start, count, max_w, log_zw, max_b, gap, log_alpha, mu, penalty,
-            DIRECTION, False, True, RANKED,
-        )  # fmt: skip
-        tl.store(values + start + tl.arange(0, RANKED), z, mask=start + tl.arange(0, RANKED) < count)
-    tl.debug_barrier()
-    if (top_k > 0) & (top_k < count):
-        drop_below_kth(values, values + count, count, top_k)
-    if top_p < 1.0:
-        drop_tail(listed, values, values + count, count, top, inverse_temperature, top_p)
-    lowest = tl.where(min_p > 0.0, tl.log(tl.where(min_p > 0.0, min_p, 1.0)), -INF)
-    for start in range(0, count, RANKED):
+def rank_list(row, values, top, inverse_temperature, top_k, top_p, min_p):
+    """Write the list's steered logits to ``values`` (2 * count floats), -inf where a filter drops one."""
+    for start in range(0, row.count, RANKED):
+        _, z = steered_tile(row, start, RANKED)
         place = start + tl.arange(0, RANKED)
-        z = tl.load(values + place, mask=place < count, other=-INF)
-        keep = (z == top) | ((z - top) * inverse_temperature >= lowest)
-        tl.store(values + place, tl.where(keep, z, -INF), mask=place < count)
-    tl.debug_barrier()
+        tl.store(values + place, z, mask=place < row.count)
+    tl.debug_barrier()  # what follows reads what other threads wrote
+    if top_k > 0:
+        drop_below_kth(values, row.count, top_k)
+    if top_p < 1.0:
+        drop_tail(values, row.count, top, inverse_temperature, top_p)
+    if min_p > 0.0:
+        lowest = safe_log(min_p)
+        for start in range(0, row.count, RANKED):
+            place = start + tl.arange(0, RANKED)
+            z = tl.load(values + place, mask=place < row.count, other=-INF)
+            keep = (z - top) * inverse_temperature >= lowest
+            tl.store(values + place, tl.where(keep, z, -INF), mask=place < row.count)
+        tl.debug_barrier()
 
 
 @triton.jit
-def drop_below_kth(values, scratch, count, top_k):
+def drop_below_kth(values, count, top_k):
     """Top-k: a token stays when fewer than k are above it, so ties with the k-th stay."""
     for start in range(0, count, RANKED):
         place = start + tl.arange(0, RANKED)
         z = tl.load(values + place, mask=place < count, other=-INF)
         above = tl.zeros([RANKED], tl.int32)
-        for other_start in range(0, count, RANKED):
-            others = other_start + tl.arange(0, RANKED)
+        for begin in range(0, count, RANKED):
+            others = begin + tl.arange(0, RANKED)
             y = tl.load(values + others, mask=others < count, other=-INF)
             above += tl.sum((y[None, :] > z[:, None]).to(tl.int32), 1)
-        tl.store(scratch + place, tl.where(above < top_k, z, -INF), mask=place < count)
-    copy_back(values, scratch, count)
+        tl.store(values + count + place, tl.where(above < top_k, z, -INF), mask=place < count)
+    copy_back(values, count)
 
 
 @triton.jit
-def drop_tail(listed, values, scratch, count, top, inverse_temperature, top_p):
+def drop_tail(values, count, top, inverse_temperature, top_p):
     """Top-p: a token stays when the mass before it (larger, or equal with a lower id) is below top_p."""
     mass = tl.zeros([RANKED], tl.float32)
     for start in range(0, count, RANKED):
         place = start + tl.arange(0, RANKED)
         z = tl.load(values + place, mask=place < count, other=-INF)
-        mass += tl.exp((z - top) * inverse_temperature)
+        mass += weights(z, top, inverse_temperature)
     budget = top_p * tl.sum(mass, 0)
     for start in range(0, count, RANKED):
         place = start + tl.arange(0, RANKED)
         z = tl.load(values + place, mask=place < count, other=-INF)
-        before = tl.zeros([RANKED], tl.float32)
-        first = tl.full([RANKED], 1, tl.int32)
-        for other_start in range(0, count, RANKED):
-            others = other_start + tl.arange(0, RANKED)
+        before, ahead_of = tl.zeros([RANKED], tl.float32), tl.zeros([RANKED], tl.int32)
+        for begin in range(0, count, RANKED):
+            others = begin + tl.arange(0, RANKED)
             y = tl.load(values + others, mask=others < count, other=-INF)
             # The list is in the order of ids, so places compare as ids do.
-            ahead = (y[None, :] > z[:, None]) | ((y[None, :] == z[:, None]) & (others[None, :] < place[:, None]))
-            ahead = ahead & (y[None, :] > -INF)
-            before += tl.sum(tl.where(ahead, tl.exp((y - top) * inverse_temperature)[None, :], 0.0), 1)
-            first = tl.where(tl.sum(ahead.to(tl.int32), 1) > 0, 0, first)
-        keep = (before < budget) | (first == 1)
-        tl.store(scratch + place, tl.where(keep, z, -INF), mask=place < count)
-    copy_back(values, scratch, count)
+            tie = (y[None, :] == z[:, None]) & (others[None, :] < place[:, None])
+            ahead = (y[None, :] > z[:, None]) | tie
+            before += tl.sum(tl.where(ahead, weights(y, top, inverse_temperature)[None, :], 0.0), 1)
+            ahead_of += tl.sum(ahead.to(tl.int32), 1)
+        keep = (before < budget) | (ahead_of == 0)  # the most likely token always stays
+        tl.store(values + count + place, tl.where(keep, z, -INF), mask=place < count)
+    copy_back(values, count)
 
 
 @triton.jit
-def copy_back(values, scratch, count):
-    """values <- scratch, with the barriers that reads and writes by different threads need."""
+def copy_back(values, count):
+    """Copy the second half of ``values`` over the first, between the barriers that this needs."""
     tl.debug_barrier()
     for start in range(0, count, RANKED):
         place = start + tl.arange(0, RANKED)
-        tl.store(values + place, tl.load(scratch + place, mask=place < count, other=0.0), mask=place < count)
+        z = tl.load(values + count + place, mask=place < count, other=-INF)
+        tl.store(values + place, z, mask=place < count)
     tl.debug_barrier()
 
 
 @triton.jit
-def find_key(
-    warm, other, listed, from_list, count, max_w, log_zw, max_b, gap, log_alpha, mu, penalty,
-    top, inverse_temperature, floor, target, by_mass,
-    DIRECTION: tl.constexpr, FINITE_PENALTY: tl.constexpr, COMPACT: tl.constexpr,
-):  # fmt: skip
-    """The largest key such that the tokens from it (and from ``floor``) up number, or weigh, ``target``."""
-    step = tl.arange(0, 16).to(tl.uint32)
-    found = (tl.sum(step, 0) * 0).to(tl.uint32)
-    for round_ in range(8):
-        shift = (28 - 4 * round_).to(tl.uint32) if isinstance(round_, tl.tensor) else 28 - 4 * round_
-        thresholds = tl.maximum(found + (step << shift), floor)
-        reached = tl.zeros([16], tl.float32)
-        for start in range(0, count, TILE):
-            _, z, _ = steered_tile(
-                warm, other, listed, from_list, start, count, max_w, log_zw, max_b, gap, log_alpha, mu, penalty,
-                DIRECTION, FINITE_PENALTY, COMPACT, TILE,
-            )  # fmt: skip
-            weight = tl.where(by_mass, tl.exp((z - top) * inverse_temperature), 1.0)
-            weight = tl.where(z > -INF, weight, 0.0)
-            at_least = ordered_key(z)[:, None] >= thresholds[None, :]
-            reached += tl.sum(tl.where(at_least, weight[:, None], 0.0), 0)
-        steps = tl.sum((reached >= target).to(tl.int32), 0)
-        found += (tl.maximum(steps - 1, 0).to(tl.uint32)) << shift
-    return tl.maximum(found, floor)
+def ordered_key(z):
+    """Order-preserving map from float32 to uint32; both zeros are one value."""
+    bits = tl.where(z == 0.0, 0.0, z).to(tl.int32, bitcast=True)
+    return tl.where(bits < 0, ~bits, bits ^ -2147483648).to(tl.uint32, bitcast=True)
 
 
 @triton.jit
-def threshold(
-    warm, other, listed, from_list, count, max_w, log_zw, max_b, gap, log_alpha, mu, penalty,
-    top, inverse_temperature, top_k, top_p,
-    DIRECTION: tl.constexpr, FINITE_PENALTY: tl.constexpr, COMPACT: tl.constexpr,
-):  # fmt: skip
+def threshold(row, top, inverse_temperature, top_k, top_p):
     """``(floor, last_tie)``: top-k and top-p keep keys above floor, and equal to it up to id last_tie."""
-    floor = (top_k * 0).to(tl.uint32)
-    last_tie = top_k * 0 + MAX_ID
+    floor = tl.full([], 0, tl.uint32)
+    last_tie = tl.full([], MAX_ID, tl.int32)
     if top_k > 0:
-        floor = find_key(
-            warm, other, listed, from_list, count, max_w, log_zw, max_b, gap, log_alpha, mu, penalty,
-            top, inverse_temperature, floor, top_k.to(tl.float32), False, DIRECTION, FINITE_PENALTY, COMPACT,
-        )  # fmt: skip
+        floor = find_key(row, top, inverse_temperature, floor, top_k * 1.0, False)
     if top_p < 1.0:
-        mass, _, _ = mass_from(
-            warm, other, listed, from_list, count, max_w, log_zw, max_b, gap, log_alpha, mu, penalty,
-            top, inverse_temperature, floor, DIRECTION, FINITE_PENALTY, COMPACT,
-        )  # fmt: skip
+        mass, _, _ = mass_from(row, top, inverse_temperature, floor)
         budget = top_p * mass
-        floor = find_key(
-            warm, other, listed, from_list, count, max_w, log_zw, max_b, gap, log_alpha, mu, penalty,
-            top, inverse_temperature, floor, budget, True, DIRECTION, FINITE_PENALTY, COMPACT,
-        )  # fmt: skip
-        mass, tie, ties = mass_from(
-            warm, other, listed, from_list, count, max_w, log_zw, max_b, gap, log_alpha, mu, penalty,
-            top, inverse_temperature, floor, DIRECTION, FINITE_PENALTY, COMPACT,
-        )  # fmt: skip
+        floor = find_key(row, top, inverse_temperature, floor, budget, True)
+        mass, tie, ties = mass_from(row, top, inverse_temperature, floor)
         # The j-th of the ties (from 0) stays while mass above + j * tie < budget.
         wanted = tl.ceil((budget - (mass - tie * ties)) / tl.where(tie > 0.0, tie, 1.0))
-        if (ties > 1) & (wanted < ties):
-            last_tie = nth_tie(
-                warm, other, listed, from_list, count, max_w, log_zw, max_b, gap, log_alpha, mu, penalty,
-                floor, tl.maximum(wanted, 1.0), DIRECTION, FINITE_PENALTY, COMPACT,
-            )  # fmt: skip
+        if wanted < ties:
+            last_tie = nth_tie(row, floor, tl.maximum(wanted, 1.0))
     return floor, last_tie
 
 
 @triton.jit
-def mass_from(
-    warm, other, listed, from_list, count, max_w, log_zw, max_b, gap, log_alpha, mu, penalty,
-    top, inverse_temperature, floor,
-    DIRECTION: tl.constexpr, FINITE_PENALTY: tl.constexpr, COMPACT: tl.constexpr,
-):  # fmt: skip
+def find_key(row, top, inverse_temperature, floor, target, BY_MASS: tl.constexpr):
+    """The largest key such that the tokens from it (and from ``floor``) up number, or weigh, ``target``."""
+    step = tl.arange(0, 16).to(tl.uint32)
+    found = tl.full([], 0, tl.uint32)
+    for digit in range(8):
+        shift = 28 - 4 * digit
+        thresholds = tl.maximum(found + (step << shift), floor)
+        reached = tl.zeros([16], tl.float32)
+        for start in range(0, row.count, TILE):
+            _, z = steered_tile(row, start, TILE)
+            if BY_MASS:
+                weight = weights(z, top, inverse_temperature)
+            else:
+                weight = tl.where(z > -INF, 1.0, 0.0)
+            from_here = ordered_key(z)[:, None] >= thresholds[None, :]
+            reached += tl.sum(tl.where(from_here, weight[:, None], 0.0), 0)
+        steps = tl.maximum(tl.sum((reached >= target).to(tl.int32), 0) - 1, 0)
+        found += steps.to(tl.uint32) << shift
+    return tl.maximum(found, floor)
+
+
+@triton.jit
+def mass_from(row, top, inverse_temperature, floor):
     """``(mass of the keys from floor up, mass of one token at floor, how many are at floor)``."""
     mass, ties, tie = tl.zeros([TILE], tl.float32), tl.zeros([TILE], tl.float32), tl.zeros([TILE], tl.float32)
-    for start in range(0, count, TILE):
-        _, z, _ = steered_tile(
-            warm, other, listed, from_list, start, count, max_w, log_zw, max_b, gap, log_alpha, mu, penalty,
-            DIRECTION, FINITE_PENALTY, COMPACT, TILE,
-        )  # fmt: skip
-        key, weight = ordered_key(z), tl.where(z > -INF, tl.exp((z - top) * inverse_temperature), 0.0)
+    for start in range(0, row.count, TILE):
+        _, z = steered_tile(row, start, TILE)
+        key, weight = ordered_key(z), weights(z, top, inverse_temperature)
         mass += tl.where(key >= floor, weight, 0.0)
         level = (key == floor) & (z > -INF)
         tie = tl.where(level, weight, tie)
@@ -211,18 +160,12 @@ def mass_from(
 
 
 @triton.jit
-def nth_tie(
-    warm, other, listed, from_list, count, max_w, log_zw, max_b, gap, log_alpha, mu, penalty, floor, wanted,
-    DIRECTION: tl.constexpr, FINITE_PENALTY: tl.constexpr, COMPACT: tl.constexpr,
-):  # fmt: skip
+def nth_tie(row, floor, wanted):
     """The id of the ``wanted``-th token whose key is ``floor``, in the order of ids."""
-    seen = wanted * 0.0
+    seen = tl.full([], 0.0, tl.float32)
     token = tl.full([TILE], -1, tl.int32)
-    for start in range(0, count, TILE):
-        ids, z, _ = steered_tile(
-            warm, other, listed, from_list, start, count, max_w, log_zw, max_b, gap, log_alpha, mu, penalty,
-            DIRECTION, FINITE_PENALTY, COMPACT, TILE,
-        )  # fmt: skip
+    for start in range(0, row.count, TILE):
+        ids, z = steered_tile(row, start, TILE)
         level = ((ordered_key(z) == floor) & (z > -INF)).to(tl.float32)
         number = seen + tl.cumsum(level, 0)
         token = tl.where((level > 0.0) & (number <= wanted), ids, token)

@@ -8,6 +8,8 @@ constant give exactly 0.
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
@@ -24,6 +26,32 @@ INF = tl.constexpr(float("inf"))
 MAX_ID = tl.constexpr(2**31 - 1)
 
 
+class Row(NamedTuple):
+    """A row after its first sweep. Capitals are known when the kernel is compiled."""
+
+    warm: Any
+    """Pointer to the warm logits."""
+    other: Any
+    """Pointer to the base logits or the vector; unused for PLAIN."""
+    listed: Any
+    """Pointer to the ids in C; unused unless COMPACT."""
+    from_list: Any
+    """Whether the tokens in play are the listed ones; else the whole row."""
+    count: Any
+    """How many are in play."""
+    max_w: Any
+    log_zw: Any
+    """Log-sum-exp of the warm row less max_w."""
+    max_b: Any
+    gap: Any
+    log_alpha: Any
+    mu: Any
+    penalty: Any
+    DIRECTION: Any
+    FINITE_PENALTY: Any
+    COMPACT: Any
+
+
 @triton.jit
 def or_zero(x):
     """x, or 0 where it is -inf: a maximum that may be subtracted."""
@@ -31,19 +59,9 @@ def or_zero(x):
 
 
 @triton.jit
-def delta_of(w, other, max_w, log_zw, max_b, gap, DIRECTION: tl.constexpr):
-    """The steering vector at tokens with logits ``w`` and base logits (or vector entries) ``other``."""
-    if DIRECTION == PLAIN:
-        return w * 0.0
-    elif DIRECTION == VECTOR:
-        return other
-    else:
-        usable = (w > -INF) & (other > -INF)
-        dw = tl.where(usable, w - max_w, 0.0)
-        delta = tl.where(usable, dw - (other - max_b) - gap, 0.0)
-        if DIRECTION == KL_GRADIENT:
-            delta = tl.exp(dw - log_zw) * delta
-        return delta
+def safe_log(x):
+    """Log of a parameter in [0, 1]; -inf at 0."""
+    return tl.where(x > 0.0, tl.log(tl.where(x > 0.0, x, 1.0)), -INF)
 
 
 @triton.jit
@@ -53,20 +71,113 @@ def inside_of(w, max_w, log_alpha):
 
 
 @triton.jit
-def steered_of(w, delta, inside, max_w, mu, penalty, FINITE_PENALTY: tl.constexpr):
-    """Steered logits less ``max_w``; -inf where a token cannot be drawn."""
-    if FINITE_PENALTY:
-        outside = tl.where(w > -INF, w - max_w + mu * penalty, -INF)
+def delta_of(row, w, other):
+    """The steering vector at tokens with logits ``w`` and base logits (or vector entries) ``other``."""
+    if row.DIRECTION == PLAIN:
+        delta = w * 0.0
+    elif row.DIRECTION == VECTOR:
+        delta = other
     else:
-        outside = -INF
-    return tl.where(inside, w - max_w + mu * delta, outside)
+        usable = (w > -INF) & (other > -INF)
+        dw = tl.where(usable, w - row.max_w, 0.0)
+        delta = tl.where(usable, dw - (other - row.max_b) - row.gap, 0.0)
+        if row.DIRECTION == KL_GRADIENT:
+            delta = tl.exp(dw - row.log_zw) * delta
+    return delta
 
 
 @triton.jit
-def ordered_key(z):
-    """Order-preserving map from float32 to uint32; both zeros are one value."""
-    bits = tl.where(z == 0.0, 0.0, z).to(tl.int32, bitcast=True)
-    return tl.where(bits < 0, ~bits, bits ^ -2147483648).to(tl.uint32, bitcast=True)
+def steered_of(row, w, delta):
+    """Steered logits less ``max_w``; -inf where a token cannot be drawn."""
+    dw = w - row.max_w
+    if row.FINITE_PENALTY:
+        outside = tl.where(w > -INF, dw + row.mu * row.penalty, -INF)
+    else:
+        outside = -INF
+    return tl.where(inside_of(w, row.max_w, row.log_alpha), dw + row.mu * delta, outside)
+
+
+@triton.jit
+def load_tile(row, start, BLOCK: tl.constexpr):
+    """``(ids, warm, other)`` of the tokens in play from ``start`` on; warm is -inf past the end."""
+    place = start + tl.arange(0, BLOCK)
+    live = place < row.count
+    ids = place
+    if row.COMPACT:
+        if row.from_list:
+            ids = tl.load(row.listed + place, mask=live, other=0)
+    w = tl.load(row.warm + ids, mask=live, other=-INF).to(tl.float32)
+    if row.DIRECTION == PLAIN:
+        other = w
+    else:
+        other = tl.load(row.other + ids, mask=live, other=0.0).to(tl.float32)
+    return ids, w, other
+
+
+@triton.jit
+def steered_tile(row, start, BLOCK: tl.constexpr):
+    """``(ids, z)`` of the tokens in play from ``start`` on; z less ``max_w``."""
+    ids, w, other = load_tile(row, start, BLOCK)
+    return ids, steered_of(row, w, delta_of(row, w, other))
+
+
+@triton.jit
+def load_token(row, token):
+    """``(warm, other)`` of one token."""
+    w = tl.load(row.warm + token).to(tl.float32)
+    if row.DIRECTION == PLAIN:
+        other = w
+    else:
+        other = tl.load(row.other + token).to(tl.float32)
+    return w, other
+
+
+@triton.jit
+def moments(row, BLOCK: tl.constexpr):
+    """``(sum p delta, ||delta||^2, Var_p delta)`` over C, float64 (squares may pass float32's range)."""
+    mean, norm2 = tl.zeros([BLOCK], tl.float64), tl.zeros([BLOCK], tl.float64)
+    second = tl.zeros([BLOCK], tl.float64)
+    for start in range(0, row.count, BLOCK):
+        _, w, other = load_tile(row, start, BLOCK)
+        inside = inside_of(w, row.max_w, row.log_alpha)
+        delta = tl.where(inside, delta_of(row, w, other), 0.0).to(tl.float64)
+        p = tl.where(inside, tl.exp(w - row.max_w - row.log_zw), 0.0).to(tl.float64)
+        mean += p * delta
+        norm2 += delta * delta
+        second += p * delta * delta
+    mean = tl.sum(mean, 0)
+    return mean, tl.sum(norm2, 0), tl.maximum(tl.sum(second, 0) - mean * mean, 0.0)
+
+
+@triton.jit
+def top_token(row, BLOCK: tl.constexpr):
+    """The largest steered logit (less ``max_w``) of the tokens in play and its lowest id."""
+    best, best_id = tl.full([BLOCK], -INF, tl.float32), tl.full([BLOCK], MAX_ID, tl.int32)
+    for start in range(0, row.count, BLOCK):
+        ids, z = steered_tile(row, start, BLOCK)
+        better = z > best
+        best, best_id = tl.where(better, z, best), tl.where(better, ids, best_id)
+    return best_of(best, best_id)
+
+
+@triton.jit
+def finite_argmax(warm, vocab, BLOCK: tl.constexpr):
+    """Lowest id of the largest finite logit of a row, 0 if there is none: the token of an invalid row."""
+    best, best_id = tl.full([BLOCK], -INF, tl.float32), tl.full([BLOCK], MAX_ID, tl.int32)
+    for start in range(0, vocab, BLOCK):
+        ids = start + tl.arange(0, BLOCK)
+        w = tl.load(warm + ids, mask=ids < vocab, other=-INF).to(tl.float32)
+        better = (w < INF) & (w > best)
+        best, best_id = tl.where(better, w, best), tl.where(better, ids, best_id)
+    _, token = best_of(best, best_id)
+    return tl.where(token == MAX_ID, 0, token)
+
+
+@triton.jit
+def best_of(score, ids):
+    """Best score of a tile and its lowest id; id MAX_ID when nothing scored above -inf."""
+    top = tl.max(score, 0)
+    return top, tl.min(tl.where((score == top) & (score > -INF), ids, MAX_ID), 0)
 
 
 @triton.jit
@@ -85,44 +196,3 @@ def row_index(rows, row):
         return row.to(tl.int64)
     else:
         return tl.load(rows + row).to(tl.int64)
-
-
-@triton.jit
-def load_set(warm, other, listed, from_list, start, count, DIRECTION: tl.constexpr, COMPACT: tl.constexpr,
-             BLOCK: tl.constexpr):  # fmt: skip
-    """Tile ``start`` of the tokens still in play: ``(ids, warm, other)``, -inf past the end.
-
-    They are the ids at ``listed`` or, where these did not fit (``from_list`` false), the whole row.
-    """
-    place = start + tl.arange(0, BLOCK)
-    live = place < count
-    ids = place
-    if COMPACT:
-        if from_list:
-            ids = tl.load(listed + place, mask=live, other=0)
-    w = tl.load(warm + ids, mask=live, other=-INF).to(tl.float32)
-    if DIRECTION == PLAIN:
-        return ids, w, w
-    else:
-        return ids, w, tl.load(other + ids, mask=live, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def finite_argmax(warm, vocab, BLOCK: tl.constexpr):
-    """Lowest id of the largest finite logit of a row, 0 if there is none: the token of an invalid row."""
-    best = tl.full([BLOCK], -INF, tl.float32)
-    best_id = tl.full([BLOCK], MAX_ID, tl.int32)
-    for start in range(0, vocab, BLOCK):
-        ids = start + tl.arange(0, BLOCK)
-        w = tl.load(warm + ids, mask=ids < vocab, other=-INF).to(tl.float32)
-        better = (w < INF) & (w > best)
-        best, best_id = tl.where(better, w, best), tl.where(better, ids, best_id)
-    _, token = best_of(best, best_id)
-    return tl.where(token == MAX_ID, 0, token)
-
-
-@triton.jit
-def best_of(score, ids):
-    """Best score of a tile and its lowest id; id MAX_ID when nothing scored above -inf."""
-    top = tl.max(score, 0)
-    return top, tl.min(tl.where((score == top) & (score > -INF), ids, MAX_ID), 0)

@@ -3,7 +3,7 @@
 A slice yields the online-softmax sums of both rows (``SUMS`` float32 numbers), the ids that may be in C,
 and for one-sweep problems its best token. Sums are kept per lane and reduced once, so that a tile costs
 one or two block-wide maxima and no more. With several slices a row, each publishes its numbers and
-counts itself in with an acquire-release atomic; whoever counts last sees all of them, merges them and
+counts itself in with an acquire-release atomic; whichever counts last sees all of them, merges them and
 finishes the row within the same launch, and leaves the counter at zero for the next one.
 """
 
@@ -123,9 +123,11 @@ def arrive(counter, SPLITS: tl.constexpr):
     """Whether this program is the last of its row's SPLITS to get here; the last one zeroes the counter."""
     # All threads' writes come before the barrier, the barrier before the one thread's release.
     tl.debug_barrier()
-    last = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == SPLITS - 1
-    if last:
-        tl.store(counter, 0)
+    last = True
+    if SPLITS > 1:
+        last = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == SPLITS - 1
+        if last:
+            tl.store(counter, 0)
     return last
 
 

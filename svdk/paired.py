@@ -14,6 +14,7 @@ from transformers import Cache, StaticCache
 from svdk.errors import BackendError, InputError
 from svdk.pair import ModelPair, ViewCache, row_positions
 from svdk.paired_layers import Rows, route
+from svdk.paired_linear import MAX_ROWS, few_rows_linears
 
 FORWARDS = ("auto", "paired", "two_pass")
 """How the two views of a step are run: "auto" pairs them when it can."""
@@ -54,6 +55,8 @@ class PairedForward:
         if reason is not None:
             raise InputError(f"forward was 'paired'; allowed for this model: 'two_pass', because {reason}")
 
+        self._few = few_rows_linears(pair.module)
+
     def new_cache(
         self, batch_size: int, implementation: str | None = None, max_length: int | None = None
     ) -> ViewCache:
@@ -83,7 +86,7 @@ class PairedForward:
         if order is not None:
             input_ids = input_ids[order]
             attention_mask = None if attention_mask is None else attention_mask[order]
-        with self._routed(input_ids.shape[0]):
+        with self._routed(*input_ids.shape):
             logits = self._both(input_ids, attention_mask, cache, keep)
         if cache:
             cache.seen += input_ids.shape[1]
@@ -144,15 +147,17 @@ class PairedForward:
         return pair.forward_rows(inputs, attention_mask, positions, kv, keep)
 
     @contextmanager
-    def _routed(self, batch: int) -> Iterator[None]:
+    def _routed(self, batch: int, length: int) -> Iterator[None]:
         self._rows.total = 2 * batch
         self._rows.spans = [(None, 0, batch)] if self._order is None else _spans(self._adapters, batch)
+        # Virtual tokens make the first forward longer than it looks here, but it is never one token long.
+        forwards = self._forwards + (self._few if 2 * batch * length <= MAX_ROWS else [])
         try:
-            for layer, forward in self._forwards:
+            for layer, forward in forwards:
                 vars(layer)["forward"] = forward
             yield
         finally:
-            for layer, _ in self._forwards:
+            for layer, _ in forwards:
                 vars(layer).pop("forward", None)
 
     def _embeddings(self, input_ids: Tensor) -> Tensor:

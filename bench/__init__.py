@@ -1,0 +1,1 @@
+"""The benchmark suite behind ``svdk bench`` (importable as ``svdk.bench``)."""

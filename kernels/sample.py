@@ -1,0 +1,279 @@
+"""``steered_sample``: softmax of both rows, steering, filters and the draw, in one launch.
+
+Bytes moved, for B rows of V tokens of s bytes: 2 B V s with a base model (B V s without), each logit read
+from memory once. That is all when the row's candidates fit (CAP a slice; any alpha > 0 with penalty -inf
+on a row that is not nearly flat), or when no sums are needed first (plain sampling; ``log_ratio`` and
+``vector`` with alpha = 0 at a given strength). Otherwise (alpha = 0 with ``kl_gradient``, a finite
+penalty, filters over the whole vocabulary) the finishing program reads its row again, from L2; a filter
+then takes up to 20 such sweeps, and with few rows these do not use the whole GPU.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .filters import RANK_LIMIT, ordered_key, rank_list, threshold
+from .noise import block_bits, gumbel, token_bits
+from .steering import (
+    EPS,
+    INF,
+    KL_BUDGET,
+    LABEL,
+    LOG_RATIO,
+    MAX_ID,
+    PLAIN,
+    VECTOR,
+    Row,
+    best_of,
+    delta_of,
+    finite_argmax,
+    inside_of,
+    load_tile,
+    load_token,
+    moments,
+    or_zero,
+    row_index,
+    safe_log,
+    steered_of,
+    top_token,
+    value_of,
+)
+from .sweep import BASE_MASKED, COUNTS, INVALID, SUMS, arrive, divergence, first_sweep, merge, publish
+
+
+@triton.jit
+def in_unit(x):
+    """Whether a parameter is in [0, 1]; NaN is not."""
+    return (x >= 0.0) & (x <= 1.0)
+
+
+@triton.jit
+def is_finite(x):
+    """Whether a parameter is neither NaN nor infinite."""
+    return (x > -INF) & (x < INF)
+
+
+@triton.jit
+def strength_of(row, strength, label, MODE: tl.constexpr, BLOCK: tl.constexpr):
+    """mu by the per-token optimum for a label, or by a budget of KL in nats."""
+    mean, norm2, variance = moments(row, BLOCK)
+    if MODE == LABEL:
+        w, other = load_token(row, label)
+        at_label = tl.where(inside_of(w, row.max_w, row.log_alpha), delta_of(row, w, other), 0.0)
+        mu = tl.where(norm2 < EPS, 0.0, (at_label.to(tl.float64) - mean) / (norm2 + EPS))
+    else:
+        tiny = variance < EPS
+        mu = tl.where(tiny, 0.0, tl.sqrt(2.0 * strength.to(tl.float64) / tl.where(tiny, 1.0, variance)))
+    return mu.to(tl.float32)
+
+
+@triton.jit
+def draw(
+    row, values, ranked, filtered, top, top_id, floor, last_tie, lowest, inverse_temperature, greedy,
+    seed, offset, FILTERS: tl.constexpr, INFO: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Greedy or perturbed argmax over the tokens in play that the filters keep.
+
+    Returns (token or MAX_ID, log-sum-exp of the steered logits before filters less max_w, size of C).
+    """
+    best, best_id = tl.full([BLOCK], -INF, tl.float32), tl.full([BLOCK], MAX_ID, tl.int32)
+    inside_count = tl.zeros([BLOCK], tl.int32)
+    high, partition = tl.full([], -INF, tl.float32), tl.full([], 0.0, tl.float32)
+    for start in range(0, row.count, BLOCK):
+        ids, w, other = load_tile(row, start, BLOCK)
+        z = steered_of(row, w, delta_of(row, w, other))
+        if INFO:
+            inside_count += inside_of(w, row.max_w, row.log_alpha).to(tl.int32)
+            new_high = tl.maximum(high, tl.max(z, 0))
+            partition = partition * tl.exp(high - or_zero(new_high))
+            partition += tl.sum(tl.exp(z - or_zero(new_high)), 0)
+            high = new_high
+        keep = z > -INF
+        if FILTERS:
+            if filtered:
+                if ranked:
+                    place = start + tl.arange(0, BLOCK)
+                    keep = keep & (tl.load(values + place, mask=place < row.count, other=-INF) > -INF)
+                else:
+                    key = ordered_key(z)
+                    keep = keep & ((key > floor) | ((key == floor) & (ids <= last_tie)) | (ids == top_id))
+                    keep = keep & ((z - top) * inverse_temperature >= lowest)
+        score = z
+        if not greedy:
+            if row.COMPACT:
+                if row.from_list:
+                    bits = token_bits(ids, seed, offset)
+                else:
+                    bits = block_bits(start, seed, offset, BLOCK)
+            else:
+                bits = block_bits(start, seed, offset, BLOCK)
+            score = z * inverse_temperature + gumbel(bits)
+        better = keep & (score > best)
+        best, best_id = tl.where(better, score, best), tl.where(better, ids, best_id)
+    _, token = best_of(best, best_id)
+    return token, high + tl.log(tl.where(partition > 0.0, partition, 1.0)), tl.sum(inside_count, 0)
+
+
+@triton.jit
+def finish(
+    row, vocab, mode_value, label, temperature, top_k, top_p, min_p, seed, offset, values,
+    MODE: tl.constexpr, FILTERS: tl.constexpr, INFO: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Strength, filters and draw of a row after its first sweep: (token, mu, log-sum-exp, size of C)."""
+    if MODE == LABEL or MODE == KL_BUDGET:
+        mu = strength_of(row, mode_value, label, MODE, BLOCK)
+    else:
+        mu = mode_value
+    row = Row(
+        row.warm, row.other, row.listed, row.from_list, row.count, row.max_w, row.log_zw, row.max_b, row.gap,
+        row.log_alpha, mu, row.penalty, row.DIRECTION, row.FINITE_PENALTY, row.COMPACT,
+    )  # fmt: skip
+    greedy = temperature == 0.0
+    inverse = 1.0 / tl.where(greedy, 1.0, temperature)
+    filtered = False
+    ranked = False
+    top, top_id, lowest = tl.full([], 0.0, tl.float32), tl.full([], MAX_ID, tl.int32), tl.full([], -INF, tl.float32)
+    floor, last_tie = tl.full([], 0, tl.uint32), tl.full([], MAX_ID, tl.int32)
+    if FILTERS:
+        filtered = (not greedy) & ((top_k > 0) | (top_p < 1.0) | (min_p > 0.0))
+        ranked = row.from_list & (row.count <= RANK_LIMIT)
+        if filtered:
+            top, top_id = top_token(row, BLOCK)
+            lowest = safe_log(min_p)
+            if row.COMPACT:
+                if ranked:
+                    rank_list(row, values, top, inverse, top_k, top_p, min_p)
+                else:
+                    floor, last_tie = threshold(row, top, inverse, top_k, top_p)
+            else:
+                floor, last_tie = threshold(row, top, inverse, top_k, top_p)
+    token, lse, inside = draw(
+        row, values, ranked, filtered, top, top_id, floor, last_tie, lowest, inverse, greedy, seed, offset,
+        FILTERS, INFO, BLOCK,
+    )  # fmt: skip
+    return token, mu, lse, inside
+
+
+@triton.jit(do_not_specialize=["top_k", "seed", "offset"])
+def steered_sample_kernel(
+    warm, other, warm_rows, other_rows, labels, sums, counts, listed, values, counters,
+    token_out, floats_out, ints_out, warm_stride, other_stride, batch, vocab, slice_size, penalty,
+    strength, strength_rows, alpha, alpha_rows, temperature, temperature_rows, top_k: tl.int64, top_k_rows,
+    top_p, top_p_rows, min_p, min_p_rows, seed: tl.int64, seed_rows, offset: tl.int64, offset_rows,
+    DIRECTION: tl.constexpr, MODE: tl.constexpr, FINITE_PENALTY: tl.constexpr, FILTERS: tl.constexpr,
+    COMPACT: tl.constexpr, DIRECT: tl.constexpr, INFO: tl.constexpr, SPLITS: tl.constexpr,
+    CAP: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Program ``row * SPLITS + slice`` of ``batch * SPLITS``; see ``kernels/library.py`` for the arguments."""
+    HAS_BASE: tl.constexpr = DIRECTION < VECTOR
+    program = tl.program_id(0)
+    index, part = program // SPLITS, program % SPLITS
+    warm += row_index(warm_rows, index) * warm_stride
+    other += row_index(other_rows, index) * other_stride
+    sums += index.to(tl.int64) * (SPLITS * SUMS)
+    counts += index.to(tl.int64) * (SPLITS * COUNTS)
+    listed += index.to(tl.int64) * (SPLITS * CAP)
+    values += index.to(tl.int64) * (2 * RANK_LIMIT)
+
+    mu = value_of(strength_rows, strength, index)
+    log_alpha = tl.full([], -INF, tl.float32)
+    alpha_ok = True
+    if DIRECTION != PLAIN:
+        alpha = value_of(alpha_rows, alpha, index)
+        alpha_ok = in_unit(alpha)
+        log_alpha = safe_log(alpha)
+    temperature = value_of(temperature_rows, temperature, index)
+    seed, offset = value_of(seed_rows, seed, index), value_of(offset_rows, offset, index)
+    seed, offset = seed.to(tl.int64), offset.to(tl.int64)
+    greedy = temperature == 0.0
+
+    begin = part * slice_size
+    end = tl.minimum(begin + slice_size, vocab)
+    max_w, max_b, zw, zb, usable, cross, flags, count, best, best_id = first_sweep(
+        warm, other, begin, end, log_alpha, listed + part * CAP, mu,
+        1.0 / tl.where(greedy, 1.0, temperature), greedy, seed, offset,
+        DIRECTION, COMPACT, DIRECT, HAS_BASE or INFO or not DIRECT, CAP, BLOCK, STAGES,
+    )  # fmt: skip
+    publish(sums + part * SUMS, counts + part * COUNTS, max_w, max_b, zw, zb, usable, cross, flags, count,
+            best, best_id)  # fmt: skip
+    if arrive(counters + index, SPLITS):
+        max_w, max_b, zw, zb, usable, cross, flags, count, best, best_id = merge(
+            sums, counts, listed, warm, log_alpha, SPLITS, COMPACT, CAP
+        )
+        top_k = value_of(top_k_rows, top_k, index).to(tl.int64)
+        top_p, min_p = value_of(top_p_rows, top_p, index), value_of(min_p_rows, min_p, index)
+        valid = alpha_ok & is_finite(mu) & is_finite(temperature) & (temperature >= 0.0) & (top_k >= 0)
+        valid = valid & in_unit(top_p) & in_unit(min_p) & ((flags & INVALID) == 0)
+        label = tl.full([], 0, tl.int64)
+        if MODE == KL_BUDGET:
+            valid = valid & (mu >= 0.0)
+        if MODE == LABEL:
+            label = tl.load(labels + index)
+            valid = valid & (label >= 0) & (label < vocab)
+            label = tl.where(valid, label, 0)
+        if DIRECT:
+            valid = valid & (best_id != MAX_ID)
+        else:
+            valid = valid & (max_w > -INF)
+
+        token = tl.full([], MAX_ID, tl.int32)
+        log_zw, log_zb, kl = divergence(zw, zb, usable, cross, HAS_BASE)
+        lse, inside, log_p, log_q = log_zw, count, log_zw, log_zw
+        if valid:
+            from_list = count >= 0
+            if not COMPACT:
+                from_list = False
+            row = Row(
+                warm, other, listed, from_list, tl.where(from_list, count, vocab), max_w, log_zw, max_b,
+                log_zw - log_zb + kl, log_alpha, mu, penalty, DIRECTION, FINITE_PENALTY, COMPACT,
+            )  # fmt: skip
+            if DIRECT:
+                token = best_id
+                # A base of -inf has delta = 0, which depends on K: then the sweep's choice does not stand.
+                if (DIRECTION == LOG_RATIO) or (INFO and DIRECTION != PLAIN):
+                    masked = (flags & BASE_MASKED) != 0
+                    if masked or INFO:
+                        again, _, lse, inside = finish(
+                            row, vocab, mu, label, temperature, top_k, top_p, min_p, seed, offset, values,
+                            MODE, FILTERS, INFO, BLOCK,
+                        )  # fmt: skip
+                        token = tl.where(masked, again, token)
+            else:
+                token, mu, lse, inside = finish(
+                    row, vocab, mu, label, temperature, top_k, top_p, min_p, seed, offset, values,
+                    MODE, FILTERS, INFO, BLOCK,
+                )  # fmt: skip
+        if token == MAX_ID:
+            token = finite_argmax(warm, vocab, BLOCK)
+        tl.store(token_out + index, token.to(tl.int64))
+        if INFO:
+            describe(
+                warm, other, floats_out + index, ints_out + index, batch, token, valid, mu, max_w, log_zw,
+                max_b, log_zb, kl, lse, inside, flags, log_alpha, penalty, DIRECTION, FINITE_PENALTY,
+            )  # fmt: skip
+
+
+@triton.jit
+def describe(
+    warm, other, floats_out, ints_out, batch, token, valid, mu, max_w, log_zw, max_b, log_zb, kl, lse,
+    inside, flags, log_alpha, penalty, DIRECTION: tl.constexpr, FINITE_PENALTY: tl.constexpr,
+):  # fmt: skip
+    """Write a row's column of ``SampleInfo``: floats (5, B) and ints (2, B)."""
+    row = Row(
+        warm, other, warm, False, 0, max_w, log_zw, max_b, log_zw - log_zb + kl, log_alpha, mu, penalty,
+        DIRECTION, FINITE_PENALTY, False,
+    )  # fmt: skip
+    w, o = load_token(row, token)
+    nan = tl.full([], float("nan"), tl.float32)
+    tl.store(floats_out, tl.where(valid, mu, nan))
+    tl.store(floats_out + 2 * batch, tl.where(valid, steered_of(row, w, delta_of(row, w, o)) - lse, nan))
+    tl.store(floats_out + 3 * batch, tl.where(valid, w - max_w - log_zw, nan))
+    if DIRECTION < VECTOR:
+        tl.store(floats_out + batch, tl.where(valid, kl, nan))
+        tl.store(floats_out + 4 * batch, tl.where(valid, o - max_b - log_zb, nan))
+    else:
+        tl.store(floats_out + batch, nan)
+        tl.store(floats_out + 4 * batch, nan)
+    tl.store(ints_out, tl.where(valid, inside, 0))
+    tl.store(ints_out + batch, tl.where(valid, flags & BASE_MASKED, INVALID))
