@@ -23,6 +23,8 @@ _EXPORTS = {
     "extract_steering": "svdk.extraction",
     "calibrate": "svdk.calibration",
     "generate": "svdk.generation",
+    "SteeringLogitsProcessor": "svdk.logits_processor",
+    "patch_transformers": "svdk.patch",
     "ModelPair": "svdk.pair",
     "load_model": "svdk.models",
     "load_adapter": "svdk.models",
@@ -30,7 +32,7 @@ _EXPORTS = {
     "InputError": "svdk.errors",
     "BackendError": "svdk.errors",
 }
-_MODULES = ("backends", "errors", "reference")
+_MODULES = ("backends", "errors", "reference", "sampling")
 
 __all__ = ["__version__", *_EXPORTS, *_MODULES]
 

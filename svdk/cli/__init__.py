@@ -7,6 +7,7 @@ import errno
 import importlib
 import os
 import sys
+import warnings
 
 from svdk.errors import SvdkError
 
@@ -28,6 +29,8 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; 0 on success, 2 on an input error, 130 when interrupted."""
     args = build_parser().parse_args(argv)
+    # PEFT sets this off in transformers whenever it wraps a model; nobody at a prompt can act on it.
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
     try:
         return args.run(args) or 0
     except SvdkError as error:

@@ -15,7 +15,7 @@ from svdk.demo.results import AUTO, SETTING, Results, Row
 
 STYLE = """
 body { font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; color: #1f2430;
-       background: #fff; max-width: 62rem; margin: 2.5rem auto; padding: 0 1.25rem; }
+       background: #fff; max-width: 68rem; margin: 2.5rem auto; padding: 0 1.25rem; }
 h1 { font-size: 1.7rem; margin: 0 0 .2rem; } h3 { font-size: .95rem; margin: 1.4rem 0 .3rem; }
 h3 small { font-weight: 400; color: #5b6372; } h2 { font-size: 1.15rem; margin: 2.2rem 0 .6rem; }
 .sub, figcaption, .note { color: #5b6372; font-size: .88rem; }
@@ -23,12 +23,13 @@ h3 small { font-weight: 400; color: #5b6372; } h2 { font-size: 1.15rem; margin: 
 .verdict p { margin: .35rem 0; } .verdict p:first-child { font-size: 1.12rem; font-weight: 600; }
 .helps { --mark: #2e8b57; } .hurts { --mark: #c0392b; } .unclear { --mark: #b8860b; }
 .scroll { overflow-x: auto; }
-table { border-collapse: collapse; width: 100%; font-size: .9rem; font-variant-numeric: tabular-nums; }
+table { border-collapse: collapse; width: 100%; font-size: .87rem; font-variant-numeric: tabular-nums; }
 th, td { text-align: right; padding: .45rem .6rem; border-bottom: 1px solid #e3e6eb; vertical-align: top; }
 th:first-child, td:first-child { text-align: left; }
 thead th { border-bottom: 2px solid #c9ced6; font-weight: 600; vertical-align: bottom; }
 td small { display: block; color: #5b6372; white-space: nowrap; }
-.sure { font-weight: 600; } .examples td, .examples th { text-align: left; }
+.sure { font-weight: 600; } .examples td:first-child { width: 17rem; }
+.examples td, .examples th { text-align: left; }
 code, pre { font: .86em/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
 pre { background: #f5f7fa; padding: .7rem .9rem; overflow-x: auto; margin: .4rem 0; white-space: pre-wrap; }
 pre.wide { white-space: pre; font-size: .76rem; } td:first-child { white-space: nowrap; }
@@ -58,7 +59,7 @@ right date.</p>
 {rows}</tbody></table></div>
 <p class="note">{count} examples, greedy decoding. Small print: 95% bootstrap interval over examples;
 differences are paired, and bold where the interval excludes zero. NLL is teacher-forced with λ = 0. Time is
-at batch size 1, reading the prompt included; a steered token takes a forward pass of both models.
+at batch size 1, reading the prompt included; a steered token needs both models, run in one forward pass.
 <em>paper</em>: KL gradient, α = 0.1, λ = −∞, strength from the mean of the per-token optima.
 <em>paper, tuned μ</em>: the same with the strength of least calibration NLL. <em>auto</em>: direction and
 mask chosen by cross-validation on the calibration data, strength of least NLL.</p>

@@ -91,8 +91,8 @@ class Results:
         if self.verdict == "helps" and right.sign != 1 and valid.sign == 1:
             lines.append(
                 "What it adds is form: answers that are a date and nothing else go from "
-                f"{percent(warm.means['valid'])} to {percent(auto.means['valid'])}. Answers that start with the "
-                f"right date do not become demonstrably more: {percent(warm.means['right'])} to "
+                f"{percent(warm.means['valid'])} to {percent(auto.means['valid'])}. Answers that start with "
+                f"the right date do not become demonstrably more: {percent(warm.means['right'])} to "
                 f"{percent(auto.means['right'])}, {points(right)}."
             )
         for key, name in ((PAPER, "the paper's setting"), (TUNED, "the paper's direction and mask")):

@@ -7,7 +7,6 @@ import json
 import sys
 import textwrap
 import time
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -52,15 +51,15 @@ class Settings:
     steps: int = 8
     train_batch: int = 8
     learning_rate: float = 5e-4
-    calibration: int = 128
-    held_out: int = 200
+    calibration: int = 96
+    held_out: int = 160
     eval_batch: int = 32
     max_new_tokens: int = 16
-    timed_tokens: int = 24
+    timed_tokens: int = 16
     resamples: int = 5000
 
 
-QUICK = Settings(calibration=32, held_out=32, timed_tokens=8, resamples=1000)
+QUICK = Settings(calibration=24, held_out=24, timed_tokens=4, resamples=1000)
 
 
 @dataclass
@@ -112,11 +111,13 @@ def run_demo(
         base, tokenizer = _load(model)
         task = make_task(settings.steps * settings.train_batch, settings.calibration, settings.held_out, seed)
         output.mkdir(parents=True, exist_ok=True)
+        for name in (REPORT, RESULTS):  # they would not belong to the adapter that is about to be written
+            (output / name).unlink(missing_ok=True)
         save_examples(task.train, output / "train.jsonl")
         save_examples(task.held_out, output / "held_out.jsonl")
         print(_indented(task.held_out[0].prompt + task.held_out[0].completion))
 
-    with stages.stage("warm start", f"LoRA, {settings.steps} steps on {len(task.train)} examples"), _quiet():
+    with stages.stage("warm start", f"LoRA, {settings.steps} steps on {len(task.train)} examples"):
         folder = warm_start(
             base, task.train, tokenizer=tokenizer, calibration=task.calibration, output_dir=output / ADAPTER,
             learning_rate=settings.learning_rate, batch_size=settings.train_batch, seed=seed, resume=False,
@@ -154,14 +155,6 @@ def run_demo(
         "  --prompt $'Text: We met in Oslo on the 3rd of May, 1999.\\nDate (YYYY-MM-DD):'"
     )
     return results
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the warning that PEFT sets off in transformers whenever it wraps a model."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
-        yield
 
 
 def _load(model: str) -> Any:
