@@ -22,6 +22,7 @@ _EXPORTS = {
     "warm_start": "svdk.warmstart",
     "extract_steering": "svdk.extraction",
     "calibrate": "svdk.calibration",
+    "recalibrate": "svdk.calibration",
     "generate": "svdk.generation",
     "SteeringLogitsProcessor": "svdk.logits_processor",
     "patch_transformers": "svdk.patch",
@@ -30,6 +31,8 @@ _EXPORTS = {
     "load_adapter": "svdk.models",
     "SvdkError": "svdk.errors",
     "InputError": "svdk.errors",
+    "DataError": "svdk.errors",
+    "ArtifactError": "svdk.errors",
     "BackendError": "svdk.errors",
 }
 _MODULES = ("backends", "errors", "reference", "sampling")
