@@ -166,7 +166,7 @@ def logprob(
     move = delta if penalty == 0 else torch.where(inside, delta, penalty)
     at_label = move.gather(1, labels[:, None])
     columns = []
-    for mu in strengths.tolist():
+    for mu in strengths.unbind(0):
         z = (log_p + mu * move).log_softmax(-1)
         q = z.exp()
         mean = (q * move).sum(-1, keepdim=True)

@@ -12,6 +12,8 @@ from torch import Tensor
 
 KINDS = ("natural", "peaked", "flat", "zipf")
 RECORDED_ROWS = 64
+MOST_SETS = 4096
+"""Copies in a rotation, at most: enough for every vocabulary in use; tiny ones stay in the cache."""
 CONTEXT = (
     "You are a careful editor. Below is the opening of a short article about rivers, in plain English. "
     "It is about water, towns, trade and floods.\n\n"
@@ -58,7 +60,9 @@ def recorded() -> tuple[Tensor, Tensor]:
     return warm[8 : 8 + RECORDED_ROWS].float().clone(), base[8 : 8 + RECORDED_ROWS].float().clone()
 
 
-def make(kind: str, batch: int, vocab: int, dtype: torch.dtype, device: torch.device, seed: int = 0) -> Operands:
+def make(
+    kind: str, batch: int, vocab: int, dtype: torch.dtype, device: torch.device, seed: int = 0
+) -> Operands:
     """Inputs of one kind: ``peaked`` (one token holds nearly everything), ``flat`` (C is the vocabulary)."""
     generator = torch.Generator().manual_seed(seed)
     if kind == "natural":
@@ -103,11 +107,11 @@ def _natural(batch: int, vocab: int, generator: torch.Generator) -> tuple[Tensor
 
 
 def rotation(operands: Operands, cold: bool, last_cache: int, memory: int) -> list[Operands]:
-    """One set (hot), or copies that together hold four times the last cache (cold), within ``memory`` bytes."""
+    """One set (hot), or copies that hold eight times the last cache together (cold), in ``memory`` bytes."""
     if not cold:
         return [operands]
     size = 2 * operands.warm.numel() * operands.warm.element_size()
-    count = max(2, min(math.ceil(4 * last_cache / size) + 1, memory // size))
+    count = max(2, min(math.ceil(8 * last_cache / size) + 1, memory // size, MOST_SETS))
     copies = [operands]
     for _ in range(count - 1):
         copies.append(Operands(operands.warm.clone(), operands.base.clone(), operands.labels, operands.seeds))

@@ -106,17 +106,17 @@ def free_memory(device: torch.device) -> int:
 
 
 def bandwidth(device: torch.device, size: int | None = None, seconds: float = 1.0) -> dict[str, Any]:
-    """Read and copy bandwidth of main memory with all threads, bytes a second.
+    """Read and copy bandwidth of main memory with all threads, bytes a second: upper quartiles.
 
     The buffer is many times larger than the last cache. No single PyTorch reduction is the fastest reader
-    everywhere, so several are tried and the best median counts. A copy counts the bytes read and written.
+    everywhere, so several are tried. A copy counts the bytes read and written.
     """
     if size is None:
         size = max(16 * last_cache(device), 512 << 20)
     size = min(size, free_memory(device) // 4) // 4096 * 4096
     if size <= 0:
         raise InputError("memory was exhausted; allowed: a few hundred MB free to measure its bandwidth")
-    x = torch.zeros(size // 4, device=device)
+    x = torch.ones(size // 4, device=device)  # written, so that every page is a page of its own
     y = torch.empty_like(x)
     rows = x.view(64, -1)
     readers: dict[str, Callable[[], Any]] = {
@@ -125,13 +125,19 @@ def bandwidth(device: torch.device, size: int | None = None, seconds: float = 1.
         "row sums": lambda: rows.sum(1),
         "dot": lambda: torch.dot(x, x),
     }
-    measured = {name: size / _median(call, device, seconds) for name, call in readers.items()}
+    measured = {name: size / _fast_quartile(call, device, seconds) for name, call in readers.items()}
     best = max(measured, key=measured.__getitem__)
-    copied = 2 * size / _median(lambda: y.copy_(x), device, seconds)
+    copied = 2 * size / _fast_quartile(lambda: y.copy_(x), device, seconds)
     return {"read": measured[best], "reader": best, "copy": copied, "buffer_bytes": size}
 
 
-def _median(call: Callable[[], Any], device: torch.device, seconds: float) -> float:
+def better(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
+    """One roof out of two measurements: a neighbour on the machine can only have lowered either."""
+    reads = max(first, second, key=lambda found: found["read"])
+    return reads | {"copy": max(first["copy"], second["copy"])}
+
+
+def _fast_quartile(call: Callable[[], Any], device: torch.device, seconds: float) -> float:
     samples: list[float] = []
     call()
     end = time.perf_counter() + seconds
@@ -143,4 +149,5 @@ def _median(call: Callable[[], Any], device: torch.device, seconds: float) -> fl
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         samples.append(time.perf_counter() - start)
-    return sorted(samples)[len(samples) // 2]
+    # Not the minimum: on a virtual machine single samples come out impossibly fast.
+    return sorted(samples)[len(samples) // 4]

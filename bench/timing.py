@@ -1,7 +1,7 @@
 """Timing one call many times, fairly: warm-up, hot and cold caches, rounds that take turns, spread.
 
-On a CPU a sample is one call under ``time.perf_counter_ns``. On a GPU it is one replay of a captured graph
-(or, where a call cannot be captured, one call) between two device events.
+On a CPU a sample is one call under ``time.perf_counter_ns``. On a GPU it is one replay, between two device
+events, of a captured graph of many calls, divided by their number (one call where it cannot be captured).
 """
 
 from __future__ import annotations
@@ -32,13 +32,16 @@ class Timing:
 
     @property
     def noise(self) -> float:
-        """Half the interquartile range or half the spread of the rounds, whichever is larger; seconds."""
-        return noise(self.q1, self.q3, self.rounds)
+        """Half the interquartile range or the deviation between rounds, whichever is larger; seconds.
 
-
-def noise(q1: float, q3: float, rounds: Sequence[float]) -> float:
-    """The half-width within which two medians are not called different, seconds."""
-    return max(q3 - q1, max(rounds) - min(rounds)) / 2
+        Two medians are not called different when they differ by less than the noise of both. Fewer than
+        three samples say nothing about it: then it is as large as the time itself.
+        """
+        if self.count < 3:
+            return self.median
+        middle = statistics.median(self.rounds)
+        drift = 1.48 * statistics.median(abs(x - middle) for x in self.rounds)  # one sigma, if normal
+        return max((self.q3 - self.q1) / 2, drift)
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,8 @@ class Plan:
     seconds: float = 0.5
     rounds: int = 5
     most: int = 200
-    """Samples a round, at most."""
+    fewest: int = 1
+    """Samples a round, at most and at least."""
     limit: float = 5.0
     """A contestant whose single call takes longer is left out, and the report says so."""
 
@@ -57,43 +61,56 @@ class TooSlowError(Exception):
     """One call took longer than the plan allows."""
 
 
+@dataclass(frozen=True)
+class _Entry:
+    calls: list[Callable[[], Any]]
+    inner: int = 1
+    """Calls of the contestant in each of ``calls``."""
+
+
 class Contest:
     """Contestants measured in turns on the same operands."""
 
     def __init__(self, operands: Sequence[Any], device: torch.device, plan: Plan) -> None:
         """``operands``: one entry for hot caches, or enough of them to outgrow the caches."""
         self.operands, self.device, self.plan = operands, device, plan
-        self._entries: dict[str, tuple[list[Callable[[], Any]], int]] = {}
+        self._entries: dict[str, _Entry] = {}
         self._next = 0
 
     def enter(self, name: str, call: Call, *, capture: bool = False) -> None:
-        """Add a contestant: run it once, then time it once to plan the rounds.
+        """Add a contestant and warm it up.
 
         Raises:
             TooSlowError: with the time that one call took.
         """
         call(self.operands[0])  # compiles, allocates, loads
-        calls = [lambda x=x: call(x) for x in self.operands]
+        entry = _Entry([lambda x=x: call(x) for x in self.operands])
         if capture and self.device.type == "cuda":
-            calls = [_graph(c) for c in calls]
-        self._sample(calls)
-        once = min(self._sample(calls) for _ in range(2))
+            entry = _captured(entry.calls)
+        self._sample(entry)
+        once = min(self._sample(entry) for _ in range(2))
         if once > self.plan.limit:
             raise TooSlowError(f"one call takes {once:.1f} s, the limit is {self.plan.limit:g} s")
-        share = self.plan.seconds / self.plan.rounds
-        self._entries[name] = (calls, max(1, min(self.plan.most, int(share / once))))
+        self._entries[name] = entry
 
     def run(self) -> dict[str, Timing]:
         """Name -> timing."""
         samples: dict[str, list[list[float]]] = {name: [] for name in self._entries}
         for _ in range(self.plan.rounds):
-            for name, (calls, count) in self._entries.items():
-                self._sample(calls)  # the caches hold what the previous contestant left
-                samples[name].append([self._sample(calls) for _ in range(count)])
+            for name, entry in self._entries.items():
+                self._sample(entry)  # the caches hold what the previous contestant left
+                samples[name].append(self._round(entry))
         return {name: summarize(rounds) for name, rounds in samples.items()}
 
-    def _sample(self, calls: list[Callable[[], Any]]) -> float:
-        call = calls[self._next % len(calls)]
+    def _round(self, entry: _Entry) -> list[float]:
+        end = time.perf_counter() + self.plan.seconds / self.plan.rounds
+        taken: list[float] = []
+        while len(taken) < self.plan.fewest or (len(taken) < self.plan.most and time.perf_counter() < end):
+            taken.append(self._sample(entry))
+        return taken
+
+    def _sample(self, entry: _Entry) -> float:
+        call = entry.calls[self._next % len(entry.calls)]
         self._next += 1
         if self.device.type != "cuda":
             start = time.perf_counter_ns()
@@ -104,7 +121,7 @@ class Contest:
         call()
         end.record()
         end.synchronize()
-        return begin.elapsed_time(end) * 1e-3
+        return begin.elapsed_time(end) * 1e-3 / entry.inner
 
 
 def summarize(rounds: list[list[float]]) -> Timing:
@@ -114,17 +131,20 @@ def summarize(rounds: list[list[float]]) -> Timing:
     return Timing(median, q1, q3, values[0], len(values), tuple(statistics.median(part) for part in rounds))
 
 
-def _graph(call: Callable[[], Any]) -> Callable[[], Any]:
+def _captured(calls: list[Callable[[], Any]], least: int = 20) -> _Entry:
+    """One graph that goes through all operands, often enough that its launch is no part of the time."""
+    inner = len(calls) * -(-least // len(calls))
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        for _ in range(2):
+        for call in calls:
             call()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        call()
-    return graph.replay
+        for index in range(inner):
+            calls[index % len(calls)]()
+    return _Entry([graph.replay], inner)
 
 
 class _Counter(TorchDispatchMode):
