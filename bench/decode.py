@@ -11,12 +11,14 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.generation.streamers import BaseStreamer
 
+from svdk import paired
 from svdk.bench import baselines, machine, models
 from svdk.generation import decode
 from svdk.pair import ModelPair
@@ -118,6 +120,16 @@ def ours(pair: ModelPair, sample: bool, forward: str) -> Contestant:
     return run
 
 
+def ablated(run: Contestant) -> Contestant:
+    """The same with torch's own linear layers: what pairing alone gains."""
+
+    def without(ids: Tensor, count: int) -> Steps:
+        with mock.patch.object(paired, "fast_linears", lambda module: []):
+            return run(ids, count)
+
+    return without
+
+
 def contestants(adapted: nn.Module, plain: nn.Module, batch: int) -> dict[str, Contestant]:
     """Name -> function of a prompt (B, T) and a number of steps."""
     pair = ModelPair(adapted)
@@ -128,6 +140,7 @@ def contestants(adapted: nn.Module, plain: nn.Module, batch: int) -> dict[str, C
             f"PEFT {mode}": peft(adapted, sample),
             f"disable_adapter + eager {mode}": eager(adapted, sample),
             f"svdk two_pass {mode}": ours(pair, sample, "two_pass"),
+            f"svdk, torch's linear {mode}": ablated(ours(pair, sample, "auto")),
             f"svdk {mode}": ours(pair, sample, "auto"),
         }
     return found

@@ -5,6 +5,9 @@ mass comes before it (top-p). A whole row is searched for the threshold instead:
 steered logits, four bits a sweep, sixteen thresholds tried at once.
 """
 
+# A condition known at compile time and one known at run time must not share an `if`.
+# ruff: noqa: SIM108
+
 from __future__ import annotations
 
 import triton
@@ -13,8 +16,8 @@ import triton.language as tl
 from .steering import INF, MAX_ID, safe_log, steered_tile
 
 RANK_LIMIT = tl.constexpr(1024)  # a longer list is searched like a row: ranking costs its square
-RANKED = tl.constexpr(64)  # list entries compared at a time
-TILE = tl.constexpr(512)  # tokens a sweep of the threshold search handles at a time
+RANKED = tl.constexpr(32)  # list entries compared at a time
+TILE = tl.constexpr(256)  # tokens a sweep of the threshold search handles at a time
 
 
 @triton.jit
@@ -24,10 +27,10 @@ def weights(z, top, inverse_temperature):
 
 
 @triton.jit
-def rank_list(row, values, top, inverse_temperature, top_k, top_p, min_p):
+def rank_list(row, values, top, inverse_temperature, top_k, top_p, min_p, KIND: tl.constexpr):
     """Write the list's steered logits to ``values`` (2 * count floats), -inf where a filter drops one."""
     for start in range(0, row.count, RANKED):
-        _, z = steered_tile(row, start, RANKED)
+        _, z = steered_tile(row, start, KIND, RANKED)
         place = start + tl.arange(0, RANKED)
         tl.store(values + place, z, mask=place < row.count)
     tl.debug_barrier()  # what follows reads what other threads wrote
@@ -105,26 +108,26 @@ def ordered_key(z):
 
 
 @triton.jit
-def threshold(row, top, inverse_temperature, top_k, top_p):
+def threshold(row, top, inverse_temperature, top_k, top_p, KIND: tl.constexpr):
     """``(floor, last_tie)``: top-k and top-p keep keys above floor, and equal to it up to id last_tie."""
     floor = tl.full([], 0, tl.uint32)
     last_tie = tl.full([], MAX_ID, tl.int32)
     if top_k > 0:
-        floor = find_key(row, top, inverse_temperature, floor, top_k * 1.0, False)
+        floor = find_key(row, top, inverse_temperature, floor, top_k * 1.0, False, KIND)
     if top_p < 1.0:
-        mass, _, _ = mass_from(row, top, inverse_temperature, floor)
+        mass, _, _ = mass_from(row, top, inverse_temperature, floor, KIND)
         budget = top_p * mass
-        floor = find_key(row, top, inverse_temperature, floor, budget, True)
-        mass, tie, ties = mass_from(row, top, inverse_temperature, floor)
+        floor = find_key(row, top, inverse_temperature, floor, budget, True, KIND)
+        mass, tie, ties = mass_from(row, top, inverse_temperature, floor, KIND)
         # The j-th of the ties (from 0) stays while mass above + j * tie < budget.
         wanted = tl.ceil((budget - (mass - tie * ties)) / tl.where(tie > 0.0, tie, 1.0))
         if wanted < ties:
-            last_tie = nth_tie(row, floor, tl.maximum(wanted, 1.0))
+            last_tie = nth_tie(row, floor, tl.maximum(wanted, 1.0), KIND)
     return floor, last_tie
 
 
 @triton.jit
-def find_key(row, top, inverse_temperature, floor, target, BY_MASS: tl.constexpr):
+def find_key(row, top, inverse_temperature, floor, target, BY_MASS: tl.constexpr, KIND: tl.constexpr):
     """The largest key such that the tokens from it (and from ``floor``) up number, or weigh, ``target``."""
     step = tl.arange(0, 16).to(tl.uint32)
     found = tl.full([], 0, tl.uint32)
@@ -133,7 +136,7 @@ def find_key(row, top, inverse_temperature, floor, target, BY_MASS: tl.constexpr
         thresholds = tl.maximum(found + (step << shift), floor)
         reached = tl.zeros([16], tl.float32)
         for start in range(0, row.count, TILE):
-            _, z = steered_tile(row, start, TILE)
+            _, z = steered_tile(row, start, KIND, TILE)
             if BY_MASS:
                 weight = weights(z, top, inverse_temperature)
             else:
@@ -146,11 +149,11 @@ def find_key(row, top, inverse_temperature, floor, target, BY_MASS: tl.constexpr
 
 
 @triton.jit
-def mass_from(row, top, inverse_temperature, floor):
+def mass_from(row, top, inverse_temperature, floor, KIND: tl.constexpr):
     """``(mass of the keys from floor up, mass of one token at floor, how many are at floor)``."""
     mass, ties, tie = tl.zeros([TILE], tl.float32), tl.zeros([TILE], tl.float32), tl.zeros([TILE], tl.float32)
     for start in range(0, row.count, TILE):
-        _, z = steered_tile(row, start, TILE)
+        _, z = steered_tile(row, start, KIND, TILE)
         key, weight = ordered_key(z), weights(z, top, inverse_temperature)
         mass += tl.where(key >= floor, weight, 0.0)
         level = (key == floor) & (z > -INF)
@@ -160,12 +163,12 @@ def mass_from(row, top, inverse_temperature, floor):
 
 
 @triton.jit
-def nth_tie(row, floor, wanted):
+def nth_tie(row, floor, wanted, KIND: tl.constexpr):
     """The id of the ``wanted``-th token whose key is ``floor``, in the order of ids."""
     seen = tl.full([], 0.0, tl.float32)
     token = tl.full([TILE], -1, tl.int32)
     for start in range(0, row.count, TILE):
-        ids, z = steered_tile(row, start, TILE)
+        ids, z = steered_tile(row, start, KIND, TILE)
         level = ((ordered_key(z) == floor) & (z > -INF)).to(tl.float32)
         number = seen + tl.cumsum(level, 0)
         token = tl.where((level > 0.0) & (number <= wanted), ids, token)

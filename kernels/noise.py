@@ -30,7 +30,7 @@ def token_bits(ids, seed, offset):
 
 @triton.jit
 def block_bits(start, seed, offset, BLOCK: tl.constexpr):
-    """The words of tokens ``start .. start + BLOCK`` (start a multiple of 4): one block serves four tokens."""
+    """The words of tokens ``start .. start + BLOCK``, start a multiple of 4: a Philox block serves four."""
     w0, w1, w2, w3 = _words((start >> 2) + tl.arange(0, BLOCK // 4), seed, offset)
     return tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3))
 
@@ -43,7 +43,7 @@ def gumbel(bits):
     and -log1p(-v) is log(w) v / (w - 1) with w = 1 - v rounded: the rounding of w cancels.
     """
     upper = bits >= 0x80000000
-    small = tl.where(upper, ~bits, bits).to(tl.int32)  # below 2**31: a signed conversion is exact enough
+    small = tl.where(upper, bits ^ 0xFFFFFFFF, bits).to(tl.int32)  # below 2**31: the cheap conversion
     v = (small.to(tl.float32) + 0.5) * 2.3283064365386963e-10
     w = tl.where(upper, 1.0 - v, v)
     rounded_away = upper & (w == 1.0)

@@ -8,6 +8,9 @@ penalty, filters over the whole vocabulary) the finishing program reads its row 
 then takes up to 20 such sweeps, and with few rows these do not use the whole GPU.
 """
 
+# A condition known at compile time and one known at run time must not share an `if`.
+# ruff: noqa: SIM102, SIM108
+
 from __future__ import annotations
 
 import triton
@@ -16,10 +19,13 @@ import triton.language as tl
 from .filters import RANK_LIMIT, ordered_key, rank_list, threshold
 from .noise import block_bits, gumbel, token_bits
 from .steering import (
+    CONSTANT,
+    DIRECTION,
     EPS,
     INF,
     KL_BUDGET,
     LABEL,
+    LISTS,
     LOG_RATIO,
     MAX_ID,
     PLAIN,
@@ -39,7 +45,7 @@ from .steering import (
     top_token,
     value_of,
 )
-from .sweep import BASE_MASKED, COUNTS, INVALID, SUMS, arrive, divergence, first_sweep, merge, publish
+from .sweep import BASE_MASKED, COUNTS, INVALID, SUMS, divergence, in_play, merge, sweep_slice
 
 
 @triton.jit
@@ -55,12 +61,12 @@ def is_finite(x):
 
 
 @triton.jit
-def strength_of(row, strength, label, MODE: tl.constexpr, BLOCK: tl.constexpr):
-    """mu by the per-token optimum for a label, or by a budget of KL in nats."""
-    mean, norm2, variance = moments(row, BLOCK)
+def strength_of(row, strength, label, KIND: tl.constexpr, MODE: tl.constexpr, BLOCK: tl.constexpr):
+    """The strength by the per-token optimum for a label, or by a budget of KL in nats."""
+    mean, norm2, variance = moments(row, KIND, BLOCK)
     if MODE == LABEL:
-        w, other = load_token(row, label)
-        at_label = tl.where(inside_of(w, row.max_w, row.log_alpha), delta_of(row, w, other), 0.0)
+        w, other = load_token(row, label, KIND)
+        at_label = tl.where(inside_of(w, row.max_w, row.log_alpha), delta_of(row, w, other, KIND), 0.0)
         mu = tl.where(norm2 < EPS, 0.0, (at_label.to(tl.float64) - mean) / (norm2 + EPS))
     else:
         tiny = variance < EPS
@@ -71,7 +77,7 @@ def strength_of(row, strength, label, MODE: tl.constexpr, BLOCK: tl.constexpr):
 @triton.jit
 def draw(
     row, values, ranked, filtered, top, top_id, floor, last_tie, lowest, inverse_temperature, greedy,
-    seed, offset, FILTERS: tl.constexpr, INFO: tl.constexpr, BLOCK: tl.constexpr,
+    seed, offset, KIND: tl.constexpr, FILTERS: tl.constexpr, INFO: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Greedy or perturbed argmax over the tokens in play that the filters keep.
 
@@ -81,8 +87,8 @@ def draw(
     inside_count = tl.zeros([BLOCK], tl.int32)
     high, partition = tl.full([], -INF, tl.float32), tl.full([], 0.0, tl.float32)
     for start in range(0, row.count, BLOCK):
-        ids, w, other = load_tile(row, start, BLOCK)
-        z = steered_of(row, w, delta_of(row, w, other))
+        ids, w, other = load_tile(row, start, KIND, BLOCK)
+        z = steered_of(row, w, delta_of(row, w, other, KIND), KIND)
         if INFO:
             inside_count += inside_of(w, row.max_w, row.log_alpha).to(tl.int32)
             new_high = tl.maximum(high, tl.max(z, 0))
@@ -101,7 +107,7 @@ def draw(
                     keep = keep & ((z - top) * inverse_temperature >= lowest)
         score = z
         if not greedy:
-            if row.COMPACT:
+            if LISTS & KIND:
                 if row.from_list:
                     bits = token_bits(ids, seed, offset)
                 else:
@@ -118,39 +124,44 @@ def draw(
 @triton.jit
 def finish(
     row, vocab, mode_value, label, temperature, top_k, top_p, min_p, seed, offset, values,
-    MODE: tl.constexpr, FILTERS: tl.constexpr, INFO: tl.constexpr, BLOCK: tl.constexpr,
+    KIND: tl.constexpr, MODE: tl.constexpr, FILTERS: tl.constexpr, INFO: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Strength, filters and draw of a row after its first sweep: (token, mu, log-sum-exp, size of C)."""
-    if MODE == LABEL or MODE == KL_BUDGET:
-        mu = strength_of(row, mode_value, label, MODE, BLOCK)
+    if MODE != CONSTANT:
+        mu = strength_of(row, mode_value, label, KIND, MODE, BLOCK)
     else:
         mu = mode_value
     row = Row(
         row.warm, row.other, row.listed, row.from_list, row.count, row.max_w, row.log_zw, row.max_b, row.gap,
-        row.log_alpha, mu, row.penalty, row.DIRECTION, row.FINITE_PENALTY, row.COMPACT,
+        row.log_alpha, mu, row.penalty,
     )  # fmt: skip
     greedy = temperature == 0.0
     inverse = 1.0 / tl.where(greedy, 1.0, temperature)
     filtered = False
     ranked = False
-    top, top_id, lowest = tl.full([], 0.0, tl.float32), tl.full([], MAX_ID, tl.int32), tl.full([], -INF, tl.float32)
+    top, top_id, lowest = (
+        tl.full([], 0.0, tl.float32),
+        tl.full([], MAX_ID, tl.int32),
+        tl.full([], -INF, tl.float32),
+    )
     floor, last_tie = tl.full([], 0, tl.uint32), tl.full([], MAX_ID, tl.int32)
     if FILTERS:
         filtered = (not greedy) & ((top_k > 0) | (top_p < 1.0) | (min_p > 0.0))
-        ranked = row.from_list & (row.count <= RANK_LIMIT)
+        if LISTS & KIND:
+            ranked = row.from_list & (row.count <= RANK_LIMIT)
         if filtered:
-            top, top_id = top_token(row, BLOCK)
+            top, top_id = top_token(row, KIND, BLOCK)
             lowest = safe_log(min_p)
-            if row.COMPACT:
+            if LISTS & KIND:
                 if ranked:
-                    rank_list(row, values, top, inverse, top_k, top_p, min_p)
+                    rank_list(row, values, top, inverse, top_k, top_p, min_p, KIND)
                 else:
-                    floor, last_tie = threshold(row, top, inverse, top_k, top_p)
+                    floor, last_tie = threshold(row, top, inverse, top_k, top_p, KIND)
             else:
-                floor, last_tie = threshold(row, top, inverse, top_k, top_p)
+                floor, last_tie = threshold(row, top, inverse, top_k, top_p, KIND)
     token, lse, inside = draw(
         row, values, ranked, filtered, top, top_id, floor, last_tie, lowest, inverse, greedy, seed, offset,
-        FILTERS, INFO, BLOCK,
+        KIND, FILTERS, INFO, BLOCK,
     )  # fmt: skip
     return token, mu, lse, inside
 
@@ -161,12 +172,11 @@ def steered_sample_kernel(
     token_out, floats_out, ints_out, warm_stride, other_stride, batch, vocab, slice_size, penalty,
     strength, strength_rows, alpha, alpha_rows, temperature, temperature_rows, top_k: tl.int64, top_k_rows,
     top_p, top_p_rows, min_p, min_p_rows, seed: tl.int64, seed_rows, offset: tl.int64, offset_rows,
-    DIRECTION: tl.constexpr, MODE: tl.constexpr, FINITE_PENALTY: tl.constexpr, FILTERS: tl.constexpr,
-    COMPACT: tl.constexpr, DIRECT: tl.constexpr, INFO: tl.constexpr, SPLITS: tl.constexpr,
-    CAP: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
+    KIND: tl.constexpr, MODE: tl.constexpr, FILTERS: tl.constexpr, DIRECT: tl.constexpr, INFO: tl.constexpr,
+    SPLITS: tl.constexpr, CAP: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Program ``row * SPLITS + slice`` of ``batch * SPLITS``; see ``kernels/library.py`` for the arguments."""
-    HAS_BASE: tl.constexpr = DIRECTION < VECTOR
+    """Program ``row * SPLITS + slice`` of ``batch * SPLITS``; ``kernels/library.py`` has the arguments."""
+    HAS_BASE: tl.constexpr = (DIRECTION & KIND) < VECTOR
     program = tl.program_id(0)
     index, part = program // SPLITS, program % SPLITS
     warm += row_index(warm_rows, index) * warm_stride
@@ -179,29 +189,25 @@ def steered_sample_kernel(
     mu = value_of(strength_rows, strength, index)
     log_alpha = tl.full([], -INF, tl.float32)
     alpha_ok = True
-    if DIRECTION != PLAIN:
+    if DIRECTION & KIND != PLAIN:
         alpha = value_of(alpha_rows, alpha, index)
         alpha_ok = in_unit(alpha)
         log_alpha = safe_log(alpha)
     temperature = value_of(temperature_rows, temperature, index)
     seed, offset = value_of(seed_rows, seed, index), value_of(offset_rows, offset, index)
+    # The compiler of torch.compile does not heed the annotations: a small number arrives as 32 bits.
     seed, offset = seed.to(tl.int64), offset.to(tl.int64)
+    top_k = value_of(top_k_rows, top_k, index).to(tl.int64)
     greedy = temperature == 0.0
-
-    begin = part * slice_size
-    end = tl.minimum(begin + slice_size, vocab)
-    max_w, max_b, zw, zb, usable, cross, flags, count, best, best_id = first_sweep(
-        warm, other, begin, end, log_alpha, listed + part * CAP, mu,
-        1.0 / tl.where(greedy, 1.0, temperature), greedy, seed, offset,
-        DIRECTION, COMPACT, DIRECT, HAS_BASE or INFO or not DIRECT, CAP, BLOCK, STAGES,
+    last = sweep_slice(
+        warm, other, part, slice_size, vocab, log_alpha, sums, counts, listed, counters + index,
+        mu, 1.0 / tl.where(greedy, 1.0, temperature), greedy, seed, offset,
+        KIND, DIRECT, HAS_BASE or INFO or not DIRECT, SPLITS, CAP, BLOCK, STAGES,
     )  # fmt: skip
-    publish(sums + part * SUMS, counts + part * COUNTS, max_w, max_b, zw, zb, usable, cross, flags, count,
-            best, best_id)  # fmt: skip
-    if arrive(counters + index, SPLITS):
-        max_w, max_b, zw, zb, usable, cross, flags, count, best, best_id = merge(
-            sums, counts, listed, warm, log_alpha, SPLITS, COMPACT, CAP
+    if last:
+        max_w, max_b, zw, zb, usable, cross, flags, count, _, best_id = merge(
+            sums, counts, listed, warm, log_alpha, SPLITS, KIND, CAP
         )
-        top_k = value_of(top_k_rows, top_k, index).to(tl.int64)
         top_p, min_p = value_of(top_p_rows, top_p, index), value_of(min_p_rows, min_p, index)
         valid = alpha_ok & is_finite(mu) & is_finite(temperature) & (temperature >= 0.0) & (top_k >= 0)
         valid = valid & in_unit(top_p) & in_unit(min_p) & ((flags & INVALID) == 0)
@@ -219,30 +225,27 @@ def steered_sample_kernel(
 
         token = tl.full([], MAX_ID, tl.int32)
         log_zw, log_zb, kl = divergence(zw, zb, usable, cross, HAS_BASE)
-        lse, inside, log_p, log_q = log_zw, count, log_zw, log_zw
+        lse, inside = log_zw, count
         if valid:
-            from_list = count >= 0
-            if not COMPACT:
-                from_list = False
             row = Row(
-                warm, other, listed, from_list, tl.where(from_list, count, vocab), max_w, log_zw, max_b,
-                log_zw - log_zb + kl, log_alpha, mu, penalty, DIRECTION, FINITE_PENALTY, COMPACT,
+                warm, other, listed, count >= 0, in_play(count, vocab, KIND), max_w, log_zw, max_b,
+                log_zw - log_zb + kl, log_alpha, mu, penalty,
             )  # fmt: skip
             if DIRECT:
                 token = best_id
                 # A base of -inf has delta = 0, which depends on K: then the sweep's choice does not stand.
-                if (DIRECTION == LOG_RATIO) or (INFO and DIRECTION != PLAIN):
+                if (DIRECTION & KIND == LOG_RATIO) or (INFO and DIRECTION & KIND != PLAIN):
                     masked = (flags & BASE_MASKED) != 0
                     if masked or INFO:
                         again, _, lse, inside = finish(
                             row, vocab, mu, label, temperature, top_k, top_p, min_p, seed, offset, values,
-                            MODE, FILTERS, INFO, BLOCK,
+                            KIND, MODE, FILTERS, INFO, BLOCK,
                         )  # fmt: skip
                         token = tl.where(masked, again, token)
             else:
                 token, mu, lse, inside = finish(
                     row, vocab, mu, label, temperature, top_k, top_p, min_p, seed, offset, values,
-                    MODE, FILTERS, INFO, BLOCK,
+                    KIND, MODE, FILTERS, INFO, BLOCK,
                 )  # fmt: skip
         if token == MAX_ID:
             token = finite_argmax(warm, vocab, BLOCK)
@@ -250,28 +253,31 @@ def steered_sample_kernel(
         if INFO:
             describe(
                 warm, other, floats_out + index, ints_out + index, batch, token, valid, mu, max_w, log_zw,
-                max_b, log_zb, kl, lse, inside, flags, log_alpha, penalty, DIRECTION, FINITE_PENALTY,
+                max_b, log_zb, kl, lse, inside, flags, log_alpha, penalty, KIND,
             )  # fmt: skip
 
 
 @triton.jit
 def describe(
     warm, other, floats_out, ints_out, batch, token, valid, mu, max_w, log_zw, max_b, log_zb, kl, lse,
-    inside, flags, log_alpha, penalty, DIRECTION: tl.constexpr, FINITE_PENALTY: tl.constexpr,
+    inside, flags, log_alpha, penalty, KIND: tl.constexpr,
 ):  # fmt: skip
     """Write a row's column of ``SampleInfo``: floats (5, B) and ints (2, B)."""
     row = Row(
         warm, other, warm, False, 0, max_w, log_zw, max_b, log_zw - log_zb + kl, log_alpha, mu, penalty,
-        DIRECTION, FINITE_PENALTY, False,
     )  # fmt: skip
-    w, o = load_token(row, token)
+    w, o = load_token(row, token, KIND)
     nan = tl.full([], float("nan"), tl.float32)
     tl.store(floats_out, tl.where(valid, mu, nan))
-    tl.store(floats_out + 2 * batch, tl.where(valid, steered_of(row, w, delta_of(row, w, o)) - lse, nan))
+    tl.store(
+        floats_out + 2 * batch,
+        tl.where(valid, steered_of(row, w, delta_of(row, w, o, KIND), KIND) - lse, nan),
+    )
     tl.store(floats_out + 3 * batch, tl.where(valid, w - max_w - log_zw, nan))
-    if DIRECTION < VECTOR:
+    if DIRECTION & KIND < VECTOR:
         tl.store(floats_out + batch, tl.where(valid, kl, nan))
-        tl.store(floats_out + 4 * batch, tl.where(valid, o - max_b - log_zb, nan))
+        log_q = tl.where(o > -INF, o - max_b - log_zb, -INF)
+        tl.store(floats_out + 4 * batch, tl.where(valid, log_q, nan))
     else:
         tl.store(floats_out + batch, nan)
         tl.store(floats_out + 4 * batch, nan)

@@ -6,6 +6,9 @@ Everything is relative to the row maxima, so that float32 spends its digits wher
 constant give exactly 0.
 """
 
+# A condition known at compile time and one known at run time must not share an `if`.
+# ruff: noqa: SIM102, SIM108
+
 from __future__ import annotations
 
 from typing import Any, NamedTuple
@@ -19,22 +22,31 @@ KL_GRADIENT = tl.constexpr(schema.KL_GRADIENT)
 LOG_RATIO = tl.constexpr(schema.LOG_RATIO)
 VECTOR = tl.constexpr(schema.VECTOR)
 PLAIN = tl.constexpr(schema.PLAIN)
+CONSTANT = tl.constexpr(schema.CONSTANT)
 LABEL = tl.constexpr(schema.LABEL)
 KL_BUDGET = tl.constexpr(schema.KL_BUDGET)
 EPS = tl.constexpr(1e-12)
 INF = tl.constexpr(float("inf"))
 MAX_ID = tl.constexpr(2**31 - 1)
 
+# KIND, the one compile-time constant that most functions take: a direction and two flags.
+DIRECTION = tl.constexpr(3)
+"""The bits that hold one of the four directions."""
+OUTSIDE = tl.constexpr(4)
+"""The penalty is finite: tokens outside C stay in play."""
+LISTS = tl.constexpr(8)
+"""The ids in C are listed in the first sweep."""
+
 
 class Row(NamedTuple):
-    """A row after its first sweep. Capitals are known when the kernel is compiled."""
+    """A row after its first sweep."""
 
     warm: Any
     """Pointer to the warm logits."""
     other: Any
     """Pointer to the base logits or the vector; unused for PLAIN."""
     listed: Any
-    """Pointer to the ids in C; unused unless COMPACT."""
+    """Pointer to the ids in C; unused unless KIND has LISTS."""
     from_list: Any
     """Whether the tokens in play are the listed ones; else the whole row."""
     count: Any
@@ -47,9 +59,6 @@ class Row(NamedTuple):
     log_alpha: Any
     mu: Any
     penalty: Any
-    DIRECTION: Any
-    FINITE_PENALTY: Any
-    COMPACT: Any
 
 
 @triton.jit
@@ -71,43 +80,43 @@ def inside_of(w, max_w, log_alpha):
 
 
 @triton.jit
-def delta_of(row, w, other):
+def delta_of(row, w, other, KIND: tl.constexpr):
     """The steering vector at tokens with logits ``w`` and base logits (or vector entries) ``other``."""
-    if row.DIRECTION == PLAIN:
+    if DIRECTION & KIND == PLAIN:
         delta = w * 0.0
-    elif row.DIRECTION == VECTOR:
+    elif DIRECTION & KIND == VECTOR:
         delta = other
     else:
         usable = (w > -INF) & (other > -INF)
         dw = tl.where(usable, w - row.max_w, 0.0)
         delta = tl.where(usable, dw - (other - row.max_b) - row.gap, 0.0)
-        if row.DIRECTION == KL_GRADIENT:
+        if DIRECTION & KIND == KL_GRADIENT:
             delta = tl.exp(dw - row.log_zw) * delta
     return delta
 
 
 @triton.jit
-def steered_of(row, w, delta):
+def steered_of(row, w, delta, KIND: tl.constexpr):
     """Steered logits less ``max_w``; -inf where a token cannot be drawn."""
     dw = w - row.max_w
-    if row.FINITE_PENALTY:
-        outside = tl.where(w > -INF, dw + row.mu * row.penalty, -INF)
-    else:
-        outside = -INF
-    return tl.where(inside_of(w, row.max_w, row.log_alpha), dw + row.mu * delta, outside)
+    steered = tl.where(inside_of(w, row.max_w, row.log_alpha), dw + row.mu * delta, -INF)
+    if OUTSIDE & KIND:
+        outside = (w > -INF) & (dw < row.log_alpha)
+        steered = tl.where(outside, dw + row.mu * row.penalty, steered)
+    return steered
 
 
 @triton.jit
-def load_tile(row, start, BLOCK: tl.constexpr):
+def load_tile(row, start, KIND: tl.constexpr, BLOCK: tl.constexpr):
     """``(ids, warm, other)`` of the tokens in play from ``start`` on; warm is -inf past the end."""
     place = start + tl.arange(0, BLOCK)
     live = place < row.count
     ids = place
-    if row.COMPACT:
+    if LISTS & KIND:
         if row.from_list:
             ids = tl.load(row.listed + place, mask=live, other=0)
     w = tl.load(row.warm + ids, mask=live, other=-INF).to(tl.float32)
-    if row.DIRECTION == PLAIN:
+    if DIRECTION & KIND == PLAIN:
         other = w
     else:
         other = tl.load(row.other + ids, mask=live, other=0.0).to(tl.float32)
@@ -115,17 +124,17 @@ def load_tile(row, start, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def steered_tile(row, start, BLOCK: tl.constexpr):
+def steered_tile(row, start, KIND: tl.constexpr, BLOCK: tl.constexpr):
     """``(ids, z)`` of the tokens in play from ``start`` on; z less ``max_w``."""
-    ids, w, other = load_tile(row, start, BLOCK)
-    return ids, steered_of(row, w, delta_of(row, w, other))
+    ids, w, other = load_tile(row, start, KIND, BLOCK)
+    return ids, steered_of(row, w, delta_of(row, w, other, KIND), KIND)
 
 
 @triton.jit
-def load_token(row, token):
+def load_token(row, token, KIND: tl.constexpr):
     """``(warm, other)`` of one token."""
     w = tl.load(row.warm + token).to(tl.float32)
-    if row.DIRECTION == PLAIN:
+    if DIRECTION & KIND == PLAIN:
         other = w
     else:
         other = tl.load(row.other + token).to(tl.float32)
@@ -133,14 +142,14 @@ def load_token(row, token):
 
 
 @triton.jit
-def moments(row, BLOCK: tl.constexpr):
+def moments(row, KIND: tl.constexpr, BLOCK: tl.constexpr):
     """``(sum p delta, ||delta||^2, Var_p delta)`` over C, float64 (squares may pass float32's range)."""
     mean, norm2 = tl.zeros([BLOCK], tl.float64), tl.zeros([BLOCK], tl.float64)
     second = tl.zeros([BLOCK], tl.float64)
     for start in range(0, row.count, BLOCK):
-        _, w, other = load_tile(row, start, BLOCK)
+        _, w, other = load_tile(row, start, KIND, BLOCK)
         inside = inside_of(w, row.max_w, row.log_alpha)
-        delta = tl.where(inside, delta_of(row, w, other), 0.0).to(tl.float64)
+        delta = tl.where(inside, delta_of(row, w, other, KIND), 0.0).to(tl.float64)
         p = tl.where(inside, tl.exp(w - row.max_w - row.log_zw), 0.0).to(tl.float64)
         mean += p * delta
         norm2 += delta * delta
@@ -150,11 +159,11 @@ def moments(row, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def top_token(row, BLOCK: tl.constexpr):
+def top_token(row, KIND: tl.constexpr, BLOCK: tl.constexpr):
     """The largest steered logit (less ``max_w``) of the tokens in play and its lowest id."""
     best, best_id = tl.full([BLOCK], -INF, tl.float32), tl.full([BLOCK], MAX_ID, tl.int32)
     for start in range(0, row.count, BLOCK):
-        ids, z = steered_tile(row, start, BLOCK)
+        ids, z = steered_tile(row, start, KIND, BLOCK)
         better = z > best
         best, best_id = tl.where(better, z, best), tl.where(better, ids, best_id)
     return best_of(best, best_id)
@@ -183,16 +192,16 @@ def best_of(score, ids):
 @triton.jit
 def value_of(rows, scalar, row):
     """A parameter: this row's entry of a (B,) tensor, or the scalar where there is no tensor."""
-    if rows is None:
-        return scalar
-    else:
-        return tl.load(rows + row)
+    value = scalar
+    if rows is not None:
+        value = tl.load(rows + row)
+    return value
 
 
 @triton.jit
 def row_index(rows, row):
     """int64 index of a row in its tensor, through the (B,) index tensor if there is one."""
-    if rows is None:
-        return row.to(tl.int64)
-    else:
-        return tl.load(rows + row).to(tl.int64)
+    index = row
+    if rows is not None:
+        index = tl.load(rows + row)
+    return index.to(tl.int64)

@@ -7,13 +7,16 @@ counts itself in with an acquire-release atomic; whichever counts last sees all 
 finishes the row within the same launch, and leaves the counter at zero for the next one.
 """
 
+# A condition known at compile time and one known at run time must not share an `if`.
+# ruff: noqa: SIM102
+
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
 from .noise import block_bits, gumbel
-from .steering import INF, LOG_RATIO, MAX_ID, PLAIN, VECTOR, best_of, inside_of, or_zero
+from .steering import DIRECTION, INF, LISTS, LOG_RATIO, MAX_ID, PLAIN, VECTOR, best_of, inside_of, or_zero
 
 INVALID = tl.constexpr(1)  # the status bits of svdk.types.Status
 BASE_MASKED = tl.constexpr(2)
@@ -24,39 +27,40 @@ COUNTS = tl.constexpr(4)  # int32 numbers: flags, count, best id, one spare
 @triton.jit
 def first_sweep(
     warm, other, begin, end, log_alpha, listed, mu, inverse_temperature, greedy, seed, offset,
-    DIRECTION: tl.constexpr, COMPACT: tl.constexpr, DIRECT: tl.constexpr, SUMMED: tl.constexpr,
+    KIND: tl.constexpr, DIRECT: tl.constexpr, SUMMED: tl.constexpr,
     CAP: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Tokens [begin, end) of a row, begin a multiple of BLOCK.
 
-    COMPACT lists at ``listed`` (at most CAP) the ids within log_alpha of the running maximum, a superset
-    of those in C; the count goes on past CAP. DIRECT takes part in the draw already here (C is the whole
-    row and the steered logits need no sums), and counts finite tokens. SUMMED asks for the sums.
+    LISTS in KIND lists at ``listed`` (at most CAP) the ids within log_alpha of the running maximum, a
+    superset of those in C; the count goes on past CAP. DIRECT takes part in the draw already here (C is
+    the whole row and the steered logits need no sums). SUMMED asks for the sums, and where there is no
+    base for the number of finite tokens.
 
     Returns (max_w, max_b, Z_w, Z_b, usable, cross, flags, count, best, best_id): Z relative to the maxima;
     usable: the part of Z_w with a finite base; cross: sum of exp(w - max_w) ((w - max_w) - (b - max_b))
     over it.
     """
-    HAS_BASE: tl.constexpr = DIRECTION < VECTOR
+    HAS_BASE: tl.constexpr = (DIRECTION & KIND) < VECTOR
     lane = tl.arange(0, BLOCK)
     zero = tl.zeros([BLOCK], tl.float32)
     zw, zb, usable, cross = zero, zero, zero, zero
     best, best_id = zero - INF, tl.full([BLOCK], MAX_ID, tl.int32)
-    bad, masked, finite = tl.zeros([BLOCK], tl.int32), tl.zeros([BLOCK], tl.int32), tl.zeros([BLOCK], tl.int32)
+    found, finite = tl.zeros([BLOCK], tl.int32), tl.zeros([BLOCK], tl.int32)
     max_w, max_b = tl.max(best, 0), tl.max(best, 0)
-    count = tl.min(bad, 0)
+    count = tl.min(found, 0)
     for start in tl.range(begin, end, BLOCK, num_stages=STAGES):
         ids = start + lane
         live = ids < end
         w = tl.load(warm + ids, mask=live, other=-INF).to(tl.float32)
-        bad |= tl.where(w < INF, 0, 1)  # NaN compares false
-        if DIRECTION != PLAIN:
+        found |= tl.where(w < INF, 0, INVALID)  # NaN compares false
+        if DIRECTION & KIND != PLAIN:
             o = tl.load(other + ids, mask=live, other=-INF if HAS_BASE else 0.0).to(tl.float32)
-            bad |= tl.where(o < INF, 0, 1)
-        if DIRECTION == VECTOR:
-            bad |= tl.where(o > -INF, 0, 1)
+            found |= tl.where(o < INF, 0, INVALID)
+        if DIRECTION & KIND == VECTOR:
+            found |= tl.where(o > -INF, 0, INVALID)
 
-        if SUMMED or COMPACT:
+        if SUMMED or LISTS & KIND:
             tile_max = tl.max(w, 0)
             new_w = tl.maximum(max_w, tile_max)
         if SUMMED:
@@ -70,35 +74,36 @@ def first_sweep(
                 db = o - ref_b
                 zb = zb * tl.exp(max_b - ref_b) + tl.exp(db)
                 both = (w > -INF) & (o > -INF)
-                masked |= tl.where((w > -INF) & (o == -INF), 1, 0)
+                found |= tl.where((w > -INF) & (o == -INF), BASE_MASKED, 0)
                 shift = (max_w - ref_w) - (max_b - ref_b)
                 moved = tl.where(usable > 0.0, keep * (cross + usable * shift), 0.0)
                 cross = moved + tl.where(both & (e > 0.0), e * (dw - db), 0.0)
                 usable = usable * keep + tl.where(both, e, 0.0)
                 max_b = new_b
-        if COMPACT:
+        if LISTS & KIND:
             if tile_max - new_w >= log_alpha:  # else nothing in this tile can be in C
                 near = inside_of(w, new_w, log_alpha)
                 place = count + tl.cumsum(near.to(tl.int32), 0) - 1
                 tl.store(listed + place, ids, mask=near & (place < CAP))
                 count += tl.sum(near.to(tl.int32), 0)
-        if SUMMED or COMPACT:
+        if SUMMED or LISTS & KIND:
             max_w = new_w
         if DIRECT:
             z = w
-            if DIRECTION == LOG_RATIO:
+            if DIRECTION & KIND == LOG_RATIO:
                 z = tl.where((w > -INF) & (o > -INF), w + mu * (w - o), w)
-            if DIRECTION == VECTOR:
+            if DIRECTION & KIND == VECTOR:
                 z = w + mu * o
             if not greedy:
                 z = z * inverse_temperature + gumbel(block_bits(start, seed, offset, BLOCK))
             better = (w > -INF) & (z > best)
             best, best_id = tl.where(better, z, best), tl.where(better, ids, best_id)
-            finite += (w > -INF).to(tl.int32)
+            if SUMMED and not HAS_BASE:
+                finite += (w > -INF).to(tl.int32)
     if DIRECT:
         count = tl.sum(finite, 0)
     top, top_id = best_of(best, best_id)
-    flags = tl.max(bad, 0) * INVALID | tl.max(masked, 0) * BASE_MASKED
+    flags = tl.max(found & INVALID, 0) | tl.max(found & BASE_MASKED, 0)
     return (max_w, max_b, tl.sum(zw, 0), tl.sum(zb, 0), tl.sum(usable, 0), tl.sum(cross, 0),
             flags, count, top, top_id)  # fmt: skip
 
@@ -119,6 +124,34 @@ def publish(sums, counts, max_w, max_b, zw, zb, usable, cross, flags, count, bes
 
 
 @triton.jit
+def sweep_slice(
+    warm, other, part, slice_size, vocab, log_alpha, sums, counts, listed, counter,
+    mu, inverse_temperature, greedy, seed, offset,
+    KIND: tl.constexpr, DIRECT: tl.constexpr, SUMMED: tl.constexpr,
+    SPLITS: tl.constexpr, CAP: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Sweep slice ``part`` of a row and publish it; whether this program is to finish the row."""
+    begin = part * slice_size
+    end = tl.minimum(begin + slice_size, vocab)
+    max_w, max_b, zw, zb, usable, cross, flags, count, best, best_id = first_sweep(
+        warm, other, begin, end, log_alpha, listed + part * CAP, mu, inverse_temperature, greedy, seed,
+        offset, KIND, DIRECT, SUMMED, CAP, BLOCK, STAGES,
+    )  # fmt: skip
+    publish(sums + part * SUMS, counts + part * COUNTS, max_w, max_b, zw, zb, usable, cross, flags, count,
+            best, best_id)  # fmt: skip
+    return arrive(counter, SPLITS)
+
+
+@triton.jit
+def in_play(count, vocab, KIND: tl.constexpr):
+    """How many tokens are in play: the listed ones, or the whole row where there is no complete list."""
+    number = vocab
+    if LISTS & KIND:
+        number = tl.where(count >= 0, count, vocab)
+    return number
+
+
+@triton.jit
 def arrive(counter, SPLITS: tl.constexpr):
     """Whether this program is the last of its row's SPLITS to get here; the last one zeroes the counter."""
     # All threads' writes come before the barrier, the barrier before the one thread's release.
@@ -132,11 +165,11 @@ def arrive(counter, SPLITS: tl.constexpr):
 
 
 @triton.jit
-def merge(sums, counts, listed, warm, log_alpha, SPLITS: tl.constexpr, COMPACT: tl.constexpr,
+def merge(sums, counts, listed, warm, log_alpha, SPLITS: tl.constexpr, KIND: tl.constexpr,
           CAP: tl.constexpr):  # fmt: skip
     """The whole row's numbers out of its slices', in the order of :func:`first_sweep`.
 
-    COMPACT: the ids that are in C are moved to the front of ``listed``; ``count`` is how many, or -1
+    LISTS: the ids that are in C are moved to the front of ``listed``; ``count`` is how many, or -1
     if some slice had more than fitted.
     """
     LANES: tl.constexpr = triton.next_power_of_2(SPLITS)
@@ -158,7 +191,7 @@ def merge(sums, counts, listed, warm, log_alpha, SPLITS: tl.constexpr, COMPACT: 
     flags = tl.max(flags_s & INVALID, 0) | tl.max(flags_s & BASE_MASKED, 0)
     count_s = tl.load(of + 1, mask=live, other=0)
     best, best_id = best_of(tl.load(at + 6, mask=live, other=-INF), tl.load(of + 2, mask=live, other=MAX_ID))
-    if COMPACT:
+    if LISTS & KIND:
         count_s = tl.where(inside_of(max_w_s, max_w, log_alpha), count_s, 0)
         count = pack(listed, warm, count_s, max_w, log_alpha, LANES, CAP)
     else:
@@ -177,7 +210,7 @@ def pack(listed, warm, count_s, max_w, log_alpha, LANES: tl.constexpr, CAP: tl.c
     if tl.max(count_s, 0) > CAP:
         kept = tl.max(count_s, 0) * 0 - 1
     else:
-        TILE: tl.constexpr = max(16, min(1024, 8192 // LANES))
+        TILE: tl.constexpr = max(16, min(256, 2048 // LANES))
         ends = tl.cumsum(count_s, 0)
         total = tl.sum(count_s, 0)
         kept = total * 0

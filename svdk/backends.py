@@ -7,7 +7,9 @@ raises with the reason. An extension that is present but does not load is an err
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import importlib.util
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -31,12 +33,15 @@ class Backend:
     """None when it can run on this machine, else the reason."""
     load: Callable[[], Any]
     """A namespace with ``steered_sample``, ``steered_logprob`` and ``extract``."""
+    by_name_only: tuple[str, ...] = ()
+    """Further device types, which ``auto`` never picks it for."""
 
-    def serves(self, device: str) -> bool:
-        """Whether tensors of this device type can be handled."""
-        return device in self.devices or "any" in self.devices
+    def serves(self, device: str, by_name: bool = False) -> bool:
+        """Whether tensors of this device type can be handled (``by_name``: when it is asked for)."""
+        return device in self.devices or "any" in self.devices or (by_name and device in self.by_name_only)
 
 
+@torch.compiler.assume_constant_result
 def _load_extension(name: str) -> str | None:
     """Import a compiled module; the reason if it was not built. A broken one raises."""
     if importlib.util.find_spec(name) is None:
@@ -65,15 +70,49 @@ def _once(probe: Callable[[], str | None]) -> Callable[[], str | None]:
     return reason
 
 
-def _not_in_this_version() -> str:
-    return "not part of this version of svdk"
+@torch.compiler.assume_constant_result
+def _why_not_cuda() -> str | None:
+    """Whether the CUDA module was built and has a device to run on; a broken one raises."""
+    if _load_extension("svdk._C_cuda") is not None:
+        return "svdk._C_cuda was not built (it needs a CUDA build of torch and nvcc at install time)"
+    return None if torch.cuda.is_available() else "svdk._C_cuda is there, but no CUDA device is visible"
+
+
+TRITON_MINIMUM = (3, 6)
+
+
+def _interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@torch.compiler.assume_constant_result
+def _why_not_triton() -> str | None:
+    """Whether Triton is there, new enough, and has something to run on."""
+    try:
+        version = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        return "triton is not installed (PyTorch's CUDA and ROCm wheels bring it)"
+    if tuple(int(x) for x in version.split(".")[:2]) < TRITON_MINIMUM:
+        return f"triton {version} is too old; needed: {'.'.join(map(str, TRITON_MINIMUM))} or newer"
+    if not (torch.cuda.is_available() or _interpreted()):
+        return "no GPU is visible (TRITON_INTERPRET=1 interprets the kernels on CPU tensors, slowly)"
+    return None
+
+
+def _load_triton() -> Any:
+    # A statement, which torch.compile can trace, as the first call may be one that it traces.
+    from svdk.kernels.library import BACKEND
+
+    return BACKEND
 
 
 TABLE: dict[str, Backend] = {
     b.name: b
     for b in (
-        Backend("cuda", ("cuda",), _not_in_this_version, lambda: torch.ops.svdk),
-        Backend("triton", ("cuda",), _not_in_this_version, lambda: torch.ops.svdk),
+        Backend("cuda", ("cuda",), _once(_why_not_cuda), lambda: torch.ops.svdk),
+        Backend(
+            "triton", ("cuda",), _once(_why_not_triton), _load_triton, ("cpu",) if _interpreted() else ()
+        ),
         Backend("cpu", ("cpu",), _once(lambda: _load_extension("svdk._C")), lambda: torch.ops.svdk),
         Backend("reference", ("any",), lambda: None, lambda: reference),
     )
@@ -107,7 +146,7 @@ def _choose(name: str, device: str) -> Any:
         raise InputError(f"backend was {name!r}; allowed: 'auto' | " + " | ".join(map(repr, TABLE)))
     row = TABLE[name]
     reason = row.why_not()
-    if reason is None and not row.serves(device):
+    if reason is None and not row.serves(device, by_name=True):
         reason = f"it runs on {', '.join(row.devices)} tensors and the logits are on {device}"
     if reason is not None:
         raise BackendError(f"backend {name!r} cannot run: {reason}")

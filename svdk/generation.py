@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,7 @@ from transformers.generation import (
 from transformers.generation.configuration_utils import GenerationMode
 
 from svdk.errors import InputError
-from svdk.generation_options import Sampler, make_sampler, process, split_processors
+from svdk.generation_options import Sampler, make_sampler, process, split_processors, spread_artifacts
 from svdk.pair import ModelPair, ViewCache, check_inputs, row_positions
 from svdk.paired import PairedForward, choose_forward
 from svdk.types import SampleInfo
@@ -49,7 +49,7 @@ def generate(
     stopping_criteria: StoppingCriteriaList | None = None,
     generation_config: GenerationConfig | None = None,
     *,
-    steering: Steering | None = None,
+    steering: Steering | Mapping[str, Steering] | None = None,
     strength: float | Tensor | None = None,
     strength_mode: str | None = None,
     direction: str | None = None,
@@ -87,7 +87,8 @@ def generate(
         logits_processor: as prepared by transformers.
         stopping_criteria: as prepared by transformers.
         generation_config: as prepared by transformers.
-        steering: a calibrated artifact; the next six override its fields one by one.
+        steering: a calibrated artifact; the next six override its fields one by one. With ``row_adapters``
+            also one artifact an adapter, by name.
         strength: mu (default 1), or the budget in nats for ``strength_mode="kl_budget"``; (B,) allowed.
         strength_mode: "constant" or "kl_budget".
         direction: "kl_gradient" (default), "log_ratio" or "vector".
@@ -143,6 +144,7 @@ def generate(
     mask = model_kwargs.get("attention_mask")
     mask = check_inputs(input_ids, None if mask is None else mask.to(pair.device))
     _check_positions(model_kwargs.get("position_ids"), input_ids, mask)
+    options = spread_artifacts(pair, options, row_adapters)
     sampler = make_sampler(
         pair,
         input_ids.shape[0],
@@ -233,6 +235,7 @@ def decode(
     mask = check_inputs(input_ids, attention_mask)
     input_ids = input_ids.to(pair.device)
     mask = None if mask is None else mask.to(pair.device)
+    options = spread_artifacts(pair, options, row_adapters)
     sampler = make_sampler(pair, input_ids.shape[0], **options)
     max_length = input_ids.shape[1] + max_new_tokens
     criteria = StoppingCriteriaList([MaxLengthCriteria(max_length)])

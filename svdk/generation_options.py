@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -183,6 +184,45 @@ def make_sampler(
     # Greedy decoding draws nothing: torch's generator is left alone, as transformers does.
     seeds = row_seeds(seed, rows, copies).to(pair.device) if do_sample else 0
     return Sampler(merged, vector, filters, seeds, views, backend, check)
+
+
+def spread_artifacts(
+    pair: ModelPair, options: dict[str, Any], row_adapters: Sequence[str] | None
+) -> dict[str, Any]:
+    """``options`` with one artifact an adapter replaced by ``strength`` and ``alpha`` (B,), row by row.
+
+    What ``options`` overrides stays. Direction, penalty and strength mode are those of the batch.
+
+    Raises:
+        InputError: adapters without an artifact, or artifacts that one batch cannot hold together.
+        ArtifactError: an artifact that does not fit the model.
+
+    """
+    artifacts = options.get("steering")
+    if not isinstance(artifacts, Mapping):
+        return options
+    missing = sorted(set(row_adapters or ()) - set(artifacts))
+    if row_adapters is None or missing:
+        given = "row_adapters" if row_adapters is None else f"an artifact for {', '.join(missing)}"
+        raise InputError(f"steering held one artifact an adapter; needed beside it: {given}")
+    rows = [artifacts[name] for name in row_adapters]
+    for artifact in rows:
+        _check_fit(artifact, pair)
+    merged: dict[str, Any] = {}
+    for name in ("direction", "penalty", "strength_mode"):
+        values = {getattr(artifact, name) for artifact in rows}
+        if options.get(name) is None and len(values) > 1:
+            found = ", ".join(sorted(map(str, values)))
+            raise InputError(
+                f"{name} of the artifacts was {found}; allowed: the same for all rows, or {name}="
+            )
+        merged[name] = values.pop()
+    if merged["direction"] == "vector" and options.get("direction") is None:
+        raise InputError("direction of the artifacts was vector; allowed with row_adapters: the others")
+    for name in ("strength", "alpha"):
+        merged[name] = torch.tensor([getattr(artifact, name) for artifact in rows], device=pair.device)
+    overrides = {name: value for name, value in options.items() if value is not None}
+    return options | merged | overrides | {"steering": None}
 
 
 def row_seeds(seed: int | Tensor | None, rows: int, copies: int = 1) -> Tensor:

@@ -14,7 +14,7 @@ from transformers import Cache, StaticCache
 from svdk.errors import BackendError, InputError
 from svdk.pair import ModelPair, ViewCache, row_positions
 from svdk.paired_layers import Rows, route
-from svdk.paired_linear import MAX_ROWS, few_rows_linears
+from svdk.paired_linear import fast_linears
 
 FORWARDS = ("auto", "paired", "two_pass")
 """How the two views of a step are run: "auto" pairs them when it can."""
@@ -55,7 +55,7 @@ class PairedForward:
         if reason is not None:
             raise InputError(f"forward was 'paired'; allowed for this model: 'two_pass', because {reason}")
 
-        self._few = few_rows_linears(pair.module)
+        self._forwards += fast_linears(pair.module)
 
     def new_cache(
         self, batch_size: int, implementation: str | None = None, max_length: int | None = None
@@ -84,9 +84,13 @@ class PairedForward:
         """Warm and base logits (B, keep, V), views of one (2B, keep, V) tensor; arguments as ``warm``."""
         order = self._order
         if order is not None:
+            if len(order) != len(input_ids):
+                raise InputError(
+                    f"row_adapters had {len(order)} names; allowed: one for each of {len(input_ids)} rows"
+                )
             input_ids = input_ids[order]
             attention_mask = None if attention_mask is None else attention_mask[order]
-        with self._routed(*input_ids.shape):
+        with self._routed(input_ids.shape[0]):
             logits = self._both(input_ids, attention_mask, cache, keep)
         if cache:
             cache.seen += input_ids.shape[1]
@@ -139,7 +143,8 @@ class PairedForward:
             if pair.is_prefix:
                 kv = self._prefix(batch) if kv is None else kv
             elif seen == 0:
-                inputs = {"inputs_embeds": self._embeddings(input_ids)}
+                # The base rows get the prompt as well, masked.
+                inputs = {"inputs_embeds": pair.prompt_embeddings(both)}
                 first = torch.arange(virtual, device=positions.device).expand(batch, -1)
                 positions = torch.cat([torch.cat([first, torch.zeros_like(first)]), positions], dim=1)
         elif attention_mask is not None:
@@ -147,25 +152,16 @@ class PairedForward:
         return pair.forward_rows(inputs, attention_mask, positions, kv, keep)
 
     @contextmanager
-    def _routed(self, batch: int, length: int) -> Iterator[None]:
+    def _routed(self, batch: int) -> Iterator[None]:
         self._rows.total = 2 * batch
-        self._rows.spans = [(None, 0, batch)] if self._order is None else _spans(self._adapters, batch)
-        # Virtual tokens make the first forward longer than it looks here, but it is never one token long.
-        forwards = self._forwards + (self._few if 2 * batch * length <= MAX_ROWS else [])
+        self._rows.spans = [(None, 0, batch)] if self._order is None else _spans(self._adapters)
         try:
-            for layer, forward in forwards:
+            for layer, forward in self._forwards:
                 vars(layer)["forward"] = forward
             yield
         finally:
-            for layer, _ in forwards:
+            for layer, _ in self._forwards:
                 vars(layer).pop("forward", None)
-
-    def _embeddings(self, input_ids: Tensor) -> Tensor:
-        """(2B, virtual + T, hidden): the base rows hold zeros, masked, in place of the prompt."""
-        warm = self.pair.prompt_embeddings(input_ids)
-        base = warm.clone()
-        base[:, : self._virtual] = 0
-        return torch.cat([warm, base])
 
     def _prefix(self, batch: int) -> Cache:
         cache = self.pair.prefix_cache(batch)
@@ -226,8 +222,7 @@ def _check_adapters(pair: ModelPair, row_adapters: Sequence[str]) -> list[str]:
     return names
 
 
-def _spans(adapters: list[str], batch: int) -> list[tuple[str | None, int, int]]:
-    if len(adapters) != batch:
-        raise InputError(f"row_adapters had {len(adapters)} names; allowed: one for each of {batch} rows")
+def _spans(adapters: list[str]) -> list[tuple[str | None, int, int]]:
+    batch = len(adapters)
     starts = [row for row in range(batch) if row == 0 or adapters[row] != adapters[row - 1]]
     return [(adapters[first], first, end) for first, end in zip(starts, [*starts[1:], batch], strict=True)]

@@ -45,6 +45,8 @@ def route(layer: nn.Module, rows: Rows, adapters: list[str] | None) -> Callable[
     """
     if "forward" in vars(layer):
         return "its forward is already replaced (device_map, or another patch)"
+    if getattr(layer, "merged", False) or getattr(layer, "disable_adapters", False):
+        return "its adapter was merged or disabled since"
     base = getattr(layer, "base_layer", None)
     kind = type(layer)
     plain = isinstance(base, (nn.Linear, Conv1D)) and "forward" not in vars(base)

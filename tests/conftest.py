@@ -13,7 +13,11 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-from tests import tiny
+from tests import triton_interpreter
+
+triton_interpreter.enable()  # before transformers, which imports triton
+
+from tests import tiny  # noqa: E402
 
 # One thread: on tiny tensors, threads only wait for each other (tens of times slower on a busy machine).
 torch.set_num_threads(1)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -53,6 +55,16 @@ def test_compiled_function_equals_eager():
         seed = torch.full((3,), value)
         for got, want in zip(compiled(W, B, seed), step(W, B, seed), strict=True):
             assert torch.equal(got, want)
+
+
+def test_the_first_call_of_a_process_may_be_a_compiled_one():
+    """Loading the extension must not break the graph."""
+    code = (
+        "import torch, svdk; f = torch.compile(lambda x: svdk.steered_sample(x), fullgraph=True, "
+        "backend='aot_eager'); print(f(torch.zeros(1, 5)).shape)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.stdout == "torch.Size([1])\n", done.stderr
 
 
 def test_compiled_scoring_equals_eager():

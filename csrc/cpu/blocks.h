@@ -8,9 +8,12 @@ inline int padded(int n) { return (n + kPad - 1) / kPad * kPad; }
 // exp(x) for x <= 88 as 2^floor(t) * 2^fraction, t = x log2(e); about 1e-38 where x is lower than
 // -87. The polynomial is the degree-5 minimax fit of 2^f on [0, 1], relative error 1.5e-7 in float;
 // the rounding of t adds |x| * 6e-8, which matters only where the result itself is negligible.
+// Unclamped, lower arguments give 0 where the hardware's scaling saturates, and NaN gives NaN.
+template <bool kClamp = true>
 inline Vec::F exp(Vec::F x) {
   using V = Vec;
-  const V::F t = V::max(x, V::set(-87.0f)) * V::set(1.44269504088896341f);
+  const bool clamp = kClamp || !V::kScaleSaturates;
+  const V::F t = (clamp ? V::max(x, V::set(-87.0f)) : x) * V::set(1.44269504088896341f);
   const V::F f = V::fraction(t);
   V::F y = V::set(1.8775767e-3f);
   y = V::fma(y, f, V::set(8.989341e-3f));
@@ -85,20 +88,24 @@ inline float sum_exp(const float* x, int n, float top) {
 
 struct PairSums {
   float z_w, z_b, usable, cross;
+  float top_w, top_b;  // maxima, only without kMasked
 };
 
-// The sums of problem.h over one block; with kMasked, -inf may occur in either operand.
+// The sums of problem.h over one block, relative to max_w and max_b, which need not be the maxima.
+// With kMasked, -inf may occur in either operand; without it, anything not finite makes cross, z_w
+// or z_b not finite, so that the caller needs no look at the operands beforehand.
 template <bool kMasked>
 inline PairSums pair_sums(const float* w, const float* b, int n, float max_w, float max_b) {
   using V = Vec;
   const V::F shift_w = V::set(max_w), shift_b = V::set(max_b), zero = V::set(0.0f);
   const V::F lowest = V::set(-std::numeric_limits<float>::max());
   V::F z_w[2] = {zero, zero}, z_b[2] = {zero, zero}, u[2] = {zero, zero}, cross[2] = {zero, zero};
+  V::F top_w[2] = {lowest, lowest}, top_b[2] = {lowest, lowest};
   for (int i = 0; i < n; i += 2 * V::N) {
     for (int k = 0; k < 2; ++k) {
       const V::F x = V::load(w + i + k * V::N), y = V::load(b + i + k * V::N);
       const V::F dx = x - shift_w, dy = y - shift_b;
-      V::F ex = exp(dx), ey = exp(dy), d = dx - dy;
+      V::F ex = exp<kMasked>(dx), ey = exp<kMasked>(dy), d = dx - dy;
       if (kMasked) {
         const V::Mask has_w = V::ge(x, lowest), has_b = V::ge(y, lowest);
         const V::Mask ok = V::both(has_w, has_b);
@@ -106,6 +113,9 @@ inline PairSums pair_sums(const float* w, const float* b, int n, float max_w, fl
         ey = V::select(has_b, ey, zero);
         d = V::select(ok, d, zero);
         u[k] = u[k] + V::select(ok, ex, zero);
+      } else {
+        top_w[k] = V::max(top_w[k], x);
+        top_b[k] = V::max(top_b[k], y);
       }
       z_w[k] = z_w[k] + ex;
       z_b[k] = z_b[k] + ey;
@@ -113,8 +123,12 @@ inline PairSums pair_sums(const float* w, const float* b, int n, float max_w, fl
     }
   }
   const float total = V::sum(z_w[0] + z_w[1]);
-  return {total, V::sum(z_b[0] + z_b[1]), kMasked ? V::sum(u[0] + u[1]) : total,
-          V::sum(cross[0] + cross[1])};
+  return {total,
+          V::sum(z_b[0] + z_b[1]),
+          kMasked ? V::sum(u[0] + u[1]) : total,
+          V::sum(cross[0] + cross[1]),
+          V::top(V::max(top_w[0], top_w[1])),
+          V::top(V::max(top_b[0], top_b[1]))};
 }
 
 // What a block with NaN, infinities or huge values holds; the vector loops leave these to here.

@@ -4,6 +4,7 @@ struct Vec {
   using U = __m256i;
   using Mask = __m256;
   static constexpr int N = 8;
+  static constexpr bool kScaleSaturates = false;  // scale() takes any exponent, and NaN
 
   static F load(const float* p) { return _mm256_loadu_ps(p); }
   static void store(float* p, F x) { _mm256_storeu_ps(p, x); }

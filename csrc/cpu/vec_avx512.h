@@ -4,6 +4,7 @@ struct Vec {
   using U = __m512i;
   using Mask = __mmask16;
   static constexpr int N = 16;
+  static constexpr bool kScaleSaturates = true;  // scale() takes any exponent, and NaN
 
   static F load(const float* p) { return _mm512_loadu_ps(p); }
   static void store(float* p, F x) { _mm512_storeu_ps(p, x); }

@@ -5,6 +5,7 @@ struct Vec {
   typedef uint32_t U __attribute__((vector_size(16)));
   typedef int32_t Mask __attribute__((vector_size(16)));
   static constexpr int N = 4;
+  static constexpr bool kScaleSaturates = false;  // scale() takes any exponent, and NaN
 
   static F load(const float* p) {
     F x;

@@ -1,0 +1,138 @@
+"""Launch configurations: a default that needs no trial, and the trials' results when there are any.
+
+``tune`` times a few configurations on the GPU at hand and remembers the best in
+``$XDG_CACHE_HOME/svdk/triton.json`` (written atomically, read once a process). With ``SVDK_AUTOTUNE=1``
+the first eager call of each kind of shape tunes itself; otherwise a first call only ever compiles one
+configuration.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+FORMAT = 1
+MAX_SPLITS = 128
+
+
+@dataclass(frozen=True)
+class Config:
+    """How a kernel is launched; every field changes speed only."""
+
+    block: int = 1024
+    """Tokens a program handles at a time."""
+    num_warps: int = 4
+    stages: int = 3
+    """Software pipelining of the first sweep's loads."""
+    programs: int = 4
+    """Programs a multiprocessor that splitting rows aims at; under the interpreter, slices a row."""
+    cap: int = 512
+    """Candidates a slice may list."""
+
+
+DEFAULT = Config()
+INTERPRETED = Config(block=512, cap=128, programs=2)
+"""Small, so that a vocabulary of a thousand tokens already has several tiles and slices."""
+CANDIDATES = (
+    DEFAULT,
+    Config(block=2048, num_warps=8, programs=2),
+    Config(block=2048, num_warps=4, programs=4),
+    Config(stages=1),
+    Config(block=4096, num_warps=8, programs=2),
+    Config(num_warps=8),
+    Config(block=512, programs=6),
+)
+
+
+def cache_path() -> Path:
+    """Where tuning results are kept."""
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(home) / "svdk" / "triton.json"
+
+
+@functools.cache
+def _remembered() -> dict[str, Config]:
+    """Results of earlier processes; a file of another format, or not readable, counts as none."""
+    try:
+        stored = json.loads(cache_path().read_text())
+        if stored["format"] != FORMAT:
+            return {}
+        return {key: Config(**config) for key, config in stored["configs"].items()}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
+def _remember(key: str, config: Config) -> None:
+    found = _remembered()
+    found[key] = config
+    path = cache_path()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = {"format": FORMAT, "configs": {k: asdict(c) for k, c in sorted(found.items())}}
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".triton-")
+    try:
+        with os.fdopen(handle, "w") as file:
+            json.dump(content, file, indent=1)
+        os.replace(temporary, path)
+    except OSError:
+        os.unlink(temporary)
+        raise
+
+
+def bucket(n: int) -> int:
+    """The next power of two: shapes in one bucket share a configuration."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
+@functools.cache
+def _device(index: int | None) -> tuple[str, int]:
+    properties = torch.cuda.get_device_properties(index)
+    return properties.name, properties.multi_processor_count
+
+
+def key_of(name: str, like: Tensor, batch: int, vocab: int) -> str:
+    """What a configuration is remembered under: device, kernel variant, dtype, shape bucket."""
+    return f"{_device(like.device.index)[0]}|{name}|{like.dtype}|{bucket(batch)}x{bucket(vocab)}"
+
+
+def config_for(name: str, like: Tensor, batch: int, vocab: int) -> Config:
+    """The remembered configuration of a kernel variant and shape, or the default."""
+    if like.device.type == "cpu":
+        return INTERPRETED
+    found = _remembered()
+    return found.get(key_of(name, like, batch, vocab), DEFAULT) if found else DEFAULT
+
+
+def wanted() -> bool:
+    """Whether first calls are to tune themselves."""
+    return os.environ.get("SVDK_AUTOTUNE") == "1"
+
+
+def tune(name: str, like: Tensor, batch: int, vocab: int, launch: Callable[[Config], None]) -> Config:
+    """Time ``launch`` with each candidate, remember the fastest on disk and return it; synchronises."""
+    from triton.testing import do_bench
+
+    key = key_of(name, like, batch, vocab)
+    if key in _remembered():
+        return _remembered()[key]
+    best = min(CANDIDATES, key=lambda config: do_bench(lambda: launch(config), warmup=5, rep=20))
+    _remember(key, best)
+    return best
+
+
+def shape(config: Config, like: Tensor, batch: int, vocab: int) -> tuple[int, int, int]:
+    """``(block, splits, slice_size)``: tokens a tile, slices a row (a power of two), tokens a slice."""
+    block = min(config.block, max(64, bucket(vocab)))
+    tiles = -(-vocab // block)
+    on_cpu = like.device.type == "cpu"
+    aim = config.programs if on_cpu else config.programs * _device(like.device.index)[1] // max(batch, 1)
+    splits = max(1, min(MAX_SPLITS, aim, tiles))
+    splits = 1 << (splits.bit_length() - 1)
+    return block, splits, -(-tiles // splits) * block

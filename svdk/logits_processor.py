@@ -1,0 +1,205 @@
+"""Steering as a logits processor: for beam search and whatever else an unmodified ``generate`` does."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from transformers.generation import LogitsProcessor
+
+from svdk import ops
+from svdk.errors import InputError
+from svdk.generation_options import make_sampler
+from svdk.pair import ModelPair, ViewCache, check_inputs
+from svdk.reference import EPS
+from svdk.types import Status
+
+if TYPE_CHECKING:
+    from svdk.artifact import Steering
+
+
+class SteeringLogitsProcessor(LogitsProcessor):
+    """Steers the scores of ``generate``; the base model runs beside it with its own cache.
+
+    ``model.generate(..., logits_processor=[SteeringLogitsProcessor(model, steering=steering)])``, with
+    greedy decoding, sampling or beam search, ``num_return_sequences`` and every other processor. Slower
+    than ``custom_generate=svdk.generate`` (two forwards a step), which has no beam search. The
+    scores become log-probabilities, so that beams are compared by the steered model's. One object
+    serves one call of ``generate``; :meth:`reset` makes it new.
+
+    Processors before it (repetition penalty and the like) change the warm scores only, so what they do is
+    part of the direction. Temperature and filters come after it, as transformers orders them.
+
+    Args:
+        model: the PEFT model that generates.
+        steering: a calibrated artifact; the next six override its fields.
+        strength, strength_mode, direction, alpha, penalty, vector: as in :func:`svdk.generate`, numbers
+            only (a (V,) tensor for ``vector``).
+        attention_mask: (B, T) of the prompts, as given to ``generate``. Needed with padding where the padding
+            token is also an end-of-sequence token; else worked out as transformers does.
+        check: raise on NaN or infinite logits; False lets such a row come out as NaN.
+        backend: as in :func:`svdk.steered_sample`.
+
+    Raises:
+        InputError: a bad argument, or a model without a usable adapter.
+        ArtifactError: ``steering`` was made for another kind of model.
+
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        steering: Steering | None = None,
+        *,
+        strength: float | None = None,
+        strength_mode: str | None = None,
+        direction: str | None = None,
+        alpha: float | None = None,
+        penalty: float | None = None,
+        vector: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        check: bool = True,
+        backend: str = "auto",
+    ) -> None:
+        """Check everything; nothing runs yet."""
+        self._pair = ModelPair(model)
+        self._sampler = make_sampler(
+            self._pair, 1, steering=steering, strength=strength, strength_mode=strength_mode,
+            direction=direction, alpha=alpha, penalty=penalty, vector=vector, backend=backend, check=check,
+        )  # fmt: skip
+        self._given_mask = attention_mask
+        self._eos = _token_ids(self._pair, "eos_token_id")
+        self._pad = _token_ids(self._pair, "pad_token_id")
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget the last call of ``generate``."""
+        self._cache: ViewCache | None = None
+        self._ids: Tensor | None = None
+        self._mask: Tensor | None = None
+
+    @torch.no_grad()
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Steered log-probabilities float32 (N, V) for rows (N, T) and their warm scores (N, V)."""
+        base = None
+        if "base" in self._sampler.views:
+            base = self._base(input_ids.to(self._pair.device)).to(scores.device, torch.float32)
+        sampler = self._sampler
+        steered = steered_logits(
+            scores.float(), base, vector=sampler.vector, check=sampler.check, backend=sampler.backend,
+            **sampler.steering,
+        )  # fmt: skip
+        return steered.log_softmax(-1)
+
+    def _base(self, ids: Tensor) -> Tensor:
+        """Base logits (N, V) at the last position."""
+        if self._cache is None:
+            return self._prefill(ids)
+        rows, length = self._ids.shape
+        if ids.shape != (rows, length + 1):
+            raise _not_a_step(f"shape {tuple(ids.shape)}", f"({rows}, {length + 1})")
+        if not torch.equal(ids[:, :-1], self._ids):
+            self._cache.kv.reorder_cache(self._parents(ids))
+        self._ids = ids
+        if self._mask is not None:
+            self._mask = torch.cat([self._mask, self._mask.new_ones(rows, 1)], dim=1)
+        return self._pair.base(ids[:, -1:], self._mask, cache=self._cache)[:, -1]
+
+    def _prefill(self, ids: Tensor) -> Tensor:
+        rows = ids.shape[0]
+        mask = self._prompt_mask(ids)
+        cache = self._pair.new_cache("base", rows)
+        logits = self._pair.base(ids, mask, cache=cache)[:, -1]
+        self._cache, self._ids, self._mask = cache, ids, mask
+        return logits
+
+    def _prompt_mask(self, ids: Tensor) -> Tensor | None:
+        """(N, T), or None without padding."""
+        rows, length = ids.shape
+        mask = self._given_mask
+        if mask is not None:
+            if mask.dim() != 2 or mask.shape[1] != length or rows % mask.shape[0]:
+                found = tuple(mask.shape)
+                raise InputError(
+                    f"attention_mask had shape {found}; allowed: (B, {length}) with B a divisor of {rows}"
+                )
+            return check_inputs(ids, mask.to(ids.device).repeat_interleave(rows // mask.shape[0], 0))
+        if not self._pad:
+            return None
+        pad = self._pad[0]
+        if pad not in self._eos:
+            return check_inputs(ids, ids != pad)
+        if bool((ids[:, 0] == pad).any()):
+            raise InputError(
+                "attention_mask was None, and a prompt starts with the padding token, which also ends "
+                "sequences; allowed: the attention_mask given to generate"
+            )
+        return None
+
+    def _parents(self, ids: Tensor) -> Tensor:
+        """For each row (N,) the row of the last step that it continues."""
+        same = (ids[:, None, :-1] == self._ids).all(-1)
+        if self._mask is not None:  # equal tokens behind different padding are different rows
+            same &= (self._mask[:, None] == self._mask).all(-1)
+        if not bool(same.any(1).all()):
+            raise _not_a_step("rows that continue none of the last step's", "rows that do")
+        return same.int().argmax(1)
+
+
+def steered_logits(
+    warm: Tensor,
+    base: Tensor | None = None,
+    *,
+    vector: Tensor | None = None,
+    strength: float | Tensor = 1.0,
+    strength_mode: str = "constant",
+    direction: str = "kl_gradient",
+    alpha: float | Tensor = 0.1,
+    penalty: float = -torch.inf,
+    check: bool = False,
+    backend: str = "auto",
+) -> Tensor:
+    """The whole rows of steered logits, float32 (B, V), that :func:`svdk.steered_sample` draws from.
+
+    Arguments and errors as there. For processors and analysis: decoding never needs these rows. A row with
+    status ``INVALID`` is NaN.
+    """
+    found = ops.extract(
+        warm, base, vector=vector, direction=direction, alpha=alpha, check=check, backend=backend
+    )
+    batch = warm.shape[0]
+    rows = torch.repeat_interleave(found.row_ptr.diff())
+    mu = torch.as_tensor(strength, dtype=torch.float32, device=warm.device).expand(batch)
+    if strength_mode == "kl_budget":
+        mean = _sum_rows(found.p * found.delta, rows, batch)
+        outside = 1 - _sum_rows(found.p, rows, batch)  # delta is 0 there
+        spread = found.p * (found.delta - mean[rows]) ** 2
+        variance = _sum_rows(spread, rows, batch) + outside.clamp(min=0) * mean**2
+        mu = torch.where(variance < EPS, 0.0, (2 * mu / variance).sqrt())
+    warm = warm.float()
+    masked = penalty == -torch.inf  # whatever mu is, 0 and negative too
+    steered = torch.full_like(warm, -torch.inf) if masked else warm + mu[:, None] * penalty
+    at = (rows, found.token_ids)
+    steered[at] = warm[at] + mu[rows] * found.delta
+    steered[(found.status & int(Status.INVALID)) != 0] = torch.nan
+    return steered
+
+
+def _sum_rows(values: Tensor, rows: Tensor, batch: int) -> Tensor:
+    return values.new_zeros(batch).index_add(0, rows, values)
+
+
+def _token_ids(pair: ModelPair, name: str) -> list[int]:
+    for config in (getattr(pair.module, "generation_config", None), pair.config):
+        value = getattr(config, name, None)
+        if value is not None:
+            return value if isinstance(value, list) else [value]
+    return []
+
+
+def _not_a_step(found: str, wanted: str) -> InputError:
+    return InputError(
+        f"input_ids was {found}; allowed: {wanted}, the last step's rows with one more token each (assisted "
+        "decoding is not supported; for another generate make a new SteeringLogitsProcessor or call reset())"
+    )

@@ -1,0 +1,44 @@
+"""``svdk info``: versions, backends, and which decoding path a model and an adapter take."""
+
+from __future__ import annotations
+
+import pytest
+from peft import LoraConfig, get_peft_model
+
+import svdk
+from svdk import backends, paired
+from svdk.cli import main
+from tests import tiny
+
+
+def test_versions_and_backends(capsys):
+    assert main(["info"]) == 0
+    out = capsys.readouterr().out
+    assert svdk.__version__ in out
+    for name, status in backends.status().items():
+        assert f"{name}" in out and status in out
+    assert "decoding" not in out
+
+
+@pytest.mark.parametrize("kind", ["lora", "prefix_tuning"])
+def test_paired_path(kind, tiny_folder, tmp_path, capsys):
+    tiny.tiny_peft(kind).save_pretrained(tmp_path)
+    assert main(["info", "--model", str(tiny_folder), "--adapter", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert "path     paired" in out
+    assert ("8 adapter layers" if kind == "lora" else "4 virtual tokens") in out
+
+
+def test_two_pass_path_says_why(tiny_folder, tmp_path, capsys, monkeypatch):
+    config = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    get_peft_model(tiny.tiny_model(), config).save_pretrained(tmp_path)
+    monkeypatch.setattr(paired, "route", lambda layer, rows, adapters: "no reason at all")
+    assert main(["info", "--model", str(tiny_folder), "--adapter", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert "path     two_pass" in out
+    assert "layer model.layers.0.self_attn.q_proj: no reason at all" in out
+
+
+def test_half_a_question(capsys):
+    assert main(["info", "--model", "x"]) == 2
+    assert "--adapter was absent" in capsys.readouterr().err

@@ -1,0 +1,206 @@
+"""svdk.sampling: FlashInfer's functions; what each may draw, how often, and from whose seed."""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+import torch
+
+from svdk import reference, sampling
+from svdk.errors import InputError
+
+VOCAB = 40
+DRAWS = 20000
+K = torch.tensor([3, 7, 0])
+P = torch.tensor([0.5, 0.9, 0.7])
+
+
+def logits(rows=3, seed=0):
+    return 2 * torch.randn(rows, VOCAB, generator=torch.Generator().manual_seed(seed))
+
+
+def probs(rows=3, seed=0):
+    return logits(rows, seed).softmax(-1)
+
+
+def kept(p, top_k=0, top_p=1.0, min_p=0.0):
+    """The (B, V) mask of the specification."""
+    row = torch.ones(p.shape[0], dtype=torch.double)
+    cuts = (row * torch.as_tensor(cut) for cut in (top_k, top_p, min_p))
+    return reference.keep_top(p.double().log(), row, *cuts)
+
+
+def joint(p):
+    return kept(p, top_k=K) & kept(p, top_p=P)
+
+
+# name, arguments after the distributions, the mask of what may be drawn
+CASES = {
+    "sampling_from_logits": ((), lambda p: kept(p)),
+    "sampling_from_probs": ((), lambda p: kept(p)),
+    "top_p_sampling_from_probs": ((P,), lambda p: kept(p, top_p=P)),
+    "top_k_sampling_from_probs": ((K,), lambda p: kept(p, top_k=K)),
+    "min_p_sampling_from_probs": ((0.1,), lambda p: kept(p, min_p=0.1)),
+    "top_k_top_p_sampling_from_logits": ((K, P), lambda p: kept(p, top_k=K, top_p=P)),
+    "top_k_top_p_sampling_from_probs": ((K, P), lambda p: kept(p, top_k=K, top_p=P)),
+    "top_k_top_p_sampling_from_logits joint": ((K, P, None, "joint"), joint),
+    "top_k_top_p_sampling_from_probs joint": ((K, P, None, "joint"), joint),
+}
+SAMPLERS = sorted({case.split()[0] for case in CASES})
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_support_and_frequencies(case):
+    name = case.split()[0]
+    arguments, mask = CASES[case]
+    p = probs()
+    given = logits() if "logits" in name else p
+    # `indices` draws each row many times over; per-row parameters belong to the outputs.
+    rows = torch.arange(3).repeat_interleave(DRAWS)
+    spread = [a.repeat_interleave(DRAWS) if isinstance(a, torch.Tensor) else a for a in arguments]
+    options = {"filter_apply_order": "joint"} if "joint" in case else {}
+    drawn = getattr(sampling, name)(given, *spread[:2], indices=rows, seed=1, offset=0, **options)
+    assert drawn.dtype == torch.int64
+    keep = mask(p)
+    for i in range(3):
+        count = torch.bincount(drawn[rows == i], minlength=VOCAB).double()
+        assert (count[~keep[i]] == 0).all()
+        want = torch.where(keep[i], p[i].double(), 0.0)
+        want = want / want.sum() * DRAWS
+        seen = keep[i] & (want > 5)
+        degrees = max(int(seen.sum()) - 1, 1)
+        chi2 = ((count - want) ** 2 / want)[seen].sum().item()
+        assert chi2 < degrees + 6 * (2 * degrees) ** 0.5
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_rows_without_indices_and_seeds(name):
+    extra = {"top_k": (5,), "top_p": (0.9,), "min_p": (0.05,), "top_k_top_p": (5, 0.9)}
+    arguments = extra.get(name.partition("_sampling")[0], ())
+    draw = getattr(sampling, name)
+    given = logits(400) if "logits" in name else probs(400)
+    seeds = torch.arange(400) * 977 + 5
+    drawn = draw(given, *arguments, seed=seeds, offset=3)
+    assert drawn.dtype == torch.int32 and drawn.shape == (400,)
+    # A row's token is its own seed's, whatever is around it.
+    assert torch.equal(draw(given[100:200], *arguments, seed=seeds[100:200], offset=3), drawn[100:200])
+    assert torch.equal(draw(given, *arguments, seed=seeds.to(torch.uint64), offset=torch.tensor([3])), drawn)
+    assert not torch.equal(draw(given, *arguments, seed=seeds, offset=4), drawn)
+    # One seed for all: equal rows draw independently, and the seed decides.
+    same = given[:1].expand(400, -1).contiguous()
+    one = draw(same, *arguments, seed=9, offset=0)
+    assert len(set(one.tolist())) > 1
+    assert torch.equal(draw(same, *arguments, seed=torch.tensor([9]), offset=0), one)
+    # No seed: the generator, or torch's own.
+    first, second = (draw(given, *arguments, generator=torch.Generator().manual_seed(2)) for _ in range(2))
+    assert torch.equal(first, second)
+    torch.manual_seed(0)
+    third, fourth = (draw(given, *arguments) for _ in range(2))
+    assert not torch.equal(third, fourth)
+    torch.manual_seed(0)
+    assert torch.equal(draw(given, *arguments), third)
+
+
+def test_output_takes_the_dtype_of_indices():
+    for dtype in (torch.int32, torch.int64):
+        rows = torch.tensor([2, 0, 0], dtype=dtype)
+        assert sampling.sampling_from_logits(logits(), rows).dtype == dtype
+
+
+@pytest.mark.parametrize("name", [n for n in SAMPLERS if n.endswith("probs")])
+def test_valid_rows(name):
+    p = probs(4)
+    p[1] = 0
+    p[2, 3] = torch.nan
+    arguments = {"top_k": (5,), "top_p": (0.9,), "min_p": (0.05,), "top_k_top_p": (5, 0.9)}
+    arguments = arguments.get(name.partition("_sampling")[0], ())
+    token, valid = getattr(sampling, name)(p, *arguments, return_valid=True)
+    assert valid.tolist() == [True, False, False, True]
+    assert ((token >= 0) & (token < VOCAB)).all()
+    with pytest.raises(ValueError, match="probs held NaN"):
+        getattr(sampling, name)(p, *arguments, check_nan=True)
+
+
+def test_renormalised_probabilities_and_masked_logits():
+    p, z = probs(), logits()
+    for top_k in (K, 4):
+        want = torch.where(kept(p, top_k=top_k), p, 0.0)
+        want = want / want.sum(1, keepdim=True)
+        torch.testing.assert_close(sampling.top_k_renorm_probs(p, top_k), want)
+        masked = sampling.top_k_mask_logits(z, top_k)
+        assert torch.equal(masked.isfinite(), kept(p, top_k=top_k))
+        torch.testing.assert_close(masked.softmax(-1), want)
+    for top_p in (P, 0.6, 1.0, 0.0):
+        want = torch.where(kept(p, top_p=top_p), p, 0.0)
+        torch.testing.assert_close(sampling.top_p_renorm_probs(p, top_p), want / want.sum(1, keepdim=True))
+    half = sampling.top_k_renorm_probs(p.half(), 4)
+    assert half.dtype == torch.half and (half > 0).sum(1).tolist() == [4, 4, 4]
+    assert sampling.top_p_renorm_prob is sampling.top_p_renorm_probs
+    assert sampling.top_k_renorm_prob is sampling.top_k_renorm_probs
+
+
+def test_softmax():
+    z = logits()
+    torch.testing.assert_close(sampling.softmax(z), z.softmax(-1))
+    torch.testing.assert_close(sampling.softmax(z, 0.5), (2 * z).softmax(-1))
+    t = torch.tensor([0.5, 0.0, 2.0])
+    got = sampling.softmax(z.bfloat16(), t)
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got[::2], (z.bfloat16().float()[::2] / t[::2, None]).softmax(-1))
+    assert got[1].argmax() == z[1].argmax() and got[1].max() == 1 and got[1].sum() == 1
+
+
+def test_bfloat16_logits():
+    assert sampling.top_k_top_p_sampling_from_logits(logits().bfloat16(), 1, 0.9).tolist() == (
+        logits().bfloat16().argmax(-1).tolist()
+    )
+
+
+# FlashInfer's parameters in order, as of its main branch in 2026.
+DRAW = "indices deterministic generator check_nan seed offset"
+SIGNATURES = {
+    "softmax": "logits temperature enable_pdl",
+    "sampling_from_logits": f"logits {DRAW}",
+    "sampling_from_probs": f"probs {DRAW} return_valid",
+    "top_p_sampling_from_probs": f"probs top_p {DRAW} return_valid",
+    "top_k_sampling_from_probs": f"probs top_k {DRAW} return_valid",
+    "min_p_sampling_from_probs": f"probs min_p {DRAW} return_valid",
+    "top_k_top_p_sampling_from_logits": "logits top_k top_p "
+    + DRAW.replace("indices", "indices filter_apply_order"),
+    "top_k_top_p_sampling_from_probs": "probs top_k top_p "
+    + DRAW.replace("indices", "indices filter_apply_order")
+    + " return_valid",
+    "top_p_renorm_probs": "probs top_p is_deterministic",
+    "top_k_renorm_probs": "probs top_k is_deterministic",
+    "top_k_mask_logits": "logits top_k",
+}
+
+
+@pytest.mark.parametrize("name", SIGNATURES)
+def test_arguments_are_flashinfers(name):
+    assert " ".join(inspect.signature(getattr(sampling, name)).parameters) == SIGNATURES[name]
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: sampling.sampling_from_logits(torch.randn(4)), "logits was a tensor of shape"),
+        (
+            lambda: sampling.sampling_from_logits(logits(), seed=torch.arange(2), offset=0),
+            "seed was a tensor",
+        ),
+        (lambda: sampling.sampling_from_logits(logits() * torch.nan, check_nan=True), "logits held NaN"),
+        (lambda: sampling.top_p_sampling_from_probs(probs(), 1.5), r"top_p was 1\.5"),
+        (lambda: sampling.top_k_sampling_from_probs(probs(), -1), "top_k was -1"),
+        (lambda: sampling.softmax(logits(), -1.0), r"temperature was -1\.0"),
+        (lambda: sampling.top_k_renorm_probs(probs(), torch.tensor([1, 2])), "top_k was a tensor"),
+        (
+            lambda: sampling.top_k_top_p_sampling_from_probs(probs(), 1, 0.5, None, "top_p_first"),
+            "filter_apply_order was 'top_p_first'; allowed: 'top_k_first' | 'joint'",
+        ),
+    ],
+)
+def test_bad_arguments(call, message):
+    with pytest.raises(InputError, match=message):
+        call()

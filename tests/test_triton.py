@@ -1,0 +1,237 @@
+"""What is the Triton backend's own: noise, slices, lists, filters' two ways, tuning, tracing, compilation.
+
+Its results are tested in ``test_ops.py`` with every other backend's.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests import triton_interpreter
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("triton is not installed (pip install triton)", allow_module_level=True)
+triton_interpreter.enable()
+
+import triton  # noqa: E402
+import triton.language as tl  # noqa: E402
+
+import svdk  # noqa: E402
+from svdk import backends, philox  # noqa: E402
+from svdk.kernels import library, noise, tuning  # noqa: E402
+from tests import ops_cases as oc  # noqa: E402
+
+ROOT = Path(__file__).parents[1]
+DEVICE = oc.device_of("triton")
+TINY = tuning.Config(block=64, cap=16, programs=16, stages=1)
+"""Many tiles, slices and overflowing lists even in a small vocabulary."""
+
+
+@pytest.fixture
+def tiny_config(monkeypatch):
+    """Launch everything with TINY, as the interpreter's and the GPU's configuration."""
+    monkeypatch.setattr(tuning, "config_for", lambda *_: TINY)
+
+
+@triton.jit
+def _bits_kernel(
+    blocks_out, tokens_out, gumbel_out, bits, start, seed: tl.int64, offset: tl.int64, N: tl.constexpr
+):
+    at = tl.arange(0, N)
+    tl.store(blocks_out + at, noise.block_bits(start, seed.to(tl.int64), offset.to(tl.int64), N).to(tl.int64))
+    tl.store(
+        tokens_out + at, noise.token_bits(start + at, seed.to(tl.int64), offset.to(tl.int64)).to(tl.int64)
+    )
+    tl.store(gumbel_out + at, noise.gumbel(tl.load(bits + at).to(tl.uint32)))
+
+
+def _noise(bits=None, start=0, seed=0, offset=0):
+    bits = torch.zeros(64, dtype=torch.int64) if bits is None else bits
+    blocks, tokens = (torch.empty(64, dtype=torch.int64, device=DEVICE) for _ in range(2))
+    values = torch.empty(64, device=DEVICE)
+    _bits_kernel[(1,)](blocks, tokens, values, bits.to(DEVICE), start, seed, offset, N=64)
+    return blocks.cpu(), tokens.cpu(), values.cpu()
+
+
+@pytest.mark.parametrize(
+    ("seed", "offset"), [(0, 0), (1, 2), (-1, -2), (2**62 + 12345, 2**40 + 7), (-(2**63), 1)]
+)
+def test_bits_are_the_reference_ones(seed, offset):
+    for start in (0, 64, 151_872):
+        want = philox.random_bits(torch.tensor([seed]), torch.tensor([offset]), start + 64)[0, start:]
+        blocks, tokens, _ = _noise(start=start, seed=seed, offset=offset)
+        assert torch.equal(blocks, want)
+        assert torch.equal(tokens, want)
+
+
+def test_gumbel_keeps_all_32_bits():
+    edges = [0, 1, 2, 2**16, 2**31 - 1, 2**31, 2**31 + 1, 2**32 - 2**9, 2**32 - 130, 2**32 - 2, 2**32 - 1]
+    bits = torch.cat(
+        [torch.tensor(edges), torch.randint(0, 2**32, (53,), generator=torch.Generator().manual_seed(1))]
+    )
+    _, _, got = _noise(bits=bits)
+    want = philox.gumbel(bits)
+    assert float(((got - want).abs() / (1 + want.abs())).max()) < 4e-7
+    assert got[10] > got[9] > got[8], "the largest words must differ"
+
+
+def test_slices_tiles_and_configurations_change_no_token(tiny_config):
+    warm, base = (x.to(DEVICE) for x in oc.logits(2, 999, seed=3))
+    for case in oc.CASES:
+        args, kwargs = oc.operands(case, warm, base)
+        oc.assert_same_tokens(
+            svdk.steered_sample(*args, **kwargs, seed=5, backend="triton"), args, kwargs | {"seed": 5}
+        )
+    for counters in library._counters.values():
+        assert int(counters.abs().max()) == 0, "a launch must leave its counters at zero"
+
+
+@pytest.mark.parametrize(
+    "kwargs", [{}, {"temperature": 0.0}, {"top_p": 0.3}, {"top_k": 7}, {"strength_mode": "kl_budget"}]
+)
+def test_a_list_that_overflows_is_replaced_by_the_row(tiny_config, kwargs):
+    warm, base = (x.to(DEVICE) for x in oc.logits(3, 700, scale=0.2, seed=4))
+    kwargs = {"alpha": 0.05, "seed": 11, **kwargs}
+    token, info = svdk.steered_sample(warm, base, **kwargs, backend="triton", return_info=True)
+    oc.assert_same_tokens(token, (warm, base), kwargs)
+    _, want = svdk.steered_sample(warm, base, **kwargs, backend="reference", return_info=True)
+    assert int(info.candidates.min()) > 16 * 8, "the case must overflow"
+    assert torch.equal(info.candidates.cpu(), want.candidates.cpu())
+    strengths = torch.tensor([-1.0, 2.0], device=DEVICE)
+    labels = torch.tensor([0, 5, 699], device=DEVICE)
+    for penalty in (0.0, -1.0):
+        got, want = (
+            svdk.steered_logprob(
+                warm, base, labels, strengths=strengths, alpha=0.05, penalty=penalty, backend=name
+            )
+            for name in ("triton", "reference")
+        )
+        oc.assert_close(got.logprob, want.logprob, "logprob")
+        assert torch.equal(got.greedy.cpu(), want.greedy.cpu())
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.5])
+@pytest.mark.parametrize(
+    "kwargs", [{"top_p": 0.5}, {"top_p": 0.0}, {"top_k": 3}, {"top_k": 3, "top_p": 0.4}, {"min_p": 1.0}]
+)
+def test_ties_in_the_filters(alpha, kwargs):
+    # alpha picks the way: 0.5 ranks a list, 0 searches the row for the threshold.
+    warm = torch.zeros(12, 80, device=DEVICE)
+    warm[6:, ::2] = 1.0
+    base = warm.clone()
+    kwargs = {"alpha": alpha, "seed": torch.arange(12, device=DEVICE), **kwargs}
+    got = svdk.steered_sample(warm, base, **kwargs, backend="triton")
+    assert torch.equal(got.cpu(), svdk.steered_sample(warm, base, **kwargs, backend="reference").cpu())
+
+
+@pytest.mark.parametrize("name", ["default", "plain_top_p", "log_ratio_everywhere"])
+def test_a_real_vocabulary(name):
+    case = next(c for c in oc.CASES if c.name == name)
+    warm, base = (x.to(DEVICE) for x in oc.logits(1, 32000, torch.bfloat16, seed=6))
+    args, kwargs = oc.operands(case, warm, base)
+    oc.assert_same_tokens(svdk.steered_sample(*args, **kwargs, backend="triton"), args, kwargs)
+
+
+def test_the_op_in_a_compiled_graph():
+    warm, base = (x.to(DEVICE) for x in oc.logits(2, 64))
+    labels = torch.tensor([1, 2], device=DEVICE)
+
+    def step(warm, base, seed):
+        token = svdk.steered_sample(warm, base, seed=seed, backend="triton")
+        return token, svdk.steered_logprob(warm, base, labels, backend="triton").logprob * 2
+
+    seed = torch.tensor([3, 4], device=DEVICE)
+    compiled = torch.compile(step, fullgraph=True, backend="inductor" if DEVICE == "cuda" else "aot_eager")
+    for got, want in zip(compiled(warm, base, seed), step(warm, base, seed), strict=True):
+        assert torch.equal(got, want)
+    flat = (warm, base, None, None, None)
+    scalars = (1.0, None, 0.1, None, 1.0, None, 0, None, 1.0, None, 0.0, None, 0, None, 0, None, True)
+    tests = ("test_schema", "test_faketensor")
+    torch.library.opcheck(
+        torch.ops.svdk_triton.steered_sample, (*flat, None, 64, 0, 0, -math.inf, *scalars), test_utils=tests
+    )
+    torch.library.opcheck(
+        torch.ops.svdk_triton.steered_logprob,
+        (*flat, labels, 64, 0, 0.0, 0.1, None, 1.0, None, None),
+        test_utils=tests,
+    )
+    torch.library.opcheck(torch.ops.svdk_triton.extract, (*flat, 64, 0, 0.1, None), test_utils=tests)
+
+
+def test_auto_never_interprets(monkeypatch):
+    if not library.INTERPRETED:
+        pytest.skip("the kernels are compiled here")
+    assert backends._choose("triton", "cpu") is library.BACKEND
+    assert backends._choose("auto", "cpu") is not library.BACKEND
+    monkeypatch.delenv("TRITON_INTERPRET")
+    assert "no GPU is visible" in backends._why_not_triton()
+    monkeypatch.setattr(backends.importlib.metadata, "version", lambda _: "3.5.1")
+    assert "3.5.1 is too old" in backends._why_not_triton()
+
+
+def test_tuning_results_survive_and_bad_files_do_not_matter(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(tuning, "_device", lambda index: ("a GPU", 100))
+    like = torch.empty(1, device="meta")
+    tuning._remembered.cache_clear()
+    try:
+        assert tuning.config_for("sample", like, 3, 1000) == tuning.DEFAULT
+        tuning._remember(tuning.key_of("sample", like, 3, 1000), TINY)
+        tuning._remembered.cache_clear()  # as a new process would start
+        assert tuning.config_for("sample", like, 4, 1024) == TINY
+        assert tuning.config_for("sample", like, 5, 1000) == tuning.DEFAULT
+        assert [p.name for p in tuning.cache_path().parent.iterdir()] == ["triton.json"]
+        for content in ("", "{", '{"format": 0}', '{"format": 1, "configs": {"x": {"warp": 1}}}', "[]"):
+            tuning.cache_path().write_text(content)
+            tuning._remembered.cache_clear()
+            assert tuning.config_for("sample", like, 4, 1024) == tuning.DEFAULT
+    finally:
+        tuning._remembered.cache_clear()
+
+
+@pytest.mark.parametrize("batch", [1, 3, 64, 1000])
+def test_slices_cover_the_row(monkeypatch, batch):
+    monkeypatch.setattr(tuning, "_device", lambda index: ("a GPU", 132))
+    like = torch.empty(1, device="meta")
+    for vocab in (1, 63, 1000, 32000, 151_936):
+        for config in tuning.CANDIDATES:
+            block, splits, size = tuning.shape(config, like, batch, vocab)
+            assert splits & (splits - 1) == 0
+            assert size % block == 0
+            assert block % 4 == 0
+            assert splits * size >= vocab
+
+
+def _program(name: str, *arguments: str) -> list[dict]:
+    """The JSON lines of a program of this folder, run without the interpreter."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-W", "ignore", str(ROOT / "tests" / name), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90+", "gfx942"])
+def test_kernels_compile_for_gpus_that_are_not_here(target, tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    lines = _program("triton_aot.py", target)
+    assert len(lines) >= 6
+    for line in lines:
+        # A few bytes outside the loops are no loss; a spilled accumulator would be hundreds.
+        assert line["spills"] <= 32, line
+        assert line["shared"] <= 32 * 1024, line
+
+
+def test_tracing_writes_no_input():
+    for line in _program("triton_trace.py"):
+        assert line["launches"] == 1, line
+        assert all(name.endswith("_out") for name in line["kept"]), f"an input would be copied: {line}"

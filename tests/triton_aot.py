@@ -1,0 +1,149 @@
+"""Compile every Triton kernel variant for GPUs that are not here; one JSON line a kernel and target.
+
+Run as a program: ``python tests/triton_aot.py [target ...]``, without TRITON_INTERPRET (``test_triton.py``
+does). Spills and registers come from the cubin's resource table or the AMD assembly's metadata.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from svdk import schema
+from svdk.kernels import steering
+from svdk.kernels.extract import extract_count_kernel, extract_fill_kernel
+from svdk.kernels.logprob import steered_logprob_kernel
+from svdk.kernels.sample import steered_sample_kernel
+from svdk.kernels.tuning import DEFAULT
+
+LISTS, OUTSIDE = steering.LISTS.value, steering.OUTSIDE.value
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+POINTERS = {
+    "warm": "*fp32", "other": "*fp32", "warm_rows": "*i64", "other_rows": "*i64", "labels": "*i64",
+    "sums": "*fp32", "counts": "*i32", "listed": "*i32", "values": "*fp32", "counters": "*i32",
+    "token_out": "*i64", "floats_out": "*fp32", "ints_out": "*i32", "curves_out": "*fp32",
+    "greedy_out": "*i64", "rows_out": "*fp32", "status_out": "*i32", "sizes_out": "*i64", "kept_out": "*fp32",
+    "kept": "*fp32", "row_ptr": "*i64", "ids_out": "*i64", "p_out": "*fp32", "delta_out": "*fp32",
+    "strength_rows": "*fp32", "alpha_rows": "*fp32", "temperature_rows": "*fp32", "top_k_rows": "*i64",
+    "top_p_rows": "*fp32", "min_p_rows": "*fp32", "seed_rows": "*i64", "offset_rows": "*i64",
+    "strengths": "*fp32",
+}  # fmt: skip
+SCALARS = {
+    "warm_stride": "i64", "other_stride": "i64", "batch": "i32", "vocab": "i32", "slice_size": "i32",
+    "number": "i32", "penalty": "fp32", "strength": "fp32", "alpha": "fp32", "temperature": "fp32",
+    "top_k": "i64", "top_p": "fp32", "min_p": "fp32", "seed": "i64", "offset": "i64",
+}  # fmt: skip
+ROWS = ("strength_rows", "alpha_rows", "temperature_rows", "top_k_rows", "top_p_rows", "min_p_rows",
+        "seed_rows", "offset_rows", "warm_rows", "other_rows", "strengths", "labels")  # fmt: skip
+ALIGNED = ("warm_stride", "other_stride", "vocab", "slice_size")
+"""Multiples of 16 for every usual model; a launch finds that out by itself."""
+SHAPE = {"BLOCK": DEFAULT.block, "STAGES": DEFAULT.stages}
+KL = schema.KL_GRADIENT
+LISTED = KL | LISTS
+SAMPLE = {
+    "KIND": LISTED, "MODE": schema.CONSTANT, "FILTERS": False, "DIRECT": False, "INFO": False, "SPLITS": 8,
+    "CAP": DEFAULT.cap, **SHAPE,
+}  # fmt: skip
+LOGPROB = {"KIND": LISTED | OUTSIDE, "SPLITS": 1, "CAP": DEFAULT.cap, **SHAPE}
+SAMPLES = (
+    ("sample", {}, "fp32", ()),
+    ("sample.bf16.rows", {"SPLITS": 128}, "bf16", ("seed_rows", "offset_rows")),
+    ("sample.alone", {"SPLITS": 1}, "bf16", ("warm_rows", "other_rows")),
+    ("sample.filters.info", {"FILTERS": True, "INFO": True}, "bf16", ROWS),
+    ("sample.label", {"MODE": schema.LABEL}, "fp16", ("labels",)),
+    ("sample.kl_budget", {"MODE": schema.KL_BUDGET}, "fp32", ()),
+    ("sample.wide", {"KIND": KL | OUTSIDE}, "fp32", ()),
+    ("sample.wide.filters", {"KIND": KL, "FILTERS": True}, "fp32", ()),
+    ("sample.log_ratio", {"KIND": schema.LOG_RATIO, "DIRECT": True}, "bf16", ()),
+    ("sample.vector", {"KIND": schema.VECTOR | LISTS}, "bf16", ()),
+    ("sample.plain", {"KIND": schema.PLAIN, "DIRECT": True}, "fp32", ()),
+    ("sample.plain.filters", {"KIND": schema.PLAIN, "FILTERS": True}, "fp32", ()),
+)
+VARIANTS = (
+    *((label, steered_sample_kernel, SAMPLE | changed, *rest) for label, changed, *rest in SAMPLES),
+    ("logprob", steered_logprob_kernel, LOGPROB, "fp32", ("labels", "strengths")),
+    ("logprob.wide", steered_logprob_kernel, LOGPROB | {"KIND": KL}, "bf16", ("labels", "strength_rows")),
+    ("extract.count", extract_count_kernel, {"KIND": KL, "SPLITS": 8, **SHAPE}, "fp32", ()),
+    ("extract.fill", extract_fill_kernel, {"KIND": KL, "BLOCK": DEFAULT.block}, "bf16", ()),
+)
+EVERYWHERE = (
+    "sample",
+    "sample.filters.info",
+    "sample.wide.filters",
+    "logprob",
+    "extract.count",
+    "extract.fill",
+)
+
+
+def compile_variant(kernel, constants: dict, dtype: str, given: tuple[str, ...], target: GPUTarget):
+    """The compiled kernel: row tensors not in ``given`` are absent, as when a caller passes scalars."""
+    signature, constexprs = {}, {}
+    for name in kernel.arg_names:
+        if name in constants:
+            signature[name], constexprs[name] = "constexpr", constants[name]
+        elif name in ROWS and name not in given:
+            signature[name], constexprs[name] = "constexpr", None
+        elif name in ("warm", "other"):
+            vector = constants["KIND"] & 3 == schema.VECTOR and name == "other"
+            signature[name] = "*fp32" if vector else f"*{dtype}"
+        else:
+            signature[name] = POINTERS.get(name) or SCALARS[name]
+    aligned = [n for n in kernel.arg_names if signature[n][0] == "*" or n in ALIGNED]
+    attributes = {(kernel.arg_names.index(n),): [["tt.divisibility", 16]] for n in aligned}
+    source = ASTSource(kernel, signature, constexprs, attributes)
+    return triton.compile(source, target=target, options={"num_warps": DEFAULT.num_warps})
+
+
+def resources(compiled) -> dict[str, int]:
+    """Registers and bytes or registers spilled, from what the compiler left."""
+    if "amdgcn" in compiled.asm:
+        text = compiled.asm["amdgcn"]
+        # Scalar registers spill into vector registers there, which costs no memory traffic.
+        spills, scratch, registers = (
+            int(re.findall(rf"\.{name}:\s*(\d+)", text)[0])
+            for name in ("vgpr_spill_count", "private_segment_fixed_size", "vgpr_count")
+        )
+        return {"registers": registers, "spills": spills + scratch}
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        text = subprocess.run(
+            [tool, "-res-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    registers, stack, local = re.search(r"REG:(\d+) STACK:(\d+).*?LOCAL:(\d+)", text).groups()
+    return {"registers": int(registers), "spills": int(stack) + int(local)}
+
+
+def main(names: list[str]) -> None:
+    """``names``: targets; with "+" after one, all variants, else the first of each kernel and the filters."""
+    for name in names or [f"{target}+" for target in TARGETS]:
+        target = name.rstrip("+")
+        for label, kernel, constants, dtype, given in VARIANTS:
+            if name == target and label not in EVERYWHERE:
+                continue
+            compiled = compile_variant(kernel, constants, dtype, given, TARGETS[target])
+            line = {
+                "target": target,
+                "kernel": label,
+                "shared": compiled.metadata.shared,
+                **resources(compiled),
+            }
+            print(json.dumps(line), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
