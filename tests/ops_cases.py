@@ -30,10 +30,14 @@ def device_of(backend: str) -> str:
     return "cuda" if "cpu" not in backends.TABLE[backend].devices and torch.cuda.is_available() else "cpu"
 
 
+def interpreted(backend: str) -> bool:
+    """Whether a backend runs under an interpreter here, thousands of times slower than it should."""
+    return backend == "triton" and device_of(backend) == "cpu"
+
+
 def vocabs(backend: str) -> tuple[int, ...]:
     """Vocabularies to test; an interpreter is too slow for the large ones."""
-    interpreted = backend == "triton" and device_of(backend) == "cpu"
-    return tuple(v for v in VOCABS if v < 5000) if interpreted else VOCABS
+    return tuple(v for v in VOCABS if v < 5000) if interpreted(backend) else VOCABS
 
 
 @dataclass
