@@ -1,20 +1,21 @@
 # make demo   install what is needed and run the main job on a real 135M model
 # make test   the same installation, then the tests
+# make cuda-check  build the CUDA module (nvcc, no GPU), load it, check what its kernels need
 # make lint | format | bench | clean
 PYTHON ?= python3
 VENV ?= .venv
 PIP = $(VENV)/bin/pip install --quiet --disable-pip-version-check
 LISTED = $(VENV)/bin/python -c 'import sys; [print(l.split(":", 1)[1].strip()) for l in open("requirements-ci.txt") if l.startswith("\# " + sys.argv[1] + ":")]'
-SOURCES = setup.py pyproject.toml $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp)
-CXX_FILES = $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp)
+CXX_FILES = $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu tests/shim/*.h tests/shim/*.cpp)
+SOURCES = setup.py pyproject.toml $(filter csrc/%,$(CXX_FILES))
 
-.PHONY: demo test lint format bench install clean
+.PHONY: demo test lint format bench cuda-check install clean
 
 demo: install
 	$(VENV)/bin/svdk demo
 
 test: install
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest -n auto --dist worksteal
 
 lint: install
 	$(VENV)/bin/ruff check .
@@ -28,6 +29,30 @@ format: install
 
 bench: install
 	$(VENV)/bin/svdk bench
+
+# Its own environment: the CUDA build of torch. A CPU wheel that pip is configured to find would win over
+# it, so pip's configuration is left out.
+CUDA_VENV ?= .venv-cuda
+CUDA_PIP = PIP_CONFIG_FILE=/dev/null PIP_FIND_LINKS= $(CUDA_VENV)/bin/pip install --quiet --disable-pip-version-check
+
+cuda-check: $(CUDA_VENV)/.dependencies
+	@command -v nvcc >/dev/null || { echo "svdk: no nvcc on PATH" >&2; exit 1; }
+	@mkdir -p build/cuda
+	@echo "Building svdk._C_cuda for every architecture (some minutes) ..."
+	@SVDK_CUDA=1 NVCC_APPEND_FLAGS=-Xptxas=-v $(CUDA_VENV)/bin/python setup.py build_ext --force \
+	  --build-lib build/cuda/lib --build-temp build/cuda/tmp >build/cuda/report.txt 2>&1 || \
+	  { tail -30 build/cuda/report.txt >&2; exit 1; }
+	$(CUDA_VENV)/bin/python tests/cuda_resources.py build/cuda/report.txt
+	PYTHONPATH=. $(CUDA_VENV)/bin/python tests/cuda_loads.py build/cuda/lib
+
+$(CUDA_VENV)/.dependencies: requirements-ci.txt
+	@test -x $(CUDA_VENV)/bin/pip || $(PYTHON) -m venv $(CUDA_VENV)
+	@echo "Installing the CUDA build of torch (about 5 GB the first time) ..."
+	@$(CUDA_PIP) $$(sed -n 's/^\# cuda: //p' requirements-ci.txt) \
+	  $$(grep -E '^(setuptools|wheel|ninja)==' requirements-ci.txt) numpy
+	@$(CUDA_VENV)/bin/python -c "import torch, sys; sys.exit(None if torch.version.cuda else \
+	  'svdk: pip found a torch without CUDA; allowed: a build with it')"
+	@touch $@
 
 install: $(VENV)/.built
 

@@ -4,6 +4,7 @@ SVDK_CUDA=0|1 overrides the detection of CUDA; ``python setup.py preflight`` onl
 import importlib.util
 import os
 import shutil
+import subprocess
 import sys
 import sysconfig
 from pathlib import Path
@@ -32,12 +33,16 @@ from setuptools import setup  # noqa: E402 - a preflight must not need it
 
 
 def cuda_missing(torch) -> str | None:
-    """Why the CUDA module cannot be built; None if it can."""
-    if torch.version.cuda is None:
-        return f"torch {torch.__version__} is a build without CUDA"
+    """Why the CUDA module cannot be built; None if it can, and then CUDA_HOME is set."""
+    if CUDA == "0" or torch.version.cuda is None:
+        return "SVDK_CUDA=0" if CUDA == "0" else f"torch {torch.__version__} is a build without CUDA"
     if shutil.which("nvcc") is None:
         return "there is no nvcc on PATH"
-    return None if any(Path("csrc/cuda").glob("*.cu")) else "this version of svdk has no CUDA sources"
+    # What is on PATH may be a link or a script; nvcc itself says where it is.
+    said = subprocess.run(["nvcc", "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True).stderr
+    here = [line.split("=", 1)[1] for line in said.splitlines() if line.startswith("#$ _HERE_=")]
+    os.environ.setdefault("CUDA_HOME", str(Path(here[0]).parent))
+    return None
 
 
 def extensions() -> dict:
@@ -49,22 +54,26 @@ def extensions() -> dict:
     if reason := missing():
         sys.exit(reason)
     import torch
-    from torch.utils.cpp_extension import BuildExtension, CppExtension
 
-    if CUDA == "1" and (reason := cuda_missing(torch)):
-        sys.exit(f"svdk: SVDK_CUDA=1, but {reason}")
+    if (no_cuda := cuda_missing(torch)) and CUDA == "1":
+        sys.exit(f"svdk: SVDK_CUDA=1, but {no_cuda}")
+    from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
+
     flags = ["-O3", "-std=c++17", "-fvisibility=hidden", "-Wall"]
     quiet = ["-Wno-maybe-uninitialized", "-Wno-uninitialized"]  # gcc 12 misreads its own AVX-512 headers
-    cpu = CppExtension(
-        "svdk._C",
-        sorted(str(p) for p in Path("csrc/cpu").glob("*.cpp")),
-        define_macros=[("TORCH_TARGET_VERSION", STABLE_ABI), ("Py_LIMITED_API", PYTHON_ABI)],
-        extra_compile_args={"cxx": flags + quiet},
-        depends=[str(p) for p in Path("csrc").rglob("*.h")],
-        py_limited_api=True,
-    )
+    macros = [("TORCH_TARGET_VERSION", STABLE_ABI), ("Py_LIMITED_API", PYTHON_ABI)]
+    common = {"depends": [str(p) for p in Path("csrc").rglob("*.h")], "py_limited_api": True}
+    cpu = {"define_macros": macros, "extra_compile_args": {"cxx": flags + quiet}, **common}
+    modules = [CppExtension("svdk._C", sorted(map(str, Path("csrc/cpu").glob("*.cpp"))), **cpu)]
+    if not no_cuda:
+        if not torch.cuda.is_available():  # a build machine: for every architecture there may be
+            os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;8.6;8.9;9.0a;10.0+PTX")
+        nvcc = ["-O3", "-std=c++17", "--threads=0", "-Xcompiler=-fvisibility=hidden"]
+        cuda = {"extra_compile_args": {"cxx": flags, "nvcc": nvcc}, **common}
+        cuda["define_macros"] = [*macros, ("USE_CUDA", None)]
+        modules.append(CUDAExtension("svdk._C_cuda", ["csrc/cuda/binding.cu"], **cuda))
     options = {"bdist_wheel": {"py_limited_api": "cp310"}}
-    return {"ext_modules": [cpu], "cmdclass": {"build_ext": BuildExtension}, "options": options}
+    return {"ext_modules": modules, "cmdclass": {"build_ext": BuildExtension}, "options": options}
 
 
 setup(**extensions())

@@ -1,0 +1,373 @@
+// svdk._C_cuda: the CUDA ops, registered with the dispatcher through libtorch's stable ABI. Only
+// checks, outputs, the workspace and launches here; the schemas are in svdk/schema.py.
+#include <Python.h>
+#include <cuda_runtime.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/c/shim.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <map>
+#include <mutex>
+#include <optional>
+#include <tuple>
+
+#include "call.h"
+
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using MaybeTensor = std::optional<Tensor>;
+using namespace svdk::cuda;
+
+void check(cudaError_t error, const char* what) {
+  STD_TORCH_CHECK(error == cudaSuccess, "svdk: ", what, ": ", cudaGetErrorString(error));
+}
+
+struct Device {
+  int processors, major;
+};
+
+Device device_of(int index) {
+  static std::mutex mutex;
+  static std::map<int, Device> known;
+  const std::lock_guard<std::mutex> lock(mutex);
+  auto found = known.find(index);
+  if (found == known.end()) {
+    Device d{};
+    check(cudaDeviceGetAttribute(&d.processors, cudaDevAttrMultiProcessorCount, index), "device");
+    check(cudaDeviceGetAttribute(&d.major, cudaDevAttrComputeCapabilityMajor, index), "device");
+    found = known.emplace(index, d).first;
+  }
+  return found->second;
+}
+
+// Below sm_90 the CTAs of a row meet in device memory. One workspace for each stream, and for each
+// graph that a stream captures (its replays may run beside the stream's own work); every launch
+// leaves it as it found it, so it is cleared only once. Kept until the process ends.
+struct Workspace {
+  void* parts = nullptr;
+  uint32_t* tickets = nullptr;
+};
+
+Workspace workspace_of(int device, cudaStream_t stream, int64_t ctas) {
+  static std::mutex mutex;
+  static std::map<std::tuple<int, cudaStream_t, unsigned long long>, Workspace> known;
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  unsigned long long capture = 0;
+#if CUDART_VERSION >= 13000
+  check(cudaStreamGetCaptureInfo(stream, &status, &capture, nullptr, nullptr, nullptr, nullptr),
+        "stream");
+#else
+  check(cudaStreamGetCaptureInfo(stream, &status, &capture), "stream");
+#endif
+  if (status == cudaStreamCaptureStatusNone) capture = 0;
+  const std::lock_guard<std::mutex> lock(mutex);
+  Workspace& w = known[{device, stream, capture}];
+  if (w.parts) return w;
+  // Allocating is allowed during a capture only in this mode, and clearing only on another stream.
+  cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
+  check(cudaThreadExchangeStreamCaptureMode(&mode), "workspace");
+  Workspace fresh;
+  cudaStream_t side = nullptr;
+  cudaError_t error = cudaMalloc(&fresh.parts, ctas * sizeof(Part));
+  if (!error) error = cudaMalloc(&fresh.tickets, ctas * sizeof(uint32_t));
+  if (!error) error = cudaStreamCreateWithFlags(&side, cudaStreamNonBlocking);
+  if (!error) error = cudaMemsetAsync(fresh.tickets, 0, ctas * sizeof(uint32_t), side);
+  if (!error) error = cudaStreamSynchronize(side);
+  if (side) cudaStreamDestroy(side);
+  cudaThreadExchangeStreamCaptureMode(&mode);
+  if (error) {
+    cudaFree(fresh.parts);
+    cudaFree(fresh.tickets);
+    check(error, "workspace");
+  }
+  return w = fresh;
+}
+
+// Where and how an operation runs.
+struct Place {
+  int device;
+  cudaStream_t stream;
+};
+
+template <typename Args>
+void launch(const char* name, void (*kernel)(Args), int64_t grid, int split, bool clusters,
+            const Place& place, Args args) {
+  if (grid == 0) return;
+  STD_TORCH_CHECK(grid <= 0x7fffffff, "svdk::", name, ": too many rows");
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim.x = static_cast<unsigned>(split);
+  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(grid));
+  config.blockDim = dim3(kThreads);
+  config.stream = place.stream;
+  if (clusters) {
+    config.attrs = &attribute;
+    config.numAttrs = 1;
+  }
+  void* arguments[] = {&args};
+  check(cudaLaunchKernelExC(&config, reinterpret_cast<const void*>(kernel), arguments), name);
+}
+
+// How the rows of a call are split, and the workspace that this needs.
+void plan(Call& c, const Place& place) {
+  const Device device = device_of(place.device);
+  const int64_t resident = static_cast<int64_t>(device.processors) * kMinBlocks;
+  // Eight CTAs is the largest cluster that every device of sm_90 and newer can hold.
+  const int most = device.major >= 9 ? 8 : kMaxSlices;
+  c.split = choose_split(c.batch, c.vocab, resident, most);
+  c.transport = c.split == 1 ? kSolo : device.major >= 9 ? kCluster : kWorkspace;
+  if (c.transport != kWorkspace) return;
+  const Workspace w = workspace_of(place.device, place.stream, resident);
+  c.parts = w.parts;
+  c.tickets = w.tickets;
+}
+
+template <typename T>
+const T* data(const MaybeTensor& t) {
+  return t ? static_cast<const T*>(t->const_data_ptr()) : nullptr;
+}
+template <typename T>
+T* out(Tensor& t) {
+  return static_cast<T*>(t.mutable_data_ptr());
+}
+
+void check_rows(const MaybeTensor& t, const char* name, ScalarType type, int64_t size,
+                const Tensor& like) {
+  if (!t) return;
+  STD_TORCH_CHECK(t->is_cuda() && t->get_device() == like.get_device(), name,
+                  " must be on the device of warm_logits");
+  STD_TORCH_CHECK(t->scalar_type() == type, name, " has the wrong dtype");
+  STD_TORCH_CHECK(t->dim() == 1 && t->size(0) == size && t->is_contiguous(), name,
+                  " must be a contiguous vector, one entry a row");
+}
+
+// The row arguments of every op, checked.
+Call open_call(const Tensor& warm, const MaybeTensor& base, const MaybeTensor& vector,
+               const MaybeTensor& warm_rows, const MaybeTensor& base_rows, int64_t vocab,
+               int64_t direction, double penalty, double alpha, const MaybeTensor& alpha_rows) {
+  Call c{};
+  const ScalarType type = warm.scalar_type();
+  STD_TORCH_CHECK(
+      type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half,
+      "warm_logits must be float32, bfloat16 or float16");
+  STD_TORCH_CHECK(warm.dim() == 2 && (warm.size(1) == 1 || warm.stride(1) == 1),
+                  "warm_logits must be (B, V) with a contiguous last dimension");
+  STD_TORCH_CHECK(vocab > 0 && vocab <= warm.size(1) && (!base || vocab <= base->size(1)),
+                  "vocab_size out of range");
+  c.dtype = type == ScalarType::Float ? kFloat : type == ScalarType::BFloat16 ? kBFloat16 : kHalf;
+  c.batch = warm_rows ? warm_rows->size(0) : warm.size(0);
+  c.vocab = vocab;
+  c.direction = direction;
+  c.penalty = penalty;
+  c.alpha = alpha;
+  check_rows(warm_rows, "warm_rows", ScalarType::Long, c.batch, warm);
+  check_rows(base_rows, "base_rows", ScalarType::Long, c.batch, warm);
+  check_rows(alpha_rows, "alpha", ScalarType::Float, c.batch, warm);
+  c.warm = warm.const_data_ptr();
+  c.warm_stride = warm.stride(0);
+  c.warm_index = data<int64_t>(warm_rows);
+  c.warm_limit = warm.size(0);
+  c.alpha_rows = data<float>(alpha_rows);
+  if (base) {
+    STD_TORCH_CHECK(base->is_cuda() && base->get_device() == warm.get_device() &&
+                        base->scalar_type() == type && base->dim() == 2 &&
+                        (base->size(1) == 1 || base->stride(1) == 1),
+                    "base_logits must be like warm_logits: device, dtype, (B, V), contiguous rows");
+    STD_TORCH_CHECK(base_rows || base->size(0) == c.batch, "base_logits has the wrong batch");
+    c.source = kBase;
+    c.other = base->const_data_ptr();
+    c.other_stride = base->stride(0);
+    c.other_index = data<int64_t>(base_rows);
+    c.other_limit = base->size(0);
+  } else if (vector) {
+    STD_TORCH_CHECK(vector->is_cuda() && vector->get_device() == warm.get_device() &&
+                        vector->scalar_type() == ScalarType::Float && vector->is_contiguous(),
+                    "vector must be contiguous float32 on the device of warm_logits");
+    const bool table = vector->dim() == 2;
+    STD_TORCH_CHECK(vector->size(table ? 1 : 0) >= vocab && (!table || vector->size(0) == c.batch),
+                    "vector must be (V,) or (B, V)");
+    c.source = kVectorRow;
+    c.other = vector->const_data_ptr();
+    c.other_stride = table ? vector->stride(0) : 0;
+    c.other_limit = c.batch;
+  }
+  return c;
+}
+
+Place place_of(const Tensor& warm) {
+  void* stream = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_get_current_cuda_stream(static_cast<int32_t>(warm.get_device()), &stream));
+  return {static_cast<int>(warm.get_device()), static_cast<cudaStream_t>(stream)};
+}
+
+Tensor allocate(const Tensor& like, std::initializer_list<int64_t> shape, ScalarType type) {
+  return torch::stable::new_empty(like, {shape.begin(), shape.size()}, type);
+}
+
+std::tuple<Tensor, Tensor, Tensor> steered_sample(
+    Tensor warm, MaybeTensor base, MaybeTensor vector, MaybeTensor warm_rows, MaybeTensor base_rows,
+    MaybeTensor labels, int64_t vocab, int64_t direction, int64_t mode, double penalty,
+    double strength, MaybeTensor strength_rows, double alpha, MaybeTensor alpha_rows,
+    double temperature, MaybeTensor temperature_rows, int64_t top_k, MaybeTensor top_k_rows,
+    double top_p, MaybeTensor top_p_rows, double min_p, MaybeTensor min_p_rows, int64_t seed,
+    MaybeTensor seed_rows, int64_t offset, MaybeTensor offset_rows, bool info) {
+  Call c = open_call(warm, base, vector, warm_rows, base_rows, vocab, direction, penalty, alpha,
+                     alpha_rows);
+  check_rows(labels, "labels", ScalarType::Long, c.batch, warm);
+  check_rows(strength_rows, "strength", ScalarType::Float, c.batch, warm);
+  check_rows(temperature_rows, "temperature", ScalarType::Float, c.batch, warm);
+  check_rows(top_p_rows, "top_p", ScalarType::Float, c.batch, warm);
+  check_rows(min_p_rows, "min_p", ScalarType::Float, c.batch, warm);
+  check_rows(top_k_rows, "top_k", ScalarType::Long, c.batch, warm);
+  check_rows(seed_rows, "seed", ScalarType::Long, c.batch, warm);
+  check_rows(offset_rows, "offset", ScalarType::Long, c.batch, warm);
+  STD_TORCH_CHECK(mode != kLabel || labels, "labels are needed for strength_mode 'label'");
+  c.mode = mode;
+  c.labels = data<int64_t>(labels);
+  c.strength = strength;
+  c.strength_rows = data<float>(strength_rows);
+  c.temperature = temperature;
+  c.temperature_rows = data<float>(temperature_rows);
+  c.top_p = top_p;
+  c.top_p_rows = data<float>(top_p_rows);
+  c.min_p = min_p;
+  c.min_p_rows = data<float>(min_p_rows);
+  c.top_k = top_k;
+  c.top_k_rows = data<int64_t>(top_k_rows);
+  c.seed = seed;
+  c.seed_rows = data<int64_t>(seed_rows);
+  c.offset = offset;
+  c.offset_rows = data<int64_t>(offset_rows);
+
+  const torch::stable::accelerator::DeviceGuard guard(warm.get_device());
+  const Place place = place_of(warm);
+  Tensor token = allocate(warm, {c.batch}, ScalarType::Long);
+  Tensor floats = info ? allocate(warm, {5, c.batch}, ScalarType::Float)
+                       : allocate(warm, {0}, ScalarType::Float);
+  Tensor ints =
+      info ? allocate(warm, {2, c.batch}, ScalarType::Int) : allocate(warm, {0}, ScalarType::Int);
+  c.token = out<int64_t>(token);
+  if (info) {
+    c.floats = out<float>(floats);
+    c.ints = out<int32_t>(ints);
+  }
+  if (c.batch == 0) return {token, floats, ints};
+  plan(c, place);
+  dispatch(c, [&](auto tag, auto source) {
+    using T = typename decltype(tag)::type;
+    launch("steered_sample", steered_sample_kernel<T, decltype(source)::value>, c.batch * c.split,
+           static_cast<int>(c.split), c.transport == kCluster, place, sample_args(c));
+  });
+  return {token, floats, ints};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> steered_logprob(
+    Tensor warm, MaybeTensor base, MaybeTensor vector, MaybeTensor warm_rows, MaybeTensor base_rows,
+    Tensor labels, int64_t vocab, int64_t direction, double penalty, double alpha,
+    MaybeTensor alpha_rows, double strength, MaybeTensor strength_rows, MaybeTensor strengths) {
+  Call c = open_call(warm, base, vector, warm_rows, base_rows, vocab, direction, penalty, alpha,
+                     alpha_rows);
+  c.count = strengths ? strengths->size(0) : 1;
+  check_rows(labels, "labels", ScalarType::Long, c.batch, warm);
+  check_rows(strength_rows, "strength", ScalarType::Float, c.batch, warm);
+  check_rows(strengths, "strengths", ScalarType::Float, c.count, warm);
+  c.labels = static_cast<const int64_t*>(labels.const_data_ptr());
+  c.strength = strength;
+  c.strength_rows = data<float>(strength_rows);
+  c.strengths = data<float>(strengths);
+
+  const torch::stable::accelerator::DeviceGuard guard(warm.get_device());
+  const Place place = place_of(warm);
+  Tensor curves = allocate(warm, {3, c.batch, c.count}, ScalarType::Float);
+  Tensor greedy = allocate(warm, {c.batch, c.count}, ScalarType::Long);
+  Tensor stats = allocate(warm, {6, c.batch}, ScalarType::Float);
+  Tensor status = allocate(warm, {c.batch}, ScalarType::Int);
+  c.curves = out<float>(curves);
+  c.greedy = out<int64_t>(greedy);
+  c.stats = out<float>(stats);
+  c.status = out<int32_t>(status);
+  if (c.batch == 0) return {curves, greedy, stats, status};
+  plan(c, place);
+  dispatch(c, [&](auto tag, auto source) {
+    using T = typename decltype(tag)::type;
+    launch("steered_logprob", steered_logprob_kernel<T, decltype(source)::value>, c.batch * c.split,
+           static_cast<int>(c.split), c.transport == kCluster, place, score_args(c));
+  });
+  return {curves, greedy, stats, status};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> extract(
+    Tensor warm, MaybeTensor base, MaybeTensor vector, MaybeTensor warm_rows, MaybeTensor base_rows,
+    int64_t vocab, int64_t direction, double alpha, MaybeTensor alpha_rows) {
+  Call c = open_call(warm, base, vector, warm_rows, base_rows, vocab, direction,
+                     -static_cast<double>(SVDK_INF), alpha, alpha_rows);
+  STD_TORCH_CHECK(c.source != kNone, "extract needs base_logits or a vector");
+  const torch::stable::accelerator::DeviceGuard guard(warm.get_device());
+  const Place place = place_of(warm);
+  cudaStreamCaptureStatus capturing = cudaStreamCaptureStatusNone;
+  check(cudaStreamIsCapturing(place.stream, &capturing), "extract");
+  STD_TORCH_CHECK(
+      capturing == cudaStreamCaptureStatusNone,
+      "extract cannot be captured in a graph: the size of its output depends on the data");
+  Tensor row_ptr = allocate(warm, {c.batch + 1}, ScalarType::Long);
+  Tensor stats = allocate(warm, {3, c.batch}, ScalarType::Float);
+  Tensor status = allocate(warm, {c.batch}, ScalarType::Int);
+  Tensor scratch =
+      allocate(warm, {c.batch * static_cast<int64_t>(sizeof(Extracted))}, ScalarType::Byte);
+  c.row_ptr = out<int64_t>(row_ptr);
+  c.stats = out<float>(stats);
+  c.status = out<int32_t>(status);
+  c.extracted = scratch.mutable_data_ptr();
+  if (c.batch > 0) plan(c, place);
+  dispatch(c, [&](auto tag, auto source) {
+    using T = typename decltype(tag)::type;
+    if constexpr (decltype(source)::value != kNone) {
+      launch("extract", extract_measure_kernel<T, decltype(source)::value>, c.batch * c.split,
+             static_cast<int>(c.split), c.transport == kCluster, place, extract_args(c));
+    }
+  });
+  launch("extract", extract_point_kernel<>, 1, 1, false, place, extract_args(c));
+  int64_t entries = 0;
+  check(cudaMemcpyAsync(&entries, c.row_ptr + c.batch, sizeof entries, cudaMemcpyDeviceToHost,
+                        place.stream),
+        "extract");
+  check(cudaStreamSynchronize(place.stream), "extract");
+  Tensor ids = allocate(warm, {entries}, ScalarType::Long);
+  Tensor p = allocate(warm, {entries}, ScalarType::Float);
+  Tensor delta = allocate(warm, {entries}, ScalarType::Float);
+  c.ids = out<int64_t>(ids);
+  c.p = out<float>(p);
+  c.delta = out<float>(delta);
+  dispatch(c, [&](auto tag, auto source) {
+    using T = typename decltype(tag)::type;
+    if constexpr (decltype(source)::value != kNone) {
+      launch("extract", extract_fill_kernel<T, decltype(source)::value>, c.batch, 1, false, place,
+             extract_args(c));
+    }
+  });
+  return {row_ptr, ids, p, delta, stats, status};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(svdk, CUDA, m) {
+  m.impl("steered_sample", TORCH_BOX(&steered_sample));
+  m.impl("steered_logprob", TORCH_BOX(&steered_logprob));
+  m.impl("extract", TORCH_BOX(&extract));
+}
+
+// Importing the module is what registers the ops.
+extern "C" PyMODINIT_FUNC PyInit__C_cuda(void) {
+  static PyModuleDef module = {
+      PyModuleDef_HEAD_INIT, "_C_cuda", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
+  return PyModule_Create(&module);
+}

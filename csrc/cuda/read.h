@@ -1,0 +1,169 @@
+// Reading rows 16 bytes at a time. The token a thread reads never depends on the row's alignment,
+// so neither do the sums: rows that do not start on 16 bytes are put together from two loads.
+#pragma once
+#include "problem.h"
+
+namespace svdk::cuda {
+
+template <typename T>
+struct Stream {
+  const T* row;
+  int vocab;
+  uint32_t shift;  // bytes that the row starts past a 16-byte boundary
+};
+
+template <typename T>
+struct Traits;
+template <>
+struct Traits<float> {
+  static constexpr uint32_t kMinusInf = 0xff800000u;
+};
+template <>
+struct Traits<BFloat16> {
+  static constexpr uint32_t kMinusInf = 0xff80u;
+};
+template <>
+struct Traits<Half> {
+  static constexpr uint32_t kMinusInf = 0xfc00u;
+};
+
+SVDK_DEVICE uint32_t raw(const float* p) { return bits_of(*p); }
+SVDK_DEVICE uint32_t raw(const BFloat16* p) { return p->bits; }
+SVDK_DEVICE uint32_t raw(const Half* p) { return p->bits; }
+
+template <typename T>
+SVDK_DEVICE float decode(uint32_t bits);
+template <>
+SVDK_DEVICE float decode<float>(uint32_t bits) {
+  return float_of(bits);
+}
+template <>
+SVDK_DEVICE float decode<BFloat16>(uint32_t bits) {
+  return float_of(bits << 16);
+}
+template <>
+SVDK_DEVICE float decode<Half>(uint32_t bits) {
+  return half_to_float(static_cast<uint16_t>(bits));
+}
+
+template <typename T>
+SVDK_DEVICE float read_one(const Stream<T>& s, int id) {
+  return decode<T>(raw(s.row + id));
+}
+
+// 16 bytes from `shift` bytes into the 32 of two neighbouring loads.
+SVDK_DEVICE uint4 join(uint4 a, uint4 b, uint32_t shift) {
+  uint32_t x0 = a.x, x1 = a.y, x2 = a.z, x3 = a.w, x4 = b.x, x5 = b.y;
+  if (shift & 8) {
+    x0 = a.z, x1 = a.w, x2 = b.x, x3 = b.y, x4 = b.z, x5 = b.w;
+  }
+  if (shift & 4) {
+    x0 = x1, x1 = x2, x2 = x3, x3 = x4, x4 = x5;
+  }
+  const uint32_t bits = (shift & 3) * 8;
+  return {funnel_right(x0, x1, bits), funnel_right(x1, x2, bits), funnel_right(x2, x3, bits),
+          funnel_right(x3, x4, bits)};
+}
+
+// The word with tokens `at` and on, one by one; -inf past the end of the row.
+template <typename T>
+SVDK_DEVICE uint32_t gather_word(const Stream<T>& s, int at) {
+  const uint32_t first = at < s.vocab ? raw(s.row + at) : Traits<T>::kMinusInf;
+  if (sizeof(T) == 4) return first;
+  return first | (at + 1 < s.vocab ? raw(s.row + at + 1) : Traits<T>::kMinusInf) << 16;
+}
+
+// Tokens [at, at + 16 / sizeof(T)).
+template <typename T>
+SVDK_DEVICE uint4 fetch16(const Stream<T>& s, int at) {
+  constexpr int N = 16 / sizeof(T), kWord = 4 / sizeof(T);
+  const char* p = reinterpret_cast<const char*>(s.row + at);
+  if (at + N <= s.vocab) {
+    if (s.shift == 0) return load16(p);
+    const char* low = p - s.shift;
+    const bool inside = low >= reinterpret_cast<const char*>(s.row) &&
+                        low + 32 <= reinterpret_cast<const char*>(s.row + s.vocab);
+    if (inside) return join(load16(low), load16(low + 16), s.shift);
+  }
+  return {gather_word(s, at), gather_word(s, at + kWord), gather_word(s, at + 2 * kWord),
+          gather_word(s, at + 3 * kWord)};
+}
+
+// N tokens, as loaded and as floats.
+template <typename T, int N>
+struct Lanes {
+  static constexpr int kLoads = N * sizeof(T) / 16, kPer = 16 / sizeof(T);
+  uint4 words[kLoads];
+  SVDK_DEVICE void fetch(const Stream<T>& s, int at) {
+    SVDK_UNROLL
+    for (int i = 0; i < kLoads; ++i) words[i] = fetch16(s, at + i * kPer);
+  }
+  SVDK_DEVICE void unpack(float (&out)[N]) const {
+    SVDK_UNROLL
+    for (int i = 0; i < kLoads; ++i) {
+      const uint32_t word[4] = {words[i].x, words[i].y, words[i].z, words[i].w};
+      SVDK_UNROLL
+      for (int k = 0; k < 4; ++k) {
+        if (sizeof(T) == 4) {
+          out[i * kPer + k] = decode<T>(word[k]);
+        } else {
+          out[i * kPer + 2 * k] = decode<T>(word[k] & 0xffffu);
+          out[i * kPer + 2 * k + 1] = decode<T>(word[k] >> 16);
+        }
+      }
+    }
+  }
+};
+
+// A row's two operands. N: tokens of a vector; kUnroll: vectors whose loads are in flight together.
+template <typename T, int S>
+struct Pair {
+  using Other = T;
+  static constexpr int N = 16 / sizeof(T), kUnroll = 2;
+  Stream<T> warm, other;
+};
+template <typename T>
+struct Pair<T, kVectorRow> {
+  using Other = float;
+  static constexpr int N = 16 / sizeof(T), kUnroll = sizeof(T) / 2;
+  Stream<T> warm;
+  Stream<float> other;
+};
+
+template <typename T>
+SVDK_DEVICE Stream<T> open_stream(const Table& table, int64_t row, int vocab) {
+  const T* p = static_cast<const T*>(table.data) + row * table.stride;
+  return {p, vocab, static_cast<uint32_t>(reinterpret_cast<uintptr_t>(p) & 15)};
+}
+
+// The tokens of [begin, end) that are this thread's, vector by vector: f(at, n, w, other) where n
+// of the N tokens exist. `begin` is a multiple of N. U vectors are loaded before the first is used;
+// one is enough for sweeps that are rare or find the row in L2.
+template <int U = 1, typename T, int S, typename F>
+SVDK_DEVICE void for_vectors(const Pair<T, S>& row, int begin, int end, const F& f) {
+  constexpr int N = Pair<T, S>::N;
+  using Other = typename Pair<T, S>::Other;
+  SVDK_ROLLED
+  for (int from = begin; from < end; from += U * kThreads * N) {
+    Lanes<T, N> w[U];
+    Lanes<Other, N> o[U];
+    SVDK_UNROLL
+    for (int u = 0; u < U; ++u) {
+      const int at = from + (u * kThreads + static_cast<int>(threadIdx.x)) * N;
+      if (at >= end) continue;
+      w[u].fetch(row.warm, at);
+      if (S != kNone) o[u].fetch(row.other, at);
+    }
+    SVDK_UNROLL
+    for (int u = 0; u < U; ++u) {
+      const int at = from + (u * kThreads + static_cast<int>(threadIdx.x)) * N;
+      if (at >= end) continue;
+      float x[N], y[N];
+      w[u].unpack(x);
+      if (S != kNone) o[u].unpack(y);
+      f(at, end - at < N ? end - at : N, x, y);
+    }
+  }
+}
+
+}  // namespace svdk::cuda

@@ -1,0 +1,110 @@
+// C entry points to the kernels, for ctypes (tests/cuda_shim.py).
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "../../csrc/cuda/call.h"
+#include "fibers.h"
+
+using namespace svdk::cuda;
+
+namespace {
+
+std::string message;
+std::vector<std::pair<const char*, const char*>> readable;
+
+// Row by row: what lies between two rows must not be read either.
+void allow(const void* data, int64_t rows, int64_t stride, int64_t width, int64_t bytes) {
+  const char* begin = static_cast<const char*>(data);
+  for (int64_t i = 0; data && i < rows; ++i, begin += stride * bytes) {
+    readable.push_back({begin, begin + width * bytes});
+  }
+}
+
+void prepare(const Call& c) {
+  readable.clear();
+  const int64_t bytes = c.dtype == kFloat ? 4 : 2;
+  allow(c.warm, c.warm_limit, c.warm_stride, c.vocab, bytes);
+  allow(c.other, c.other_limit, c.other_stride, c.vocab, c.source == kVectorRow ? 4 : bytes);
+}
+
+template <typename F>
+const char* run(const Call& c, int64_t grid, int64_t together, uint64_t schedule, const F& kernel) {
+  prepare(c);
+  if (grid == 0) return nullptr;
+  message =
+      shim::launch(static_cast<int>(grid), kThreads, static_cast<int>(together), schedule, kernel);
+  for (int64_t i = 0; message.empty() && c.tickets && i < c.batch; ++i) {
+    if (c.tickets[i] != 0) message = "the workspace was not left as it was found";
+  }
+  return message.empty() ? nullptr : message.c_str();
+}
+
+}  // namespace
+
+namespace svdk::cuda {
+uint4 load16(const void* p) {
+  const char* at = static_cast<const char*>(p);
+  if (reinterpret_cast<uintptr_t>(p) % 16) shim::fail("a 16-byte load that is not aligned");
+  bool inside = false;
+  for (const auto& [begin, end] : readable) inside |= at >= begin && at + 16 <= end;
+  if (!inside) shim::fail("a 16-byte load outside of the tensors");
+  uint4 x;
+  std::memcpy(&x, p, sizeof x);
+  return x;
+}
+}  // namespace svdk::cuda
+
+extern "C" {
+
+int64_t shim_sizes(int which) {
+  const int64_t sizes[] = {sizeof(Call), sizeof(Part), sizeof(Extracted), kList, kSliceTokens};
+  return sizes[which];
+}
+
+const char* shim_sample(const Call* c, uint64_t schedule) {
+  const SampleArgs a = sample_args(*c);
+  const char* error = nullptr;
+  dispatch(*c, [&](auto tag, auto source) {
+    using T = typename decltype(tag)::type;
+    constexpr int S = decltype(source)::value;
+    error =
+        run(*c, c->batch * c->split, c->split, schedule, [&] { steered_sample_kernel<T, S>(a); });
+  });
+  return error;
+}
+
+#ifndef SHIM_SAMPLE_ONLY
+const char* shim_logprob(const Call* c, uint64_t schedule) {
+  const ScoreArgs a = score_args(*c);
+  const char* error = nullptr;
+  dispatch(*c, [&](auto tag, auto source) {
+    using T = typename decltype(tag)::type;
+    constexpr int S = decltype(source)::value;
+    error =
+        run(*c, c->batch * c->split, c->split, schedule, [&] { steered_logprob_kernel<T, S>(a); });
+  });
+  return error;
+}
+
+// Sizes and row pointers, or with `fill` the entries.
+const char* shim_extract(const Call* c, uint64_t schedule, int fill) {
+  const ExtractArgs a = extract_args(*c);
+  const char* error = nullptr;
+  dispatch(*c, [&](auto tag, auto source) {
+    using T = typename decltype(tag)::type;
+    constexpr int S = decltype(source)::value;
+    if constexpr (S != kNone) {
+      if (fill) {
+        error = run(*c, c->batch, 1, schedule, [&] { extract_fill_kernel<T, S>(a); });
+        return;
+      }
+      error = run(*c, c->batch * c->split, c->split, schedule,
+                  [&] { extract_measure_kernel<T, S>(a); });
+      if (!error) error = run(*c, 1, 1, schedule, [&] { extract_point_kernel<>(a); });
+    }
+  });
+  return error;
+}
+#endif
+}

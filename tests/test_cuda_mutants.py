@@ -1,0 +1,140 @@
+"""The shim's tests can fail: each planted bug in a copy of the CUDA sources must be noticed."""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import shutil
+import signal
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+import svdk
+from tests import cuda_shim
+from tests import ops_cases as oc
+from tests.cuda_shim import CLUSTER, SOLO, WORKSPACE
+
+pytestmark = pytest.mark.skipif(cuda_shim.compiler() is None, reason="no C++ compiler")
+
+SMALL = {"SVDK_SLICE_TOKENS": 256, "SVDK_LIST": 64, "SHIM_SAMPLE_ONLY": 1}
+SCHEDULES = range(6)
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One edit of one file; ``old`` occurs there, and its first occurrence is replaced."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+
+
+def without(name: str, file: str, before: str, gone: str, after: str = "") -> Mutant:
+    """A mutant that lacks the text between two others."""
+    return Mutant(name, file, before + gone + after, before + after)
+
+
+BARRIER = "__syncthreads();\n"
+MUTANTS = (
+    without("no_barrier_before_the_block_sum_is_read", "team.h", "s.slot[warp_id()] = x;\n  ", BARRIER),
+    without("no_barrier_after_the_block_sum_is_read", "team.h", "total += s.slot[i];\n  ", BARRIER),
+    without("no_barrier_before_the_list_is_counted", "sums.h", "", BARRIER, "  const int n = static_cast"),
+    without("no_barrier_before_parts_are_read", "team.h", "", "cta.team_barrier();\n", "    return true;"),
+    without("no_barrier_before_the_ticket", "team.h", "__threadfence();\n  ", BARRIER),
+    without("the_workspace_is_not_reset", "team.h", "", "if (s.last) a.tickets[cta.row] = 0;"),
+    without("no_barrier_before_the_verdict_is_used", "team.h", "", "team_barrier();\n", "  }\n};"),
+    Mutant("vector_past_the_end_of_the_row", "read.h", "at + N <= s.vocab)", "at + N <= s.vocab + 1)"),
+    Mutant("tail_off_by_one", "sums.h", "end - at < N ? end - at : N);", "end - at < N ? end - at - 1 : N);"),
+    Mutant("joined_loads_off_by_a_word", "read.h", "if (shift & 4) {", "if (shift & 2) {"),
+    Mutant("a_candidate_is_lost", "sums.h", "if (place < static_cast<uint32_t>(kList))", "if (place != 1)"),
+    Mutant(
+        "candidates_against_half_the_threshold", "sums.h", "top + log_alpha -", "top + 0.5f * log_alpha -"
+    ),
+    Mutant("an_overflow_goes_unnoticed", "sums.h", "lost = true;", "lost = false;"),
+    Mutant("cross_term_stays_behind_the_maximum", "sums.h", "cross + usable * (", "cross + 0.0f * ("),
+    Mutant("noise_threshold_too_high", "whole.h", "0x1p32f + 2.0f : 0x1p32f", "0x1p31f : 0x1p32f"),
+    Mutant(
+        "a_slice_is_skipped",
+        "team.h",
+        "(rank + 1) * slices.count / size;",
+        "(rank + 1) * (slices.count - 1) / size;",
+    ),
+)
+CASES = ("default", "kl_budget", "kl_budget_everywhere", "plain", "plain_top_p", "cold_top_p")
+
+
+def problems():
+    """Calls that together touch what the mutants break: aligned and odd rows, few and many tokens in play."""
+    for vocab, scale in ((999, 3.0), (1000, 3.0), (1200, 0.6)):
+        warm, base = oc.logits(2, vocab, seed=vocab, scale=scale)
+        warm[0, -1], warm[1, -2] = 3.5 * scale, 3.4 * scale  # the tail of the row matters
+        for case in oc.CASES:
+            if case.name in CASES:
+                args, kwargs = oc.operands(case, warm, base)
+                yield args, kwargs | {"seed": 3, "return_info": True}
+
+
+def expectations():
+    return [(a, k, svdk.steered_sample(*a, **k, backend="reference")) for a, k in problems()]
+
+
+def assert_right(library, expected) -> None:
+    """Every layout in every schedule gives what the reference gives."""
+    for schedule in SCHEDULES:
+        for transport, split in ((SOLO, 1), (CLUSTER, 2), (WORKSPACE, 2)):
+            shim = cuda_shim.Shim(library, transport, split, schedule)
+            for args, kwargs, (token, info) in expected:
+                got, floats, ints = shim.steered_sample(*oc.flat_arguments(args, kwargs))
+                oc.assert_same_tokens(got, args, kwargs, token)
+                assert torch.equal(ints, torch.stack([info.candidates, info.status]))
+                oc.assert_close(floats[0], info.strength, "strength", rtol=1e-3)
+                oc.assert_close(floats[1], info.kl, "kl", rtol=1e-3)
+
+
+def is_right(library, expected) -> bool:
+    """In a child process: a broken kernel may crash or never end."""
+    child = os.fork()
+    if child == 0:
+        faulthandler.disable()  # a crash is an answer
+        signal.setitimer(signal.ITIMER_PROF, 100)  # of its own time: the machine may be busy
+        code = 2
+        try:
+            assert_right(library, expected)
+            code = 0
+        except AssertionError:
+            code = 1
+        finally:
+            os._exit(code)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert code != 2, "the test itself failed"
+    return code == 0
+
+
+@pytest.fixture(scope="module")
+def expected():
+    return expectations()
+
+
+def mutated(folder, mutant: Mutant | None):
+    """A copy of the sources with one edit."""
+    for part in (("csrc",), ("tests", "shim")):
+        shutil.copytree(cuda_shim.ROOT.joinpath(*part), folder.joinpath(*part), dirs_exist_ok=True)
+    if mutant is not None:
+        path = folder / "csrc" / "cuda" / mutant.file
+        text = path.read_text()
+        assert mutant.old in text, f"{mutant.name}: the line to break is no longer in {mutant.file}"
+        path.write_text(text.replace(mutant.old, mutant.new, 1))
+    return folder
+
+
+def test_the_sources_as_they_are_pass(expected, tmp_path):
+    assert is_right(cuda_shim.build(mutated(tmp_path, None), **SMALL), expected)
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda m: m.name)
+def test_a_planted_bug_is_noticed(mutant, expected, tmp_path):
+    library = cuda_shim.build(mutated(tmp_path, mutant), **SMALL)
+    assert not is_right(library, expected)

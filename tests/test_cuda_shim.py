@@ -1,0 +1,182 @@
+"""The CUDA kernels, from the same source, on the CPU: every test of the ops that the other backends pass.
+
+``tests/shim`` runs one fiber a CUDA thread. It is built twice: with the kernels' own constants, and with
+short slices and lists, so that small vocabularies meet every path (rows split over CTAs, lost candidates,
+searches over the whole row). ``tests/test_cuda_mutants.py`` shows that these tests can fail.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import svdk
+from svdk import backends
+from tests import cuda_shim, test_ops
+from tests import ops_cases as oc
+
+pytestmark = pytest.mark.skipif(cuda_shim.compiler() is None, reason="no C++ compiler")
+
+SMALL = {"SVDK_SLICE_TOKENS": 256, "SVDK_LIST": 64}
+# transport, CTAs a row, schedule (0: in order, else the seed of a random one)
+LAYOUTS = {
+    "solo": (cuda_shim.SOLO, 1, 0),
+    "cluster": (cuda_shim.CLUSTER, 3, 5),
+    "workspace": (cuda_shim.WORKSPACE, 2, 9),
+}
+CASE = pytest.mark.parametrize("case", oc.CASES, ids=lambda c: c.name)
+DIRECTION = pytest.mark.parametrize("direction", ["kl_gradient", "log_ratio"])
+
+
+@pytest.fixture(scope="module")
+def library():
+    return cuda_shim.build(**SMALL)
+
+
+def install(monkeypatch, shim):
+    """Put a shim into the table of backends under the name ``shim``."""
+    row = backends.Backend("shim", ("cpu",), lambda: None, lambda: shim)
+    monkeypatch.setitem(backends.TABLE, "shim", row)
+    monkeypatch.setattr(backends, "_resolved", {})
+    monkeypatch.setattr(oc, "vocabs", lambda _: (1, 31, 32, 999, 2500))
+
+
+@pytest.fixture(params=LAYOUTS)
+def backend(request, monkeypatch, library):
+    install(monkeypatch, cuda_shim.Shim(library, *LAYOUTS[request.param]))
+    return "shim"
+
+
+@CASE
+@pytest.mark.parametrize("dtype", oc.DTYPES, ids=str)
+def test_sample(backend, case, dtype):
+    test_ops.test_sample_equals_reference(backend, case, dtype)
+
+
+@CASE
+def test_odd_rows(backend, case):
+    for row in oc.odd_rows():
+        test_ops.test_odd_rows(backend, case, *row.values)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 1e-8, 0.1, 1.0])
+@pytest.mark.parametrize("direction", ["kl_gradient", "log_ratio", "vector"])
+def test_logprob(backend, direction, alpha, monkeypatch):
+    monkeypatch.setattr(oc, "vocabs", lambda _: (1, 32, 999))
+    for penalty in (-oc.INF, 0.0, -2.0, 1.5):
+        test_ops.test_logprob_equals_reference(backend, alpha, penalty, direction)
+
+
+@DIRECTION
+@pytest.mark.parametrize("dtype", oc.DTYPES, ids=str)
+def test_extract(backend, direction, dtype):
+    for alpha in (0.0, 0.01, 0.1):
+        test_ops.test_extract_equals_reference(backend, alpha, direction, dtype)
+
+
+@DIRECTION
+def test_per_row_parameters(backend, direction):
+    test_ops.test_per_row_parameters_are_each_rows_own(backend, direction)
+
+
+@CASE
+def test_paired_strided_and_padded_rows(backend, case):
+    test_ops.test_paired_strided_and_padded_rows(backend, case)
+
+
+@CASE
+def test_a_row_does_not_depend_on_its_batch(backend, case):
+    test_ops.test_a_row_does_not_depend_on_its_batch(backend, case)
+
+
+def test_ties_empty_batches_checks_and_extreme_strengths(backend):
+    test_ops.test_ties_go_to_the_lowest_id(backend)
+    test_ops.test_empty_batch(backend)
+    test_ops.test_extreme_strengths_stay_in_range(backend)
+    for mode in ("steered", "plain"):
+        test_ops.test_check_names_the_rows(backend, mode)
+
+
+@CASE
+@pytest.mark.parametrize("vocab", [997, 4000])
+def test_every_layout_and_schedule_gives_the_same_bits(case, vocab, library, monkeypatch):
+    """Tokens and diagnostics, bit for bit, however a row is split and whatever runs first."""
+    warm, base = oc.logits(2, vocab, torch.bfloat16, seed=vocab, scale=2.0)
+    args, kwargs = oc.operands(case, warm, base)
+    first = None
+    layouts = [(cuda_shim.SOLO, 1, 0), (cuda_shim.SOLO, 1, 3), (cuda_shim.CLUSTER, 2, 0)]
+    layouts += [(cuda_shim.CLUSTER, 4, 7), (cuda_shim.WORKSPACE, 4, 0), (cuda_shim.WORKSPACE, 3, 11)]
+    for layout in layouts:
+        install(monkeypatch, cuda_shim.Shim(library, *layout))
+        got = svdk.steered_sample(*args, **kwargs, seed=3, backend="shim", return_info=True)
+        bits = (got[0], *(getattr(got[1], name) for name in got[1].__dataclass_fields__))
+        first = first or bits
+        for x, y in zip(bits, first, strict=True):
+            assert torch.equal(x.nan_to_num(9e9), y.nan_to_num(9e9)), layout
+
+
+def test_rows_that_do_not_exist_are_invalid(backend):
+    """Indices on the device are not looked at before the launch; the kernel must not follow them."""
+    warm, base = oc.logits(3, 500)
+    warm_rows, base_rows = torch.tensor([0, 3, 2, 1]), torch.tensor([0, 1, -1, 2**40])
+    flat = oc.flat_arguments((warm, base), {})
+    flat = (warm, base, None, warm_rows, base_rows, *flat[5:-1], True)
+    token, floats, ints = backends.resolve(backend, warm).steered_sample(*flat)
+    assert ints[1].tolist() == [0, 1, 1, 1]
+    assert token.tolist()[1:] == [0, int(warm[2].argmax()), int(warm[1].argmax())]
+    assert torch.isnan(floats[:, 1:]).all()
+
+
+@pytest.mark.parametrize("width", [1003, 1001])
+@pytest.mark.parametrize("dtype", oc.DTYPES, ids=str)
+def test_rows_off_16_byte_boundaries_give_the_same_bits(backend, dtype, width):
+    """With an odd row length every row starts elsewhere; heads, tails and joined loads must not show."""
+    warm, base = oc.logits(9, width, dtype, seed=4)
+    aligned = torch.zeros(2, 9, 1024, dtype=dtype)
+    aligned[0, :, :width], aligned[1, :, :width] = warm, base
+    for kwargs in ({"strength_mode": "kl_budget", "strength": 0.1, "alpha": 0.0}, {}):
+        want = svdk.steered_sample(
+            aligned[0], aligned[1], vocab_size=width, backend=backend, return_info=True, **kwargs
+        )
+        got = svdk.steered_sample(warm, base, backend=backend, return_info=True, **kwargs)
+        assert torch.equal(got[0], want[0])
+        assert torch.equal(got[1].kl, want[1].kl)
+        assert torch.equal(got[1].strength, want[1].strength)
+
+
+FULL_SIZE = ("default", "kl_everywhere", "plain", "plain_top_k", "plain_wide_top_k", "top_p_penalty")
+
+
+@pytest.mark.parametrize("name", FULL_SIZE)
+def test_full_vocabulary_with_the_kernels_own_constants(name, monkeypatch):
+    case = next(c for c in oc.CASES if c.name == name)
+    warm, base = oc.logits(1, 151936, torch.bfloat16, seed=6)
+    args, kwargs = oc.operands(case, warm, base)
+    install(monkeypatch, cuda_shim.Shim(cuda_shim.build(), cuda_shim.CLUSTER, 8, 2))
+    token, info = svdk.steered_sample(*args, **kwargs, seed=5, backend="shim", return_info=True)
+    oc.assert_same_tokens(token, args, kwargs | {"seed": 5})
+    _, want = svdk.steered_sample(*args, **kwargs, seed=5, backend="reference", return_info=True)
+    oc.assert_close(info.kl, want.kl, "kl")
+    assert torch.equal(info.candidates, want.candidates)
+
+
+@pytest.mark.parametrize("scale", [0.02, 0.5])
+def test_flat_rows_take_the_second_sweep(backend, scale):
+    """More candidates than the list holds, at first (0.5) or for good (0.02)."""
+    warm, base = oc.logits(2, 3000, seed=1, scale=scale)
+    for kwargs in ({}, {"strength_mode": "kl_budget", "strength": 0.01}, {"top_p": 0.5}, {"top_k": 500}):
+        token, info = svdk.steered_sample(warm, base, backend=backend, return_info=True, **kwargs)
+        _, want = svdk.steered_sample(warm, base, backend="reference", return_info=True, **kwargs)
+        oc.assert_same_tokens(token, (warm, base), kwargs)
+        assert torch.equal(info.candidates, want.candidates)
+        oc.assert_close(info.strength, want.strength, "strength", rtol=1e-3)
+
+
+def test_a_rising_maximum_loses_no_candidate(backend):
+    """Each token above all before it: everything is a candidate for a while, few remain."""
+    warm = torch.linspace(-40, 20, 3000)[None].contiguous()
+    base = warm.flip(1).contiguous()
+    for w, b in ((warm, base), (base, warm)):
+        got, want = (svdk.extract(w, b, backend=name) for name in (backend, "reference"))
+        assert torch.equal(got.token_ids, want.token_ids)
+        oc.assert_close(got.delta, want.delta, "delta")
