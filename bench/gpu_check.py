@@ -20,6 +20,7 @@ import torch
 
 import svdk
 from svdk.bench import cases, logits, machine, results, timing
+from svdk.bench.goodness import chi_square_p_value
 
 ROOT = Path(__file__).resolve().parent.parent
 OUTPUT = ROOT / "bench" / "results" / "gpu_check.json"
@@ -82,25 +83,11 @@ def distributions(device: torch.device) -> dict[str, Any]:
             many = [x.to(device).expand(len(keys), -1) for x in pair]
             tokens = svdk.steered_sample(*many, seed=keys, backend="cuda", **options)
             counts += torch.bincount(tokens, minlength=64).cpu().double()
-        p_value, tail = _chi_square(counts, expected * DRAWS), _tail_deviation(counts, expected)
+        p_value, tail = chi_square_p_value(counts, expected * DRAWS), _tail_deviation(counts, expected)
         never = float(counts[expected == 0].sum())
         found[name] = {"p_value": p_value, "tail_sigma": tail, "impossible": never, "draws": DRAWS}
         ok &= p_value > 1e-4 and abs(tail) < 4.5 and never == 0
     return {"ok": ok, "settings": found}
-
-
-def _chi_square(counts: torch.Tensor, expected: torch.Tensor) -> float:
-    """Tail probability; cells are pooled from the rare end until each expects at least 10 draws."""
-    order = expected.argsort()
-    cells, seen, want = [], 0.0, 0.0
-    for count, mean in zip(counts[order].tolist(), expected[order].tolist(), strict=True):
-        seen, want = seen + count, want + mean
-        if want >= 10:
-            cells.append((seen, want))
-            seen = want = 0.0
-    statistic = sum((c - e) ** 2 / e for c, e in cells)
-    half = torch.tensor([(len(cells) - 1) / 2, statistic / 2], dtype=torch.float64)
-    return float(torch.special.gammaincc(half[0], half[1]))
 
 
 def _tail_deviation(counts: torch.Tensor, expected: torch.Tensor) -> float:

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import svdk
+from svdk.bench.goodness import chi_square_p_value
 from tests import ops_cases as oc
 
 VOCAB = 64
@@ -24,20 +25,6 @@ def one_row():
     generator = torch.Generator().manual_seed(1)
     warm = -0.2 * torch.arange(VOCAB)[torch.randperm(VOCAB, generator=generator)].float()
     return warm[None], warm[None] + 0.5 * torch.randn(1, VOCAB, generator=generator)
-
-
-def chi_square_p_value(counts: torch.Tensor, expected: torch.Tensor) -> float:
-    """Tail probability; cells are pooled from the rare end until each expects at least 10 draws."""
-    order = expected.argsort()
-    cells, seen, want = [], 0.0, 0.0
-    for c, e in zip(counts[order].tolist(), expected[order].tolist(), strict=True):
-        seen, want = seen + c, want + e
-        if want >= 10:
-            cells.append((seen, want))
-            seen = want = 0.0
-    statistic = sum((c - e) ** 2 / e for c, e in cells)
-    shape = torch.tensor((len(cells) - 1) / 2, dtype=torch.float64)
-    return float(torch.special.gammaincc(shape, torch.tensor(statistic / 2, dtype=torch.float64)))
 
 
 SAMPLERS = {

@@ -39,9 +39,9 @@ def test_statistics_notice_what_they_should():
     expected[0], expected[1] = 0.5, 1e-4
     expected /= expected.sum()
     counts = expected * gpu_check.DRAWS
-    assert gpu_check._chi_square(counts, expected * gpu_check.DRAWS) > 0.99
+    assert gpu_check.chi_square_p_value(counts, expected * gpu_check.DRAWS) > 0.99
     assert abs(gpu_check._tail_deviation(counts, expected)) < 1e-6
     counts[1] *= 1.5
     assert gpu_check._tail_deviation(counts, expected) > 4.5
     counts[5] *= 1.2
-    assert gpu_check._chi_square(counts, expected * gpu_check.DRAWS) < 1e-6
+    assert gpu_check.chi_square_p_value(counts, expected * gpu_check.DRAWS) < 1e-6

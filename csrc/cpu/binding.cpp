@@ -46,9 +46,9 @@ const T* data(const MaybeTensor& t) {
 }
 
 // A per-row parameter: a value a row, or one for all.
-template <typename T, typename S>
-T pick(S scalar, const T* rows, int64_t i) {
-  return rows ? rows[i] : static_cast<T>(scalar);
+template <typename T>
+T pick(T scalar, const T* rows, int64_t i) {
+  return rows ? rows[i] : scalar;
 }
 
 // The five row arguments of every op.
@@ -130,8 +130,7 @@ std::tuple<Tensor, Tensor, Tensor> steered_sample(
     p.direction = static_cast<int>(direction);
     p.mode = static_cast<int>(mode);
     p.penalty = penalty;
-    p.strength = pick<double>(strength, static_cast<const double*>(nullptr), i);
-    if (strength_rows) p.strength = data<float>(strength_rows)[i];
+    p.strength = strength_rows ? data<float>(strength_rows)[i] : strength;
     p.alpha = alpha_rows ? data<float>(alpha_rows)[i] : alpha;
     p.temperature = temperature_rows ? data<float>(temperature_rows)[i] : temperature;
     p.top_p = top_p_rows ? data<float>(top_p_rows)[i] : top_p;
