@@ -16,6 +16,7 @@ from .steering import (
     VECTOR,
     Row,
     delta_of,
+    in_nats,
     inside_of,
     load_tile,
     row_index,
@@ -45,7 +46,7 @@ def extract_count_kernel(
     log_alpha = safe_log(alpha)
     last = sweep_slice(
         warm, other, part, slice_size, vocab, log_alpha, sums, counts, counts, counters + index,
-        0.0, 1.0, True, 0, 0, KIND, False, True, SPLITS, 0, BLOCK, STAGES,
+        1.0, 0.0, 1.0, True, 0, 0, KIND, False, True, SPLITS, 0, BLOCK, STAGES,
     )  # fmt: skip
     if last:
         max_w, max_b, zw, zb, usable, cross, flags, _, _, _ = merge(
@@ -54,21 +55,23 @@ def extract_count_kernel(
         valid = in_unit(alpha) & (max_w > -INF) & ((flags & INVALID) == 0)
         nan = tl.full([], float("nan"), tl.float32)
         if valid:
-            log_zw, log_zb, kl = divergence(zw, zb, usable, cross, HAS_BASE)
+            log_zw, _log_zb, kl, gap = divergence(
+                warm, other, vocab, max_w, max_b, zw, zb, usable, cross, valid, HAS_BASE
+            )
             size = tl.zeros([BLOCK], tl.int32)
             for start in range(0, vocab, BLOCK):
                 ids = start + tl.arange(0, BLOCK)
                 w = tl.load(warm + ids, mask=ids < vocab, other=-INF).to(tl.float32)
                 size += inside_of(w, max_w, log_alpha).to(tl.int32)
             tl.store(sizes_out + index, tl.sum(size, 0).to(tl.int64))
-            tl.store(rows_out + index, kl if HAS_BASE else nan)
+            tl.store(rows_out + index, kl.to(tl.float32) if HAS_BASE else nan)
             tl.store(rows_out + batch + index, max_w)
             tl.store(rows_out + 2 * batch + index, max_w + log_zw)
             tl.store(status_out + index, flags & BASE_MASKED)
             tl.store(kept_out + index * KEPT, max_w)
             tl.store(kept_out + index * KEPT + 1, log_zw)
             tl.store(kept_out + index * KEPT + 2, max_b)
-            tl.store(kept_out + index * KEPT + 3, log_zw - log_zb + kl)
+            tl.store(kept_out + index * KEPT + 3, gap)
         else:
             tl.store(sizes_out + index, 0)
             for column in range(3):
@@ -91,7 +94,7 @@ def extract_fill_kernel(
             warm + row_index(warm_rows, index) * warm_stride,
             other + row_index(other_rows, index) * other_stride,
             warm, False, vocab, tl.load(kept), tl.load(kept + 1), tl.load(kept + 2), tl.load(kept + 3),
-            safe_log(value_of(alpha_rows, alpha, index)), 0.0, 0.0,
+            safe_log(value_of(alpha_rows, alpha, index)), 1.0, 0.0, 0.0,
         )  # fmt: skip
         for start in range(0, vocab, BLOCK):
             ids, w, other_tile = load_tile(row, start, KIND, BLOCK)
@@ -99,5 +102,6 @@ def extract_fill_kernel(
             place = at + tl.cumsum(inside.to(tl.int32), 0) - 1
             tl.store(ids_out + place, ids.to(tl.int64), mask=inside)
             tl.store(p_out + place, tl.exp(w - row.max_w - row.log_zw), mask=inside)
-            tl.store(delta_out + place, delta_of(row, w, other_tile, KIND), mask=inside)
+            delta = in_nats(delta_of(row, w, other_tile, KIND), KIND)
+            tl.store(delta_out + place, delta.to(tl.float32), mask=inside)
             at += tl.sum(inside.to(tl.int32), 0)

@@ -21,13 +21,13 @@ TILE = tl.constexpr(256)  # tokens a sweep of the threshold search handles at a 
 
 
 @triton.jit
-def weights(z, top, inverse_temperature):
+def weights(z, top, inverse):
     """Unnormalised probabilities of steered logits; 0 at -inf."""
-    return tl.where(z > -INF, tl.exp((z - top) * inverse_temperature), 0.0)
+    return tl.where(z > -INF, tl.exp((z - top) * inverse), 0.0)
 
 
 @triton.jit
-def rank_list(row, values, top, inverse_temperature, top_k, top_p, min_p, KIND: tl.constexpr):
+def rank_list(row, values, top, inverse, top_k, top_p, min_p, KIND: tl.constexpr):
     """Write the list's steered logits to ``values`` (2 * count floats), -inf where a filter drops one."""
     for start in range(0, row.count, RANKED):
         _, z = steered_tile(row, start, KIND, RANKED)
@@ -37,13 +37,13 @@ def rank_list(row, values, top, inverse_temperature, top_k, top_p, min_p, KIND: 
     if top_k > 0:
         drop_below_kth(values, row.count, top_k)
     if top_p < 1.0:
-        drop_tail(values, row.count, top, inverse_temperature, top_p)
+        drop_tail(values, row.count, top, inverse, top_p)
     if min_p > 0.0:
         lowest = safe_log(min_p)
         for start in range(0, row.count, RANKED):
             place = start + tl.arange(0, RANKED)
             z = tl.load(values + place, mask=place < row.count, other=-INF)
-            keep = (z - top) * inverse_temperature >= lowest
+            keep = (z - top) * inverse >= lowest
             tl.store(values + place, tl.where(keep, z, -INF), mask=place < row.count)
         tl.debug_barrier()
 
@@ -64,13 +64,13 @@ def drop_below_kth(values, count, top_k):
 
 
 @triton.jit
-def drop_tail(values, count, top, inverse_temperature, top_p):
+def drop_tail(values, count, top, inverse, top_p):
     """Top-p: a token stays when the mass before it (larger, or equal with a lower id) is below top_p."""
     mass = tl.zeros([RANKED], tl.float32)
     for start in range(0, count, RANKED):
         place = start + tl.arange(0, RANKED)
         z = tl.load(values + place, mask=place < count, other=-INF)
-        mass += weights(z, top, inverse_temperature)
+        mass += weights(z, top, inverse)
     budget = top_p * tl.sum(mass, 0)
     for start in range(0, count, RANKED):
         place = start + tl.arange(0, RANKED)
@@ -82,7 +82,7 @@ def drop_tail(values, count, top, inverse_temperature, top_p):
             # The list is in the order of ids, so places compare as ids do.
             tie = (y[None, :] == z[:, None]) & (others[None, :] < place[:, None])
             ahead = (y[None, :] > z[:, None]) | tie
-            before += tl.sum(tl.where(ahead, weights(y, top, inverse_temperature)[None, :], 0.0), 1)
+            before += tl.sum(tl.where(ahead, weights(y, top, inverse)[None, :], 0.0), 1)
             ahead_of += tl.sum(ahead.to(tl.int32), 1)
         keep = (before < budget) | (ahead_of == 0)  # the most likely token always stays
         tl.store(values + count + place, tl.where(keep, z, -INF), mask=place < count)
@@ -108,17 +108,17 @@ def ordered_key(z):
 
 
 @triton.jit
-def threshold(row, top, inverse_temperature, top_k, top_p, KIND: tl.constexpr):
+def threshold(row, top, inverse, top_k, top_p, KIND: tl.constexpr):
     """``(floor, last_tie)``: top-k and top-p keep keys above floor, and equal to it up to id last_tie."""
     floor = tl.full([], 0, tl.uint32)
     last_tie = tl.full([], MAX_ID, tl.int32)
     if top_k > 0:
-        floor = find_key(row, top, inverse_temperature, floor, top_k * 1.0, False, KIND)
+        floor = find_key(row, top, inverse, floor, top_k * 1.0, False, KIND)
     if top_p < 1.0:
-        mass, _, _ = mass_from(row, top, inverse_temperature, floor, KIND)
+        mass, _, _ = mass_from(row, top, inverse, floor, KIND)
         budget = top_p * mass
-        floor = find_key(row, top, inverse_temperature, floor, budget, True, KIND)
-        mass, tie, ties = mass_from(row, top, inverse_temperature, floor, KIND)
+        floor = find_key(row, top, inverse, floor, budget, True, KIND)
+        mass, tie, ties = mass_from(row, top, inverse, floor, KIND)
         # The j-th of the ties (from 0) stays while mass above + j * tie < budget.
         wanted = tl.ceil((budget - (mass - tie * ties)) / tl.where(tie > 0.0, tie, 1.0))
         if wanted < ties:
@@ -127,7 +127,7 @@ def threshold(row, top, inverse_temperature, top_k, top_p, KIND: tl.constexpr):
 
 
 @triton.jit
-def find_key(row, top, inverse_temperature, floor, target, BY_MASS: tl.constexpr, KIND: tl.constexpr):
+def find_key(row, top, inverse, floor, target, BY_MASS: tl.constexpr, KIND: tl.constexpr):
     """The largest key such that the tokens from it (and from ``floor``) up number, or weigh, ``target``."""
     step = tl.arange(0, 16).to(tl.uint32)
     found = tl.full([], 0, tl.uint32)
@@ -138,7 +138,7 @@ def find_key(row, top, inverse_temperature, floor, target, BY_MASS: tl.constexpr
         for start in range(0, row.count, TILE):
             _, z = steered_tile(row, start, KIND, TILE)
             if BY_MASS:
-                weight = weights(z, top, inverse_temperature)
+                weight = weights(z, top, inverse)
             else:
                 weight = tl.where(z > -INF, 1.0, 0.0)
             from_here = ordered_key(z)[:, None] >= thresholds[None, :]
@@ -149,12 +149,12 @@ def find_key(row, top, inverse_temperature, floor, target, BY_MASS: tl.constexpr
 
 
 @triton.jit
-def mass_from(row, top, inverse_temperature, floor, KIND: tl.constexpr):
+def mass_from(row, top, inverse, floor, KIND: tl.constexpr):
     """``(mass of the keys from floor up, mass of one token at floor, how many are at floor)``."""
     mass, ties, tie = tl.zeros([TILE], tl.float32), tl.zeros([TILE], tl.float32), tl.zeros([TILE], tl.float32)
     for start in range(0, row.count, TILE):
         _, z = steered_tile(row, start, KIND, TILE)
-        key, weight = ordered_key(z), weights(z, top, inverse_temperature)
+        key, weight = ordered_key(z), weights(z, top, inverse)
         mass += tl.where(key >= floor, weight, 0.0)
         level = (key == floor) & (z > -INF)
         tie = tl.where(level, weight, tie)

@@ -68,6 +68,11 @@ def _kind(direction: int, finite_penalty: bool, lists: bool) -> int:
     return direction | (OUTSIDE.value if finite_penalty else 0) | (LISTS.value if lists else 0)
 
 
+def _everywhere(direction: int, alpha: float, alpha_rows: Tensor | None) -> bool:
+    """Whether C is known to be every token that can be drawn, so that none is outside."""
+    return direction == schema.PLAIN or (alpha_rows is None and alpha == 0.0)
+
+
 class _Launch:
     """The arguments that all first sweeps share, for one configuration."""
 
@@ -105,8 +110,8 @@ def steered_sample(
     if batch == 0:
         return token, floats, ints
     other, other_stride = _operand(warm, base, vector)
-    finite_penalty = math.isfinite(penalty)
-    everywhere = direction == schema.PLAIN or (alpha_rows is None and alpha == 0.0)
+    everywhere = _everywhere(direction, alpha, alpha_rows)
+    finite_penalty = math.isfinite(penalty) and not everywhere
     filters = top_k > 0 or top_p < 1.0 or min_p > 0.0
     filters = filters or any(x is not None for x in (top_k_rows, top_p_rows, min_p_rows))
     compact = not everywhere and not finite_penalty
@@ -156,8 +161,8 @@ def steered_logprob(
     if batch == 0:
         return curves, greedy, rows, status
     other, other_stride = _operand(warm, base, vector)
-    compact = direction != schema.PLAIN and not (alpha_rows is None and alpha == 0.0)
-    finite_penalty = math.isfinite(penalty)
+    compact = not _everywhere(direction, alpha, alpha_rows)
+    finite_penalty = math.isfinite(penalty) and compact
 
     def launch(config: tuning.Config) -> None:
         at = _Launch(config, warm, batch, vocab, compact)

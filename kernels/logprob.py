@@ -5,6 +5,9 @@ over the list only, and a finite penalty one more sweep (what lies outside C ent
 was not (alpha = 0, or a nearly flat row) every strength is another sweep, from L2.
 """
 
+# A condition known at compile time and one known at run time must not share an `if`.
+# ruff: noqa: SIM102
+
 from __future__ import annotations
 
 import triton
@@ -22,69 +25,86 @@ from .steering import (
     best_of,
     delta_of,
     finite_argmax,
+    in_nats,
     inside_of,
+    inverse_power,
     load_tile,
     load_token,
+    log_outside,
     moments,
     or_zero,
     row_index,
     safe_log,
-    steered_of,
+    scaled_strength,
+    steered_inside,
     value_of,
 )
 from .sweep import BASE_MASKED, COUNTS, INVALID, SUMS, divergence, in_play, merge, sweep_slice
 
 
 @triton.jit
-def outside_mass(warm, vocab, max_w, log_alpha, BLOCK: tl.constexpr):
-    """Sum of exp(w - max_w) over the tokens outside C."""
-    mass = tl.zeros([BLOCK], tl.float32)
-    for start in range(0, vocab, BLOCK):
-        ids = start + tl.arange(0, BLOCK)
-        w = tl.load(warm + ids, mask=ids < vocab, other=-INF).to(tl.float32)
-        mass += tl.where(inside_of(w, max_w, log_alpha), 0.0, tl.exp(w - max_w))
-    return tl.sum(mass, 0)
+def rise(z_sum, first, second, keep, shift):
+    """The sums of :func:`partition` times ``keep``, and about a pivot that is ``shift`` lower."""
+    second = keep * (second + shift * (2.0 * first + shift * z_sum))
+    return keep * z_sum, keep * (first + shift * z_sum), second
 
 
 @triton.jit
-def partition(row, outside, KIND: tl.constexpr, BLOCK: tl.constexpr):
-    """``(max, Z, mean, variance, greedy)`` of a steered row.
+def partition(row, outside, penalty, KIND: tl.constexpr, BLOCK: tl.constexpr):
+    """``(max, shift, log Z, mean, variance, greedy)`` of a steered row, all but the last float64.
 
-    Z is relative to max; mean and variance are those of what moves with mu (delta in C, the penalty
-    outside) under the steered distribution; greedy is the argmax over C. ``outside``: the warm mass outside
-    C, relative to ``max_w``.
+    Z is relative to ``max + shift``, a steered logit as of ``steered_inside``; shift is ``row.outside`` where
+    the tokens outside C have the mass, else 0. Mean and variance are those of what moves with mu (delta in C,
+    the penalty outside) under the steered distribution; greedy is the argmax over C. ``outside``: the log of
+    the warm mass outside C, relative to ``max_w``.
+
+    The sums are about the move of the largest steered logit so far: about 0, the variance of a row with one
+    likely token would be rounding noise.
     """
     z_sum, first = tl.zeros([BLOCK], tl.float64), tl.zeros([BLOCK], tl.float64)
     second = tl.zeros([BLOCK], tl.float64)
     best, best_id = tl.full([BLOCK], -INF, tl.float32), tl.full([BLOCK], MAX_ID, tl.int32)
-    high = tl.full([], -INF, tl.float32)
-    if OUTSIDE & KIND:
-        high = tl.where(outside > 0.0, row.mu * row.penalty, -INF)
+    high, pivot = tl.full([], -INF, tl.float32), tl.full([], 0.0, tl.float64)
+    nats = inverse_power(row.scale)
     for start in range(0, row.count, BLOCK):
         ids, w, other = load_tile(row, start, KIND, BLOCK)
         inside = inside_of(w, row.max_w, row.log_alpha)
         delta = tl.where(inside, delta_of(row, w, other, KIND), 0.0)
-        z = tl.where(inside, steered_of(row, w, delta, KIND), -INF)
+        z = tl.where(inside, steered_inside(row, w, delta), -INF)
         better = z > best
         best, best_id = tl.where(better, z, best), tl.where(better, ids, best_id)
-        new_high = tl.maximum(high, tl.max(z, 0))
-        ref = or_zero(new_high)
-        keep = tl.exp(high - ref).to(tl.float64)
-        e, d = tl.exp(z - ref).to(tl.float64), delta.to(tl.float64)
-        z_sum = z_sum * keep + e
-        first = first * keep + e * d
-        second = second * keep + e * d * d
-        high = new_high
+        top = tl.max(z, 0)
+        if top > high:
+            keep = tl.exp((high - top) * nats).to(tl.float64)
+            new_pivot = tl.max(tl.where(z == top, delta, -INF), 0).to(tl.float64)
+            z_sum, first, second = rise(z_sum, first, second, keep, pivot - new_pivot)
+            high, pivot = top, new_pivot
+        e = tl.exp((z - or_zero(high)) * nats).to(tl.float64)
+        d = delta.to(tl.float64) - pivot
+        z_sum += e
+        first += e * d
+        second += e * d * d
     total, mean, square = tl.sum(z_sum, 0), tl.sum(first, 0), tl.sum(second, 0)
+    unit = in_nats(tl.full([], 1.0, tl.float64), KIND)
+    pivot, mean, square = pivot * unit, mean * unit, square * unit * unit
+    high_z = high.to(tl.float64)
+    high_shift = high_z * 0.0
     if OUTSIDE & KIND:
-        e = (outside * tl.exp(tl.where(outside > 0.0, row.mu * row.penalty - high, 0.0))).to(tl.float64)
-        total += e
-        mean += e * row.penalty
-        square += e * row.penalty * row.penalty
+        if outside > -INF:  # all tokens outside as one, of the logit that they have together
+            z, shift = outside * row.scale, row.outside.to(tl.float64)
+            move = tl.full([], 0.0, tl.float64) + penalty
+            if z + shift > high_z:
+                keep = tl.exp((high_z - (z + shift)) * nats)
+                total, mean, square = rise(total, mean, square, keep, pivot - move)
+                high_z, high_shift, pivot = z, shift, move
+            e, d = tl.exp(((z - high_z) + (shift - high_shift)) * nats), move - pivot
+            total += e
+            mean += e * d
+            square += e * d * d
     mean = mean / total
     variance = tl.maximum(square / total - mean * mean, 0.0)
     _, greedy = best_of(best, best_id)
-    return high, total.to(tl.float32), mean.to(tl.float32), variance.to(tl.float32), greedy
+    return high_z, high_shift, tl.log(total), pivot + mean, variance, greedy
 
 
 @triton.jit
@@ -108,7 +128,7 @@ def steered_logprob_kernel(
     log_alpha = safe_log(alpha)
     last = sweep_slice(
         warm, other, part, slice_size, vocab, log_alpha, sums, counts, listed, counters + index,
-        0.0, 1.0, True, 0, 0, KIND, False, True, SPLITS, CAP, BLOCK, STAGES,
+        1.0, 0.0, 1.0, True, 0, 0, KIND, False, True, SPLITS, CAP, BLOCK, STAGES,
     )  # fmt: skip
     if last:
         max_w, max_b, zw, zb, usable, cross, flags, count, _, _ = merge(
@@ -123,40 +143,51 @@ def steered_logprob_kernel(
         size = batch.to(tl.int64) * number
         nan = tl.full([], float("nan"), tl.float32)
         if valid:
-            log_zw, log_zb, kl = divergence(zw, zb, usable, cross, HAS_BASE)
-            gap = log_zw - log_zb + kl
+            log_zw, log_zb, kl, gap = divergence(
+                warm, other, vocab, max_w, max_b, zw, zb, usable, cross, valid, HAS_BASE
+            )
             in_c = in_play(count, vocab, KIND)
             row = Row(
-                warm, other, listed, count >= 0, in_c, max_w, log_zw, max_b, gap, log_alpha, 0.0, penalty,
+                warm, other, listed, count >= 0, in_c, max_w, log_zw, max_b, gap, log_alpha, 1.0, 0.0, 0.0,
             )  # fmt: skip
-            mean, norm2, variance = moments(row, KIND, BLOCK)
-            outside = tl.full([], 0.0, tl.float32)
+            mean, norm2, variance = moments(row, vocab, KIND, BLOCK)
+            outside = tl.full([], -INF, tl.float64)
             if LISTS & KIND and OUTSIDE & KIND:
-                outside = outside_mass(warm, vocab, max_w, log_alpha, BLOCK)
+                outside = log_outside(warm, vocab, max_w, log_alpha, BLOCK)
             w, o = load_token(row, label, KIND)
             inside = inside_of(w, max_w, log_alpha)
             delta = tl.where(inside, delta_of(row, w, o, KIND), 0.0)
-            tl.store(rows_out + index, (delta.to(tl.float64) - mean).to(tl.float32))
+            move = in_nats(delta, KIND)
+            tl.store(rows_out + index, (move - mean).to(tl.float32))
             tl.store(rows_out + batch + index, norm2.to(tl.float32))
             tl.store(rows_out + 2 * batch + index, variance.to(tl.float32))
-            tl.store(rows_out + 3 * batch + index, kl if HAS_BASE else nan)
+            tl.store(rows_out + 3 * batch + index, kl.to(tl.float32) if HAS_BASE else nan)
             tl.store(rows_out + 4 * batch + index, w - max_w - log_zw)
             log_q = nan
             if HAS_BASE:
                 log_q = tl.where(o > -INF, o - max_b - log_zb, -INF)
             tl.store(rows_out + 5 * batch + index, log_q)
             tl.store(status_out + index, flags & BASE_MASKED)
-            move = tl.where(inside, delta, penalty if OUTSIDE & KIND else 0.0)
+            if OUTSIDE & KIND:
+                move = tl.where(inside, move, penalty)
             for m in range(number):
                 mu = strength_at(strengths, strength_rows, strength, index, m)
+                scale, push, lift = scaled_strength(mu, penalty, KIND)
                 at = Row(
-                    warm, other, listed, count >= 0, in_c, max_w, log_zw, max_b, gap, log_alpha, mu, penalty,
+                    warm, other, listed, count >= 0, in_c, max_w, log_zw, max_b, gap, log_alpha, scale, push,
+                    lift,
                 )  # fmt: skip
-                high, total, mean_m, variance_m, greedy = partition(at, outside, KIND, BLOCK)
-                logprob = steered_of(at, w, delta, KIND) - high - tl.log(total)
-                tl.store(curves_out + m, logprob)
-                tl.store(curves_out + size + m, tl.where(logprob > -INF, move - mean_m, 0.0))
-                tl.store(curves_out + 2 * size + m, variance_m)
+                high, shift, log_z, mean_m, variance_m, greedy = partition(at, outside, penalty, KIND, BLOCK)
+                z = tl.where(inside, steered_inside(at, w, delta), -INF).to(tl.float64)
+                z_shift = shift * 0.0
+                if OUTSIDE & KIND:
+                    z = tl.where(inside, z, (w.to(tl.float64) - max_w) * scale)
+                    z_shift = tl.where(inside, 0.0, lift).to(tl.float64)
+                logprob = ((z - high) + (z_shift - shift)) * inverse_power(scale) - log_z
+                tl.store(curves_out + m, logprob.to(tl.float32))
+                slope = tl.where(logprob > -INF, move - mean_m, 0.0)
+                tl.store(curves_out + size + m, slope.to(tl.float32))
+                tl.store(curves_out + 2 * size + m, variance_m.to(tl.float32))
                 tl.store(greedy_out + m, greedy.to(tl.int64))
         else:
             fallback = finite_argmax(warm, vocab, BLOCK).to(tl.int64)

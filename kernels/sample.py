@@ -5,7 +5,8 @@ from memory once. That is all when the row's candidates fit (CAP a slice; any al
 on a row that is not nearly flat), or when no sums are needed first (plain sampling; ``log_ratio`` and
 ``vector`` with alpha = 0 at a given strength). Otherwise (alpha = 0 with ``kl_gradient``, a finite
 penalty, filters over the whole vocabulary) the finishing program reads its row again, from L2; a filter
-then takes up to 20 such sweeps, and with few rows these do not use the whole GPU.
+then takes up to 20 such sweeps, and with few rows these do not use the whole GPU. A row is also read again
+where its logits are so large that the first sweep rounded the noise, or the warm logits, away.
 """
 
 # A condition known at compile time and one known at run time must not share an `if`.
@@ -26,7 +27,6 @@ from .steering import (
     KL_BUDGET,
     LABEL,
     LISTS,
-    LOG_RATIO,
     MAX_ID,
     PLAIN,
     VECTOR,
@@ -34,18 +34,23 @@ from .steering import (
     best_of,
     delta_of,
     finite_argmax,
+    in_nats,
     inside_of,
+    inverse_power,
     load_tile,
     load_token,
     moments,
     or_zero,
     row_index,
     safe_log,
+    scaled_strength,
     steered_of,
     top_token,
     value_of,
 )
-from .sweep import BASE_MASKED, COUNTS, INVALID, SUMS, divergence, in_play, merge, sweep_slice
+from .sweep import BASE_MASKED, COUNTS, FAR, INVALID, SUMS, divergence, in_play, merge, sweep_slice
+
+ROUGH = tl.constexpr(1024.0)  # perturbed logits from here up are rounded by 3e-5 and more
 
 
 @triton.jit
@@ -61,13 +66,19 @@ def is_finite(x):
 
 
 @triton.jit
-def strength_of(row, strength, label, KIND: tl.constexpr, MODE: tl.constexpr, BLOCK: tl.constexpr):
+def per_score(scale, temperature):
+    """1 / (scale * temperature): it takes differences of scaled logits to those of the filters. Finite."""
+    return tl.minimum(1.0 / (scale.to(tl.float64) * temperature), 3e38).to(tl.float32)
+
+
+@triton.jit
+def strength_of(row, vocab, strength, label, KIND: tl.constexpr, MODE: tl.constexpr, BLOCK: tl.constexpr):
     """The strength by the per-token optimum for a label, or by a budget of KL in nats."""
-    mean, norm2, variance = moments(row, KIND, BLOCK)
+    mean, norm2, variance = moments(row, vocab, KIND, BLOCK)
     if MODE == LABEL:
         w, other = load_token(row, label, KIND)
         at_label = tl.where(inside_of(w, row.max_w, row.log_alpha), delta_of(row, w, other, KIND), 0.0)
-        mu = tl.where(norm2 < EPS, 0.0, (at_label.to(tl.float64) - mean) / (norm2 + EPS))
+        mu = tl.where(norm2 < EPS, 0.0, (in_nats(at_label, KIND) - mean) / (norm2 + EPS))
     else:
         tiny = variance < EPS
         mu = tl.where(tiny, 0.0, tl.sqrt(2.0 * strength.to(tl.float64) / tl.where(tiny, 1.0, variance)))
@@ -76,24 +87,27 @@ def strength_of(row, strength, label, KIND: tl.constexpr, MODE: tl.constexpr, BL
 
 @triton.jit
 def draw(
-    row, values, ranked, filtered, top, top_id, floor, last_tie, lowest, inverse_temperature, greedy,
+    row, values, ranked, filtered, top, top_id, floor, last_tie, lowest, inverse, temperature, greedy,
     seed, offset, KIND: tl.constexpr, FILTERS: tl.constexpr, INFO: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Greedy or perturbed argmax over the tokens in play that the filters keep.
 
-    Returns (token or MAX_ID, log-sum-exp of the steered logits before filters less max_w, size of C).
+    Returns (token or MAX_ID, the largest steered logit, log of the sum of exp() relative to it, size of C),
+    the last three before filters and with INFO only. Scores are scale * temperature times the perturbed
+    logits: a low temperature cannot make them overflow.
     """
     best, best_id = tl.full([BLOCK], -INF, tl.float32), tl.full([BLOCK], MAX_ID, tl.int32)
     inside_count = tl.zeros([BLOCK], tl.int32)
     high, partition = tl.full([], -INF, tl.float32), tl.full([], 0.0, tl.float32)
+    nats, heat = inverse_power(row.scale), row.scale * temperature
     for start in range(0, row.count, BLOCK):
         ids, w, other = load_tile(row, start, KIND, BLOCK)
         z = steered_of(row, w, delta_of(row, w, other, KIND), KIND)
         if INFO:
             inside_count += inside_of(w, row.max_w, row.log_alpha).to(tl.int32)
             new_high = tl.maximum(high, tl.max(z, 0))
-            partition = partition * tl.exp(high - or_zero(new_high))
-            partition += tl.sum(tl.exp(z - or_zero(new_high)), 0)
+            partition = partition * tl.exp((high - or_zero(new_high)) * nats)
+            partition += tl.sum(tl.exp((z - or_zero(new_high)) * nats), 0)
             high = new_high
         keep = z > -INF
         if FILTERS:
@@ -104,7 +118,7 @@ def draw(
                 else:
                     key = ordered_key(z)
                     keep = keep & ((key > floor) | ((key == floor) & (ids <= last_tie)) | (ids == top_id))
-                    keep = keep & ((z - top) * inverse_temperature >= lowest)
+                    keep = keep & ((z - top) * inverse >= lowest)
         score = z
         if not greedy:
             if LISTS & KIND:
@@ -114,29 +128,30 @@ def draw(
                     bits = block_bits(start, seed, offset, BLOCK)
             else:
                 bits = block_bits(start, seed, offset, BLOCK)
-            score = z * inverse_temperature + gumbel(bits)
+            score = z + heat * gumbel(bits)
         better = keep & (score > best)
         best, best_id = tl.where(better, score, best), tl.where(better, ids, best_id)
     _, token = best_of(best, best_id)
-    return token, high + tl.log(tl.where(partition > 0.0, partition, 1.0)), tl.sum(inside_count, 0)
+    return token, high, tl.log(tl.where(partition > 0.0, partition, 1.0)), tl.sum(inside_count, 0)
 
 
 @triton.jit
 def finish(
-    row, vocab, mode_value, label, temperature, top_k, top_p, min_p, seed, offset, values,
+    row, vocab, mode_value, penalty, label, temperature, top_k, top_p, min_p, seed, offset, values,
     KIND: tl.constexpr, MODE: tl.constexpr, FILTERS: tl.constexpr, INFO: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Strength, filters and draw of a row after its first sweep: (token, mu, log-sum-exp, size of C)."""
+    """Strength, filters and draw of a row after its first sweep: (token, mu, and what :func:`draw` has)."""
     if MODE != CONSTANT:
-        mu = strength_of(row, mode_value, label, KIND, MODE, BLOCK)
+        mu = strength_of(row, vocab, mode_value, label, KIND, MODE, BLOCK)
     else:
         mu = mode_value
+    scale, push, outside = scaled_strength(mu, penalty, KIND)
     row = Row(
         row.warm, row.other, row.listed, row.from_list, row.count, row.max_w, row.log_zw, row.max_b, row.gap,
-        row.log_alpha, mu, row.penalty,
+        row.log_alpha, scale, push, outside,
     )  # fmt: skip
     greedy = temperature == 0.0
-    inverse = 1.0 / tl.where(greedy, 1.0, temperature)
+    inverse = per_score(scale, tl.where(greedy, 1.0, temperature))
     filtered = False
     ranked = False
     top, top_id, lowest = (
@@ -159,11 +174,11 @@ def finish(
                     floor, last_tie = threshold(row, top, inverse, top_k, top_p, KIND)
             else:
                 floor, last_tie = threshold(row, top, inverse, top_k, top_p, KIND)
-    token, lse, inside = draw(
-        row, values, ranked, filtered, top, top_id, floor, last_tie, lowest, inverse, greedy, seed, offset,
-        KIND, FILTERS, INFO, BLOCK,
+    token, high, log_z, inside = draw(
+        row, values, ranked, filtered, top, top_id, floor, last_tie, lowest, inverse, temperature, greedy,
+        seed, offset, KIND, FILTERS, INFO, BLOCK,
     )  # fmt: skip
-    return token, mu, lse, inside
+    return token, mu, high, log_z, inside
 
 
 @triton.jit(do_not_specialize=["top_k", "seed", "offset"])
@@ -177,6 +192,7 @@ def steered_sample_kernel(
 ):  # fmt: skip
     """Program ``row * SPLITS + slice`` of ``batch * SPLITS``; ``kernels/library.py`` has the arguments."""
     HAS_BASE: tl.constexpr = (DIRECTION & KIND) < VECTOR
+    SUMMED: tl.constexpr = HAS_BASE or INFO or not DIRECT
     program = tl.program_id(0)
     index, part = program // SPLITS, program % SPLITS
     warm += row_index(warm_rows, index) * warm_stride
@@ -199,13 +215,14 @@ def steered_sample_kernel(
     seed, offset = seed.to(tl.int64), offset.to(tl.int64)
     top_k = value_of(top_k_rows, top_k, index).to(tl.int64)
     greedy = temperature == 0.0
+    scale, push, _ = scaled_strength(mu, penalty, KIND)
+    heat = scale * temperature
     last = sweep_slice(
         warm, other, part, slice_size, vocab, log_alpha, sums, counts, listed, counters + index,
-        mu, 1.0 / tl.where(greedy, 1.0, temperature), greedy, seed, offset,
-        KIND, DIRECT, HAS_BASE or INFO or not DIRECT, SPLITS, CAP, BLOCK, STAGES,
+        scale, push, heat, greedy, seed, offset, KIND, DIRECT, SUMMED, SPLITS, CAP, BLOCK, STAGES,
     )  # fmt: skip
     if last:
-        max_w, max_b, zw, zb, usable, cross, flags, count, _, best_id = merge(
+        max_w, max_b, zw, zb, usable, cross, flags, count, best, best_id = merge(
             sums, counts, listed, warm, log_alpha, SPLITS, KIND, CAP
         )
         top_p, min_p = value_of(top_p_rows, top_p, index), value_of(min_p_rows, min_p, index)
@@ -218,33 +235,36 @@ def steered_sample_kernel(
             label = tl.load(labels + index)
             valid = valid & (label >= 0) & (label < vocab)
             label = tl.where(valid, label, 0)
-        if DIRECT:
-            valid = valid & (best_id != MAX_ID)
-        else:
-            valid = valid & (max_w > -INF)
+        if not SUMMED:  # any logit of the row will do to be relative to
+            found = best_id != MAX_ID
+            max_w = tl.load(warm + best_id, mask=found, other=-INF).to(tl.float32)
+        valid = valid & (max_w > -INF)
 
         token = tl.full([], MAX_ID, tl.int32)
-        log_zw, log_zb, kl = divergence(zw, zb, usable, cross, HAS_BASE)
-        lse, inside = log_zw, count
+        log_zw, log_zb, kl, gap = divergence(
+            warm, other, vocab, max_w, max_b, zw, zb, usable, cross, valid, HAS_BASE
+        )
+        high, log_z, inside = tl.full([], 0.0, tl.float32), log_zw, count
         if valid:
             row = Row(
-                warm, other, listed, count >= 0, in_play(count, vocab, KIND), max_w, log_zw, max_b,
-                log_zw - log_zb + kl, log_alpha, mu, penalty,
+                warm, other, listed, count >= 0, in_play(count, vocab, KIND), max_w, log_zw, max_b, gap,
+                log_alpha, scale, push, 0.0,
             )  # fmt: skip
             if DIRECT:
                 token = best_id
-                # A base of -inf has delta = 0, which depends on K: then the sweep's choice does not stand.
-                if (DIRECTION & KIND == LOG_RATIO) or (INFO and DIRECTION & KIND != PLAIN):
-                    masked = (flags & BASE_MASKED) != 0
-                    if masked or INFO:
-                        again, _, lse, inside = finish(
-                            row, vocab, mu, label, temperature, top_k, top_p, min_p, seed, offset, values,
-                            KIND, MODE, FILTERS, INFO, BLOCK,
-                        )  # fmt: skip
-                        token = tl.where(masked, again, token)
+                # The sweep's choice does not stand where a base of -inf has delta = 0, which depends on K,
+                # and where the rounding of large numbers would show next to the noise.
+                rough = tl.abs(best) > tl.where(greedy, scale, heat) * ROUGH
+                rough = rough | ((flags & (BASE_MASKED | FAR)) != 0)
+                if rough | (INFO and DIRECTION & KIND != PLAIN):
+                    again, _, high, log_z, inside = finish(
+                        row, vocab, mu, penalty, label, temperature, top_k, top_p, min_p, seed, offset,
+                        values, KIND, MODE, FILTERS, INFO, BLOCK,
+                    )  # fmt: skip
+                    token = tl.where(rough, again, token)
             else:
-                token, mu, lse, inside = finish(
-                    row, vocab, mu, label, temperature, top_k, top_p, min_p, seed, offset, values,
+                token, mu, high, log_z, inside = finish(
+                    row, vocab, mu, penalty, label, temperature, top_k, top_p, min_p, seed, offset, values,
                     KIND, MODE, FILTERS, INFO, BLOCK,
                 )  # fmt: skip
         if token == MAX_ID:
@@ -253,29 +273,28 @@ def steered_sample_kernel(
         if INFO:
             describe(
                 warm, other, floats_out + index, ints_out + index, batch, token, valid, mu, max_w, log_zw,
-                max_b, log_zb, kl, lse, inside, flags, log_alpha, penalty, KIND,
+                max_b, log_zb, kl, gap, high, log_z, inside, flags, log_alpha, penalty, KIND,
             )  # fmt: skip
 
 
 @triton.jit
 def describe(
-    warm, other, floats_out, ints_out, batch, token, valid, mu, max_w, log_zw, max_b, log_zb, kl, lse,
-    inside, flags, log_alpha, penalty, KIND: tl.constexpr,
+    warm, other, floats_out, ints_out, batch, token, valid, mu, max_w, log_zw, max_b, log_zb, kl, gap,
+    high, log_z, inside, flags, log_alpha, penalty, KIND: tl.constexpr,
 ):  # fmt: skip
     """Write a row's column of ``SampleInfo``: floats (5, B) and ints (2, B)."""
+    scale, push, outside = scaled_strength(mu, penalty, KIND)
     row = Row(
-        warm, other, warm, False, 0, max_w, log_zw, max_b, log_zw - log_zb + kl, log_alpha, mu, penalty,
+        warm, other, warm, False, 0, max_w, log_zw, max_b, gap, log_alpha, scale, push, outside,
     )  # fmt: skip
     w, o = load_token(row, token, KIND)
     nan = tl.full([], float("nan"), tl.float32)
     tl.store(floats_out, tl.where(valid, mu, nan))
-    tl.store(
-        floats_out + 2 * batch,
-        tl.where(valid, steered_of(row, w, delta_of(row, w, o, KIND), KIND) - lse, nan),
-    )
+    z = steered_of(row, w, delta_of(row, w, o, KIND), KIND)
+    tl.store(floats_out + 2 * batch, tl.where(valid, (z - high) * inverse_power(scale) - log_z, nan))
     tl.store(floats_out + 3 * batch, tl.where(valid, w - max_w - log_zw, nan))
     if DIRECTION & KIND < VECTOR:
-        tl.store(floats_out + batch, tl.where(valid, kl, nan))
+        tl.store(floats_out + batch, tl.where(valid, kl.to(tl.float32), nan))
         log_q = tl.where(o > -INF, o - max_b - log_zb, -INF)
         tl.store(floats_out + 4 * batch, tl.where(valid, log_q, nan))
     else:

@@ -16,17 +16,33 @@ import triton
 import triton.language as tl
 
 from .noise import block_bits, gumbel
-from .steering import DIRECTION, INF, LISTS, LOG_RATIO, MAX_ID, PLAIN, VECTOR, best_of, inside_of, or_zero
+from .steering import (
+    DIRECTION,
+    INF,
+    LISTS,
+    LOG_RATIO,
+    MAX_ID,
+    PLAIN,
+    SHRINK,
+    UNIT,
+    VECTOR,
+    best_of,
+    inside_of,
+    or_zero,
+)
 
 INVALID = tl.constexpr(1)  # the status bits of svdk.types.Status
 BASE_MASKED = tl.constexpr(2)
+FAR = tl.constexpr(4)  # ours alone: some log-ratio is so large that DIRECT rounds the warm logits away
+APART = tl.constexpr(256.0)
+RARE = tl.constexpr(256)  # tokens a sweep handles at a time that is so rare that registers matter more
 SUMS = tl.constexpr(8)  # float32 numbers a slice publishes: the six sums, its best score, one spare
 COUNTS = tl.constexpr(4)  # int32 numbers: flags, count, best id, one spare
 
 
 @triton.jit
 def first_sweep(
-    warm, other, begin, end, log_alpha, listed, mu, inverse_temperature, greedy, seed, offset,
+    warm, other, begin, end, log_alpha, listed, scale, push, heat, greedy, seed, offset,
     KIND: tl.constexpr, DIRECT: tl.constexpr, SUMMED: tl.constexpr,
     CAP: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -34,8 +50,8 @@ def first_sweep(
 
     LISTS in KIND lists at ``listed`` (at most CAP) the ids within log_alpha of the running maximum, a
     superset of those in C; the count goes on past CAP. DIRECT takes part in the draw already here (C is
-    the whole row and the steered logits need no sums). SUMMED asks for the sums, and where there is no
-    base for the number of finite tokens.
+    the whole row and the steered logits need no sums); scale and push are those of a Row, heat is scale times
+    the temperature. SUMMED asks for the sums, and where there is no base for the number of finite tokens.
 
     Returns (max_w, max_b, Z_w, Z_b, usable, cross, flags, count, best, best_id): Z relative to the maxima;
     usable: the part of Z_w with a finite base; cross: sum of exp(w - max_w) ((w - max_w) - (b - max_b))
@@ -76,9 +92,11 @@ def first_sweep(
                 both = (w > -INF) & (o > -INF)
                 found |= tl.where((w > -INF) & (o == -INF), BASE_MASKED, 0)
                 shift = (max_w - ref_w) - (max_b - ref_b)
-                moved = tl.where(usable > 0.0, keep * (cross + usable * shift), 0.0)
+                # Where nothing is kept, the rest may be infinite. (What overflows is summed again later.)
+                kept = usable * keep
+                moved = tl.where(kept > 0.0, keep * (cross + usable * shift), 0.0)
                 cross = moved + tl.where(both & (e > 0.0), e * (dw - db), 0.0)
-                usable = usable * keep + tl.where(both, e, 0.0)
+                usable = kept + tl.where(both, e, 0.0)
                 max_b = new_b
         if LISTS & KIND:
             if tile_max - new_w >= log_alpha:  # else nothing in this tile can be in C
@@ -89,13 +107,15 @@ def first_sweep(
         if SUMMED or LISTS & KIND:
             max_w = new_w
         if DIRECT:
-            z = w
+            z = w * scale
             if DIRECTION & KIND == LOG_RATIO:
-                z = tl.where((w > -INF) & (o > -INF), w + mu * (w - o), w)
+                ratio = tl.where((w > -INF) & (o > -INF), w * SHRINK - o * SHRINK, 0.0)
+                found |= tl.where(tl.abs(ratio) * UNIT <= APART, 0, FAR)
+                z += push * ratio
             if DIRECTION & KIND == VECTOR:
-                z = w + mu * o
+                z += push * o
             if not greedy:
-                z = z * inverse_temperature + gumbel(block_bits(start, seed, offset, BLOCK))
+                z += heat * gumbel(block_bits(start, seed, offset, BLOCK))
             better = (w > -INF) & (z > best)
             best, best_id = tl.where(better, z, best), tl.where(better, ids, best_id)
             if SUMMED and not HAS_BASE:
@@ -103,7 +123,7 @@ def first_sweep(
     if DIRECT:
         count = tl.sum(finite, 0)
     top, top_id = best_of(best, best_id)
-    flags = tl.max(found & INVALID, 0) | tl.max(found & BASE_MASKED, 0)
+    flags = tl.max(found & INVALID, 0) | tl.max(found & BASE_MASKED, 0) | tl.max(found & FAR, 0)
     return (max_w, max_b, tl.sum(zw, 0), tl.sum(zb, 0), tl.sum(usable, 0), tl.sum(cross, 0),
             flags, count, top, top_id)  # fmt: skip
 
@@ -126,7 +146,7 @@ def publish(sums, counts, max_w, max_b, zw, zb, usable, cross, flags, count, bes
 @triton.jit
 def sweep_slice(
     warm, other, part, slice_size, vocab, log_alpha, sums, counts, listed, counter,
-    mu, inverse_temperature, greedy, seed, offset,
+    scale, push, heat, greedy, seed, offset,
     KIND: tl.constexpr, DIRECT: tl.constexpr, SUMMED: tl.constexpr,
     SPLITS: tl.constexpr, CAP: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -134,8 +154,8 @@ def sweep_slice(
     begin = part * slice_size
     end = tl.minimum(begin + slice_size, vocab)
     max_w, max_b, zw, zb, usable, cross, flags, count, best, best_id = first_sweep(
-        warm, other, begin, end, log_alpha, listed + part * CAP, mu, inverse_temperature, greedy, seed,
-        offset, KIND, DIRECT, SUMMED, CAP, BLOCK, STAGES,
+        warm, other, begin, end, log_alpha, listed + part * CAP, scale, push, heat, greedy, seed, offset,
+        KIND, DIRECT, SUMMED, CAP, BLOCK, STAGES,
     )  # fmt: skip
     publish(sums + part * SUMS, counts + part * COUNTS, max_w, max_b, zw, zb, usable, cross, flags, count,
             best, best_id)  # fmt: skip
@@ -185,10 +205,11 @@ def merge(sums, counts, listed, warm, log_alpha, SPLITS: tl.constexpr, KIND: tl.
     usable_s = tl.load(at + 4, mask=live, other=0.0)
     cross_s = tl.load(at + 5, mask=live, other=0.0)
     shift = (max_w_s - ref_w) - (max_b_s - ref_b)
-    cross = tl.sum(tl.where(usable_s > 0.0, scale * (cross_s + usable_s * shift), 0.0), 0)
-    usable = tl.sum(usable_s * scale, 0)
+    kept = usable_s * scale
+    cross = tl.sum(tl.where(kept > 0.0, scale * (cross_s + usable_s * shift), 0.0), 0)
+    usable = tl.sum(kept, 0)
     flags_s = tl.load(of, mask=live, other=0)
-    flags = tl.max(flags_s & INVALID, 0) | tl.max(flags_s & BASE_MASKED, 0)
+    flags = tl.max(flags_s & INVALID, 0) | tl.max(flags_s & BASE_MASKED, 0) | tl.max(flags_s & FAR, 0)
     count_s = tl.load(of + 1, mask=live, other=0)
     best, best_id = best_of(tl.load(at + 6, mask=live, other=-INF), tl.load(of + 2, mask=live, other=MAX_ID))
     if LISTS & KIND:
@@ -230,13 +251,36 @@ def pack(listed, warm, count_s, max_w, log_alpha, LANES: tl.constexpr, CAP: tl.c
 
 
 @triton.jit
-def divergence(zw, zb, usable, cross, HAS_BASE: tl.constexpr):
-    """``(log Z_w, log Z_b, K)`` of a row from its sums; Z relative to the maxima."""
+def sums_again(warm, other, vocab, max_w, max_b):
+    """``(Z_w, usable, cross)`` of :func:`first_sweep` in float64, where they passed float32's range."""
+    zw, usable = tl.zeros([RARE], tl.float64), tl.zeros([RARE], tl.float64)
+    cross = tl.zeros([RARE], tl.float64)
+    for start in range(0, vocab, RARE):
+        ids = start + tl.arange(0, RARE)
+        w = tl.load(warm + ids, mask=ids < vocab, other=-INF).to(tl.float64)
+        o = tl.load(other + ids, mask=ids < vocab, other=-INF).to(tl.float64)
+        both = (w > -INF) & (o > -INF)
+        e = tl.exp(w - max_w)
+        zw += e
+        usable += tl.where(both, e, 0.0)
+        cross += tl.where(both, e * ((w - max_w) - (o - max_b)), 0.0)
+    return tl.sum(zw, 0), tl.sum(usable, 0), tl.sum(cross, 0)
+
+
+@triton.jit
+def divergence(
+    warm, other, vocab, max_w, max_b, zw, zb, usable, cross, valid, HAS_BASE: tl.constexpr
+):  # fmt: skip
+    """``(log Z_w, log Z_b, K, gap)`` of a row from its sums; Z relative to the maxima, K float64."""
     log_zw = tl.log(zw)
+    log_zb = log_zw
+    kl = tl.full([], 0.0, tl.float64)
     if HAS_BASE:
         log_zb = tl.where(zb > 0.0, tl.log(tl.where(zb > 0.0, zb, 1.0)), 0.0)
-        kl = cross / zw - usable / zw * (log_zw - log_zb)
-    else:
-        log_zb = log_zw
-        kl = log_zw * 0.0
-    return log_zw, log_zb, kl
+        mass, part, total = zw.to(tl.float64), usable.to(tl.float64), cross.to(tl.float64)
+        overflown = (tl.abs(cross) < INF) == 0
+        if valid & overflown:
+            mass, part, total = sums_again(warm, other, vocab, max_w, max_b)
+        kl = (total - part * (log_zw - log_zb)) / mass
+    gap = (((log_zw - log_zb) + kl) * SHRINK).to(tl.float32)
+    return log_zw, log_zb, kl, gap

@@ -67,3 +67,13 @@ def real_model():
 
     model, tokenizer = load_model("smollm2-135m")
     return model.eval(), tokenizer
+
+
+@pytest.fixture
+def shim_backend(monkeypatch, request):
+    """The CUDA kernels' host shim as a backend, for tests whose parameter ``backend`` asks for it."""
+    from tests import cuda_shim
+
+    if "backend" in request.fixturenames and request.getfixturevalue("backend") == "shim":
+        shim = cuda_shim.Shim(cuda_shim.build(**cuda_shim.SMALL), cuda_shim.CLUSTER, 3, 5)
+        cuda_shim.install(monkeypatch, shim)

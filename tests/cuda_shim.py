@@ -14,13 +14,19 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
 import torch
 from torch import Tensor
+
+from svdk import backends
+from tests import ops_cases as oc
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = (ROOT / "csrc", ROOT / "tests" / "shim")
 SOLO, CLUSTER, WORKSPACE = range(3)
 TRANSPORTS = {"solo": SOLO, "cluster": CLUSTER, "workspace": WORKSPACE}
+SMALL = {"SVDK_SLICE_TOKENS": 256, "SVDK_LIST": 64}
+"""Short slices and lists, so that small vocabularies meet every path."""
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 _INTEGERS = ("dtype", "source", "batch", "vocab", "direction", "mode", "split", "transport")
@@ -207,3 +213,15 @@ class Shim:
         self._rows(call, keep, ids=ids, p=p, delta=delta)
         self._raise(self.library.shim_extract(ctypes.byref(call), schedule, 1))
         return row_ptr, ids, p, delta, stats, status
+
+
+def install(monkeypatch: pytest.MonkeyPatch, shim: Shim) -> None:
+    """Put a shim into the table of backends under the name ``shim``."""
+    row = backends.Backend("shim", ("cpu",), lambda: None, lambda: shim)
+    monkeypatch.setitem(backends.TABLE, "shim", row)
+    monkeypatch.setattr(backends, "_resolved", {})
+
+
+def kernels() -> list[str]:
+    """``ops_cases.kernels`` and the shim, for tests that use the fixture ``shim_backend``."""
+    return [*oc.kernels(), *(["shim"] if compiler() is not None else [])]

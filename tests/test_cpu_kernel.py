@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import platform
 import resource
 import shutil
 import subprocess
@@ -131,13 +130,11 @@ def test_memory_does_not_grow_with_the_vocabulary():
     assert grown_kib < 3000, f"{grown_kib} KiB: less than one row of 1,000,000 floats is allowed"
 
 
-@pytest.mark.skipif(
-    platform.machine() == "aarch64", reason="this is an Arm machine: the build itself is the test"
-)
-def test_the_kernel_compiles_for_arm():
-    compiler = shutil.which("aarch64-linux-gnu-g++")
+@pytest.mark.parametrize("name", ["aarch64-linux-gnu-g++", "clang++"])
+def test_the_kernel_compiles_for_arm_and_with_clang(name):
+    compiler = shutil.which(name)
     if compiler is None:
-        pytest.skip("no aarch64 cross compiler (Debian: g++-aarch64-linux-gnu)")
+        pytest.skip(f"no {name} (Debian: g++-aarch64-linux-gnu, clang)")
     for source in CSRC.glob("*.cpp"):
         if source.name != "binding.cpp":  # the only file that needs PyTorch's headers
             command = [compiler, "-std=c++17", "-O2", "-Wall", "-Werror", "-fsyntax-only", str(source)]

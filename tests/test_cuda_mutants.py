@@ -18,7 +18,7 @@ from tests.cuda_shim import CLUSTER, SOLO, WORKSPACE
 
 pytestmark = pytest.mark.skipif(cuda_shim.compiler() is None, reason="no C++ compiler")
 
-SMALL = {"SVDK_SLICE_TOKENS": 256, "SVDK_LIST": 64, "SHIM_SAMPLE_ONLY": 1}
+SMALL = {**cuda_shim.SMALL, "SHIM_SAMPLE_ONLY": 1}
 SCHEDULES = range(6)
 
 

@@ -17,7 +17,6 @@ from tests import ops_cases as oc
 
 pytestmark = pytest.mark.skipif(cuda_shim.compiler() is None, reason="no C++ compiler")
 
-SMALL = {"SVDK_SLICE_TOKENS": 256, "SVDK_LIST": 64}
 # transport, CTAs a row, schedule (0: in order, else the seed of a random one)
 LAYOUTS = {
     "solo": (cuda_shim.SOLO, 1, 0),
@@ -30,14 +29,12 @@ DIRECTION = pytest.mark.parametrize("direction", ["kl_gradient", "log_ratio"])
 
 @pytest.fixture(scope="module")
 def library():
-    return cuda_shim.build(**SMALL)
+    return cuda_shim.build(**cuda_shim.SMALL)
 
 
 def install(monkeypatch, shim):
-    """Put a shim into the table of backends under the name ``shim``."""
-    row = backends.Backend("shim", ("cpu",), lambda: None, lambda: shim)
-    monkeypatch.setitem(backends.TABLE, "shim", row)
-    monkeypatch.setattr(backends, "_resolved", {})
+    """The shim as a backend, tested on vocabularies that it can do in a reasonable time."""
+    cuda_shim.install(monkeypatch, shim)
     monkeypatch.setattr(oc, "vocabs", lambda _: (1, 31, 32, 999, 2500))
 
 

@@ -17,32 +17,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import svdk
-from svdk import backends, reference
+from svdk import reference
 from tests import cuda_shim
 from tests import ops_cases as oc
 
 EFFORT = int(os.environ.get("SVDK_FUZZ", "1"))
 EXAMPLES = {"cpu": 500, "cuda": 150, "shim": 100, "triton": 3 if oc.interpreted("triton") else 60}
-SHIM = {"SVDK_SLICE_TOKENS": 256, "SVDK_LIST": 64}  # as in test_cuda_shim.py, so that it is built once
 INF, NAN = math.inf, math.nan
-# How large logits may be for probabilities and K to be compared: the GPU kernels keep a log-sum-exp in one
-# number, in which log(n) is lost next to 1e16, and sum K in float. (Tokens are compared whatever the size.)
-LARGEST = {True: INF, False: 1e15}
-
-pytestmark = pytest.mark.timeout(300)
-BACKEND = pytest.mark.parametrize(
-    "backend", [*oc.kernels(), *(["shim"] if cuda_shim.compiler() is not None else [])]
-)
-
-
-@pytest.fixture(autouse=True)
-def shim_backend(monkeypatch, request):
-    """The CUDA kernels' host shim as a backend, for the tests that ask for it."""
-    if "backend" in request.fixturenames and request.getfixturevalue("backend") == "shim":
-        shim = cuda_shim.Shim(cuda_shim.build(**SHIM), cuda_shim.CLUSTER, 3, 5)
-        row = backends.Backend("shim", ("cpu",), lambda: None, lambda: shim)
-        monkeypatch.setitem(backends.TABLE, "shim", row)
-        monkeypatch.setattr(backends, "_resolved", {})
+pytestmark = [pytest.mark.timeout(300), pytest.mark.usefixtures("shim_backend")]
+BACKEND = pytest.mark.parametrize("backend", cuda_shim.kernels())
 
 
 def fuzzed(backend: str, strategy, body) -> None:
@@ -253,6 +236,11 @@ def check_sample(backend: str, call) -> None:
     assert torch.equal(info.candidates, want.candidates)
     if not batch:
         return
+    size = magnitude(args, kwargs)
+    close(info.kl, want.kl, size, "kl")
+    same = token == want_token
+    for name in ("logprob_warm", "logprob_base"):
+        close(getattr(info, name)[same], getattr(want, name)[same], size[same], name)
     flat = oc.flat_arguments(args, kwargs)
     for row in (token != want_token).nonzero()[:, 0].tolist():
         assert int(info.status[row]) != svdk.Status.INVALID, f"row {row}: fallback {token[row]}"
@@ -322,9 +310,8 @@ def check_logprob(backend: str, call) -> None:
     assert bool(((got.greedy >= 0) & (got.greedy < vocab)).all())
     size = magnitude(args, kwargs)
     ordinary = size < 1e4  # beyond, a float difference of logits says nothing any more
-    rows = size < LARGEST[backend == "cpu"]
     for name in ("kl", "logprob_warm", "logprob_base"):
-        close(getattr(got, name)[rows], getattr(want, name)[rows], size[rows], name)
+        close(getattr(got, name), getattr(want, name), size, name)
     for name in ("logprob", "slope", "gain"):
         x, y = getattr(got, name)[ordinary], getattr(want, name)[ordinary]
         close(x, y, (1 + size[ordinary]) * 20, name)
@@ -348,12 +335,10 @@ def check_extract(backend: str, call) -> None:
         assert torch.equal(getattr(got, name), getattr(want, name)), name
     size = magnitude(args, kwargs)
     entry = size[torch.repeat_interleave(torch.arange(size.shape[0]), got.row_ptr.diff())]
-    whole = entry < LARGEST[backend == "cpu"]
-    close(got.p[whole], want.p[whole], torch.zeros_like(entry[whole]), "p")
-    close(got.delta[whole], want.delta[whole], entry[whole], "delta")
-    rows = size < LARGEST[backend == "cpu"]
+    close(got.p, want.p, torch.zeros_like(entry), "p")
+    close(got.delta, want.delta, entry, "delta")
     for name in ("kl", "max_logit", "lse"):
-        close(getattr(got, name)[rows], getattr(want, name)[rows], size[rows], name)
+        close(getattr(got, name), getattr(want, name), size, name)
 
 
 @BACKEND

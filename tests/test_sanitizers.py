@@ -61,7 +61,7 @@ HUGE = "pair.odd.huge || std::fabs(max_w) > kHuge || std::fabs(max_b) > kHuge"
 EXACTLY = "largest + std::fabs(c.mu) * reach > kExact"
 FIXES = {
     "plain_moments": Edit("sweeps.h", "if (c.direction == kPlain) return;", "", PORTABLE),
-    "exp_is_zero_below": Edit("blocks.h", "V::set(-126.75f)", "V::set(-126.0f)", PORTABLE),
+    "exp_is_zero_below": Edit("blocks.h", ": -126.75f", ": -126.0f", PORTABLE),
     "no_floor_is_not_nan": Edit(
         "finish.cpp", "key_value(std::max(floor_key, ", "key_value((floor_key, ", FINISH
     ),

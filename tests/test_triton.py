@@ -119,6 +119,36 @@ def test_a_list_that_overflows_is_replaced_by_the_row(tiny_config, kwargs):
         assert torch.equal(got.greedy.cpu(), want.greedy.cpu())
 
 
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {"alpha": 0.0, "direction": "log_ratio"},
+        {"alpha": 0.0, "strength": 2.0},
+        {"alpha": 0.01, "strength": 3.0},
+        {"alpha": 0.2, "penalty": 0.5},
+        {"alpha": 0.0, "direction": "log_ratio", "temperature": 0.0},
+    ],
+)
+def test_extreme_logits_in_any_slice(tiny_config, kwargs):
+    """What a slice flags, or cannot sum in float32, is for the program that finishes the row to mend."""
+    lowest = torch.finfo(torch.float32).min
+    warm, base = oc.logits(6, 700, seed=3)
+    warm[0, 64:] = lowest  # whole slices without a token that counts
+    base[1] = 1e25  # a log-ratio that rounds the warm logits away
+    base[2, 650] = -lowest  # K beyond the range of float32 on its way
+    warm[3, 650], base[3, 10] = lowest, lowest
+    warm[4] += 1e7  # more than the noise can be added to
+    base[5, 400] = -math.inf
+    args = (warm.to(DEVICE), base.to(DEVICE))
+    token, info = svdk.steered_sample(*args, **kwargs, seed=2, backend="triton", return_info=True)
+    want_token, want = svdk.steered_sample(*args, **kwargs, seed=2, backend="reference", return_info=True)
+    assert torch.equal(token.cpu(), want_token.cpu())
+    assert info.status.tolist() == [0, 0, 0, 0, 0, 2]
+    for name in ("kl", "logprob_warm", "logprob_steered"):
+        oc.assert_close(getattr(info, name), getattr(want, name), name)
+    assert torch.equal(svdk.steered_sample(*args, **kwargs, seed=2, backend="triton"), token)
+
+
 @pytest.mark.parametrize("alpha", [0.0, 0.5])
 @pytest.mark.parametrize(
     "kwargs", [{"top_p": 0.5}, {"top_p": 0.0}, {"top_k": 3}, {"top_k": 3, "top_p": 0.4}, {"min_p": 1.0}]

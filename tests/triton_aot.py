@@ -68,6 +68,8 @@ SAMPLES = (
     ("sample.wide.filters", {"KIND": KL, "FILTERS": True}, "fp32", ()),
     ("sample.log_ratio", {"KIND": schema.LOG_RATIO, "DIRECT": True}, "bf16", ()),
     ("sample.vector", {"KIND": schema.VECTOR | LISTS}, "bf16", ()),
+    ("sample.vector.wide", {"KIND": schema.VECTOR, "DIRECT": True, "INFO": True}, "bf16", ()),
+    ("sample.vector.budget", {"KIND": schema.VECTOR | LISTS, "MODE": schema.KL_BUDGET}, "bf16", ()),
     ("sample.plain", {"KIND": schema.PLAIN, "DIRECT": True}, "fp32", ()),
     ("sample.plain.filters", {"KIND": schema.PLAIN, "FILTERS": True}, "fp32", ()),
 )

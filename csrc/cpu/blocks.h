@@ -10,14 +10,16 @@ inline int padded(int n) { return (n + kPad - 1) / kPad * kPad; }
 // exp(x) for x <= 88 as 2^floor(t) * 2^fraction, t = x log2(e). The polynomial is the degree-5
 // minimax fit of 2^f on [0, 1], relative error 1.5e-7 in float; the rounding of t adds |x| * 6e-8,
 // which matters only where the result itself is negligible. Below -87.4 it is 0, which matters to
-// whoever multiplies it by more than 1e30 (logits masked with the lowest float): unclamped, by the
-// scaling of the hardware, or because t is clamped to where the exponent's bits are all 0. (Clamped
-// and scaled by hardware it is 1e-38.) NaN gives NaN, or 0 where t is clamped.
+// whoever multiplies it by more than 1e30 (logits masked with the lowest float): because t is
+// clamped to where the exponent's bits are all 0, or by the scaling of the hardware, which goes on
+// below that (there it is 0 from -104 down). NaN gives NaN, or 0 where t is clamped.
 template <bool kClamp = true>
 inline Vec::F exp(Vec::F x) {
   using V = Vec;
   V::F t = x * V::set(1.44269504088896341f);
-  if (kClamp || !V::kScaleSaturates) t = V::max(t, V::set(-126.75f));
+  if (kClamp || !V::kScaleSaturates) {
+    t = V::max(t, V::set(V::kScaleSaturates ? -151.0f : -126.75f));
+  }
   const V::F f = V::fraction(t);
   V::F y = V::set(1.8775767e-3f);
   y = V::fma(y, f, V::set(8.989341e-3f));

@@ -21,10 +21,11 @@ SVDK_DEVICE void measure_row(const ExtractArgs& a, Shared& s) {
     return;
   }
   const Context& c = s.verdict.context;
-  a.extracted[cta.row] = {c.lse_w, c.lse_b, c.kl, inside_from(c.max_w, c.log_alpha), c.inside};
+  a.extracted[cta.row] = {
+      c.log_w, c.log_b, c.kl, c.max_w, c.max_b, inside_from(c.max_w, c.log_alpha), c.inside};
   a.stats[cta.row] = S == kBase ? static_cast<float>(c.kl) : SVDK_NAN;
   a.stats[plane + cta.row] = c.max_w;
-  a.stats[2 * plane + cta.row] = static_cast<float>(c.lse_w);
+  a.stats[2 * plane + cta.row] = static_cast<float>(c.max_w + c.log_w);
   a.status[cta.row] = s.sums.flags & kBaseMasked;
 }
 
@@ -78,8 +79,10 @@ SVDK_DEVICE void fill_row(const ExtractArgs& a, ScanShared& s) {
   open_pair(a.rows, i, row);
   Context c{};
   c.direction = a.rows.direction;
-  c.lse_w = x.lse_w;
-  c.lse_b = x.lse_b;
+  c.max_w = x.max_w;
+  c.max_b = x.max_b;
+  c.log_w = x.log_w;
+  c.log_b = x.log_b;
   c.kl = x.kl;
   int64_t start = a.row_ptr[i];
   SVDK_ROLLED
@@ -105,7 +108,7 @@ SVDK_DEVICE void fill_row(const ExtractArgs& a, ScanShared& s) {
     for (int e = 0; e < N; ++e) {
       if (!(at + e < a.rows.vocab && w[e] >= x.inside_from)) continue;
       a.ids[place] = at + e;
-      a.p[place] = fast_exp(static_cast<float>(w[e] - c.lse_w));
+      a.p[place] = fast_exp(static_cast<float>(log_p_of(c, w[e])));
       a.delta[place] = static_cast<float>(delta_of(c, w[e], y[e]));
       ++place;
     }

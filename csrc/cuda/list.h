@@ -6,23 +6,103 @@
 
 namespace svdk::cuda {
 
+// Of delta (0 outside C) under p.
 struct Moments {
-  double mean, norm2, second;  // sum p delta, sum delta^2, sum p delta^2
-  SVDK_DEVICE double variance() const { return fmax(second - mean * mean, 0.0); }
+  double mean, variance, norm2;
 };
 
-SVDK_DEVICE Moments list_moments(Shared& s, const Context& c, int n) {
-  Moments m{0, 0, 0};
+// Sums over C of p, p d, p d^2 with d = delta - pivot, and of delta^2. About 0, the variance of a
+// vector with a common offset, or in a confident row, would be lost in rounding; so the pivot is a
+// vector's entry at the likeliest token.
+struct MomentSums {
+  double mass, first, second, norm2;
+
+  SVDK_DEVICE void add(double p, double delta, double pivot) {
+    const double d = delta - pivot;
+    mass += p;
+    first += p * d;
+    second += p * d * d;
+    norm2 += delta * delta;
+  }
+  // `outside`: the mass of the tokens outside C, which do not move.
+  SVDK_DEVICE Moments about(double pivot, double outside, double total) const {
+    const double m = (first - outside * pivot) / total;
+    return {pivot + m, fmax((second + outside * pivot * pivot) / total - m * m, 0.0), norm2};
+  }
+};
+
+// Log of the mass outside C relative to that of the likeliest token; -inf for none. Summed about
+// its own maximum: a strength can bring back what would underflow next to the tokens of C. By all
+// CTAs of the row.
+template <typename T, int S>
+SVDK_DEVICE double log_outside(Cta& cta, const Pair<T, S>& row, const Context& c) {
+  constexpr int N = Pair<T, kNone>::N;
+  const float from = inside_from(c.max_w, c.log_alpha);
+  const Pair<T, kNone> warm{row.warm, {}};
+  Shared& s = cta.s;
+  SVDK_ROLLED
+  for (int slice = cta.first_slice(); slice < cta.last_slice(); ++slice) {
+    float top = -SVDK_INF;
+    double sum = 0;
+    for_vectors(warm, cta.begin(slice), cta.end(slice),
+                [&](int, int n, const float (&w)[N], const float (&)[N]) {
+                  float high = top;
+                  SVDK_UNROLL
+                  for (int e = 0; e < N; ++e) {
+                    if (e < n && w[e] < from) high = fmaxf(high, w[e]);
+                  }
+                  if (high == -SVDK_INF) return;
+                  sum *= top == -SVDK_INF ? 0.0f : fast_exp(top - high);
+                  top = high;
+                  SVDK_UNROLL
+                  for (int e = 0; e < N; ++e) {
+                    if (e < n && w[e] < from) sum += fast_exp(w[e] - top);
+                  }
+                });
+    const float high = warp_max_of(top);
+    leave_sums(s, slice, top == -SVDK_INF ? 0.0 : sum * fast_exp(top - high), 0, 0, 0);
+    if (lane_id() == 0) s.part.sums[slice][warp_id()].d[1] = high;
+  }
+  const Parts parts = cta.own_parts();
+  cta.team_barrier();
+  const int entries = cta.slices.count * kWarps;
+  double top = -static_cast<double>(SVDK_INF), sum = 0;
+  SVDK_ROLLED
+  for (int e = lane_id(); e < entries; e += 32) top = fmax(top, cta.entry(parts, e).d[1]);
+  for (int o = 16; o; o >>= 1) top = fmax(top, __shfl_xor_sync(0xffffffffu, top, o));
+  SVDK_ROLLED
+  for (int e = lane_id(); e < entries; e += 32) {
+    const WarpSums& x = cta.entry(parts, e);
+    if (x.d[0] > 0) sum += x.d[0] * fast_exp(static_cast<float>(x.d[1] - top));
+  }
+  sum = warp_sum(sum);
+  cta.team_barrier();
+  return (top - c.max_w) + static_cast<double>(logf(static_cast<float>(sum)));
+}
+
+// A vector's entry at the likeliest token of the list, 0 for the other directions.
+template <int S>
+SVDK_DEVICE double list_pivot(Shared& s, int n) {
+  if (S != kVectorRow) return 0.0;
+  unsigned long long best = 0;
+  SVDK_ROLLED
+  for (int i = threadIdx.x; i < n; i += kThreads) {
+    const unsigned long long key = best_key(s.part.list[i].warm, i);
+    if (key > best) best = key;
+  }
+  return s.part.list[best_id(block_max(s, best))].other;
+}
+
+template <int S>
+SVDK_DEVICE MomentSums list_moments(Shared& s, const Context& c, int n, double pivot) {
+  MomentSums m{0, 0, 0, 0};
   SVDK_ROLLED
   for (int i = threadIdx.x; i < n; i += kThreads) {
     const Candidate k = s.part.list[i];
-    const double p = fast_exp(static_cast<float>(k.warm - c.lse_w));
-    const double d = delta_of(c, k.warm, k.other);
-    m.mean += p * d;
-    m.norm2 += d * d;
-    m.second += p * d * d;
+    m.add(fast_exp(static_cast<float>(log_p_of(c, k.warm))), delta_of(c, k.warm, k.other), pivot);
   }
-  return {block_sum(s, m.mean), block_sum(s, m.norm2), block_sum(s, m.second)};
+  const double mass = S == kVectorRow ? block_sum(s, m.mass) : 1.0;  // nobody asks for the others'
+  return {mass, block_sum(s, m.first), block_sum(s, m.second), block_sum(s, m.norm2)};
 }
 
 template <typename T, int S>
@@ -45,8 +125,7 @@ SVDK_DEVICE double delta_at(const Pair<T, S>& row, const Context& c, int id) {
 SVDK_DEVICE double strength_of(const SampleRow& p, const Moments& m, double at_label) {
   if (p.mode == kConstant) return p.strength;
   if (p.mode == kKlBudget) {
-    const double variance = m.variance();
-    return variance < kEps ? 0.0 : sqrt(2 * p.strength / variance);
+    return m.variance < kEps ? 0.0 : sqrt(2 * p.strength / m.variance);
   }
   return m.norm2 < kEps ? 0.0 : (at_label - m.mean) / (m.norm2 + kEps);
 }
@@ -57,15 +136,14 @@ struct LogSum {
 
 // Steered logits of the list into scratch.list.z, and their log-sum-exp.
 SVDK_DEVICE LogSum steer_list(Shared& s, const Context& c, int n) {
-  unsigned long long best = 0;
+  double top = -static_cast<double>(SVDK_INF);
   SVDK_ROLLED
   for (int i = threadIdx.x; i < n; i += kThreads) {
     const double z = steered_of(c, c.mu, s.part.list[i].warm, s.part.list[i].other);
     s.scratch.list.z[i] = z;
-    const unsigned long long key = best_key(static_cast<float>(z), 0);
-    if (key > best) best = key;
+    top = fmax(top, z);
   }
-  const double top = best_score(block_max(s, best));
+  top = block_max(s, top);
   double sum = 0;
   SVDK_ROLLED
   for (int i = threadIdx.x; i < n; i += kThreads) {

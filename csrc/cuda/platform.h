@@ -13,6 +13,7 @@
 #define SVDK_DEVICE __device__ __forceinline__
 #define SVDK_SHARED(type, name) __shared__ type name
 #define SVDK_UNROLL _Pragma("unroll")
+#define SVDK_UNROLL4 _Pragma("unroll 4")
 #define SVDK_ROLLED _Pragma("unroll 1")  // cold, or large: registers matter more
 
 namespace svdk::cuda {

@@ -32,6 +32,10 @@ constexpr int kMaxId = 0x7fffffff;
 enum Direction : int { kKlGradient = 0, kLogRatio = 1, kVector = 2, kPlain = 3 };
 enum StrengthMode : int { kConstant = 0, kLabel = 1, kKlBudget = 2 };
 enum Status : int { kInvalid = 1, kBaseMasked = 2 };
+// Beside the status, inside the kernels: warm and base logits so far apart that the rounding of
+// their difference shows in the steered logit.
+constexpr int kFar = 4;
+constexpr float kApart = 256.0f;
 // The second operand of a kernel, a template parameter.
 enum Source : int { kNone = 0, kBase = 1, kVectorRow = 2 };
 // How the CTAs of a row exchange what they found.
@@ -67,9 +71,10 @@ struct Candidate {
   float warm, other;  // other: base logit or vector entry
 };
 
-// What one warp adds up over one slice.
-struct WarpSums {
+// What one warp adds up over one slice: the first sweep in float, the rarer ones in double.
+union WarpSums {
   float v[6];
+  double d[4];
 };
 
 // What a CTA publishes about its slices of a row.
@@ -78,7 +83,7 @@ struct alignas(128) Part {
   unsigned long long best;  // best_key
   uint32_t count;           // candidates offered; beyond kList they are lost
   int32_t dead;             // tokens whose warm logit is -inf
-  int32_t flags;            // Status
+  int32_t flags;            // Status, kFar
   Candidate list[kList];
 };
 
@@ -117,8 +122,8 @@ struct ScoreArgs {
 
 // What extract's second kernel needs of a row.
 struct Extracted {
-  double lse_w, lse_b, kl;
-  float inside_from;
+  double log_w, log_b, kl;
+  float max_w, max_b, inside_from;
   int32_t count;
 };
 
@@ -135,8 +140,11 @@ struct ExtractArgs {
 // A row's constants once the first sweep is over.
 struct Context {
   int direction, finite, inside;  // tokens with a finite warm logit; size of C
-  float max_w, inside_from;       // C: warm >= inside_from (only set where a sweep needs it)
-  double log_alpha, lse_w, lse_b, kl, mu, penalty;
+  float max_w, max_b;
+  float inside_from;  // C: warm >= inside_from (only set where a sweep needs it)
+  // log_w, log_b: of sum exp(x - max). A log-sum-exp in one number would round them away next to a
+  // maximum of 1e16 and more.
+  double log_alpha, log_w, log_b, kl, mu, penalty;
 };
 
 // A row's parameters of steered_sample.
@@ -202,13 +210,21 @@ SVDK_DEVICE float gumbel(uint32_t bits) {
   return -logf(upper ? -log1pf(-v) : -logf(v));
 }
 
+SVDK_DEVICE double log_p_of(const Context& c, float w) {
+  return (static_cast<double>(w) - c.max_w) - c.log_w;
+}
+SVDK_DEVICE double log_q_of(const Context& c, float b) {
+  return b == -SVDK_INF ? -static_cast<double>(SVDK_INF)
+                        : (static_cast<double>(b) - c.max_b) - c.log_b;
+}
+
 // The steering direction at one token, in double but for the exponential.
 SVDK_DEVICE double delta_of(const Context& c, float w, float other) {
   if (c.direction == kPlain) return 0;
   if (c.direction == kVector) return other;
   if (other == -SVDK_INF || w == -SVDK_INF) return 0;
-  const double d = (w - c.lse_w) - (other - c.lse_b) - c.kl;
-  return c.direction == kLogRatio ? d : fast_exp(static_cast<float>(w - c.lse_w)) * d;
+  const double x = log_p_of(c, w), d = x - log_q_of(c, other) - c.kl;
+  return c.direction == kLogRatio ? d : fast_exp(static_cast<float>(x)) * d;
 }
 SVDK_DEVICE bool is_inside(const Context& c, float w) {
   return w != -SVDK_INF && static_cast<double>(w) - c.max_w >= c.log_alpha;
@@ -234,34 +250,65 @@ SVDK_DEVICE float inside_from(float max_w, double log_alpha) {
   return key_value(high);
 }
 
-// The same arithmetic in float, for sweeps over the whole row.
+SVDK_DEVICE double clamped(double x, double limit) { return fmin(fmax(x, -limit), limit); }
+
+// The same arithmetic in float, for sweeps over the whole row. Logits may be as large as a float,
+// and mu too, so everything is scaled by powers of two, which costs no precision, until nothing can
+// leave the range of a float: logits by kShrink, steered logits (less max_w) by `scale`. Order and
+// ties are those of the steered logits themselves.
 struct FastContext {
-  float mu, from, outside, lse, shift;
+  static constexpr float kShrink = 0x1p-4f;
+
+  float mu, from, outside, max_w, max_b, gap, log_w, scale;
   int direction;
-  bool drop;
   SVDK_DEVICE explicit FastContext(const Context& c)
-      : mu(static_cast<float>(c.mu)),
-        from(c.inside_from),
-        outside(static_cast<float>(c.mu * c.penalty)),
-        lse(static_cast<float>(c.lse_w)),
-        shift(static_cast<float>(c.lse_w - c.lse_b + c.kl)),
-        direction(c.direction),
-        drop(c.penalty < -DBL_MAX) {}
+      : from(c.inside_from),
+        max_w(kShrink * c.max_w),
+        max_b(kShrink * c.max_b),
+        gap(static_cast<float>(kShrink * (c.log_w - c.log_b + c.kl))),
+        log_w(static_cast<float>(c.log_w) * kLog2e),
+        direction(c.direction) {
+    // Beyond 2^117 the size of mu no longer matters: all that counts is who has the larger delta.
+    const double size = clamped(c.mu, 0x1p117);
+    scale = scalbnf(1.0f, -9 - ilogb(fmax(fabs(size), 1.0)));
+    mu = static_cast<float>(size * scale) * (c.direction == kVector ? 1.0f : 1.0f / kShrink);
+    const double shift = c.mu * c.penalty;  // 0 * -inf is NaN
+    outside =
+        c.penalty < -DBL_MAX ? -SVDK_INF : static_cast<float>(clamped(scale * shift, 0x1p126));
+  }
+
+  // The unit of delta() in steered logits.
+  template <int S>
+  SVDK_DEVICE static constexpr double unit() {
+    return S == kVectorRow ? 1.0 : 1.0 / kShrink;
+  }
+  SVDK_DEVICE float shrunk(float w) const { return fmaf(w, kShrink, -max_w); }
+  // p at a shrunk warm logit.
+  SVDK_DEVICE float p(float dw) const { return exp2_approx(fmaf(dw, kLog2e / kShrink, -log_w)); }
 
   template <int S>
   SVDK_DEVICE float delta(float w, float other) const {
     if (S == kNone) return 0.0f;
     if (S == kVectorRow) return other;
     if (other == -SVDK_INF) return 0.0f;
-    const float d = (w - other) - shift;
-    return direction == kLogRatio ? d : fast_exp(w - lse) * d;
+    const float dw = shrunk(w), d = dw - fmaf(other, kShrink, -max_b) - gap;
+    return direction == kLogRatio ? d : p(dw) * d;
+  }
+  // What moves with mu at a token, and the steered logit that this makes.
+  template <int S>
+  SVDK_DEVICE float steered_by(float w, float move) const {
+    if (S == kNone) return w;
+    return fmaf(shrunk(w), scale / kShrink, w < from ? outside : mu * move);
   }
   template <int S>
   SVDK_DEVICE float steered(float w, float other) const {
-    if (S == kNone || w == -SVDK_INF) return w;
-    if (w < from && drop) return -SVDK_INF;
-    const float z = w < from ? w + outside : fmaf(mu, delta<S>(w, other), w);
-    return fminf(fmaxf(z, -FLT_MAX), FLT_MAX);
+    if (S == kNone) return w;
+    return steered_by<S>(w, w < from ? 0.0f : delta<S>(w, other));
+  }
+  // What steered logits are to be multiplied by to be in nats again.
+  template <int S>
+  SVDK_DEVICE float nats() const {
+    return S == kNone ? 1.0f : 1.0f / scale;
   }
 };
 
@@ -275,10 +322,22 @@ struct Filter {
   }
 };
 
+// Perturbed scores, unit * (z / temperature + noise) with z = nats * steered: `rate` times the
+// steered logit plus `unit` times the noise. `unit` is a power of two, 1 or so little that a score
+// at a low temperature does not leave the range of a float.
 struct Noise {
-  uint64_t seed, offset;
-  float inverse_temperature;
+  float rate, unit;
   bool greedy;
+
+  SVDK_DEVICE void set(const SampleRow& p, float nats) {
+    greedy = p.temperature == 0;
+    const double per_nat = nats / (greedy ? 1.0 : p.temperature);
+    const int exponent = -3 - ilogb(per_nat), power = exponent < 0 ? exponent : 0;
+    rate = static_cast<float>(scalbn(per_nat, power));
+    unit = scalbnf(1.0f, power);
+  }
+  // 1 / unit, 2^127 at the most.
+  SVDK_DEVICE float per_unit() const { return float_of(0x7f000000u - bits_of(unit)); }
 };
 
 }  // namespace svdk::cuda

@@ -87,18 +87,15 @@ SVDK_DEVICE void refuse(const SampleArgs& a, Cta& cta, const Pair<T, S>& row, bo
 
 template <typename T, int S>
 SVDK_DEVICE void report(const SampleArgs& a, int row, const Pair<T, S>& pair, const Context& c,
-                        int token, double lse_steered, int flags) {
+                        int token, double steered, int flags) {
   if (threadIdx.x != 0) return;
   const float w = read_one(pair.warm, token);
   const float other = a.floats ? other_at(pair, token) : 0.0f;
   const double nan = SVDK_NAN;
   const bool base = S == kBase;
   write_sample(a, row,
-               {token, flags & kBaseMasked, c.inside, c.mu, base ? c.kl : nan,
-                steered_of(c, c.mu, w, other) - lse_steered, w - c.lse_w,
-                !base                ? nan
-                : other == -SVDK_INF ? -static_cast<double>(SVDK_INF)
-                                     : other - c.lse_b});
+               {token, flags & kBaseMasked, c.inside, c.mu, base ? c.kl : nan, steered,
+                log_p_of(c, w), base ? log_q_of(c, other) : nan});
 }
 
 // Adds the row up; true in every CTA that is to go on, with the first CTA's verdict. On kFinished
@@ -130,6 +127,11 @@ SVDK_DEVICE bool open_row(Cta& cta, const RowArgs& a, const Pair<T, S>& row, dou
       }
     }
     cta.hand_out();
+    if constexpr (S == kBase) {
+      if (s.verdict.next != kFinished && first && !is_finite(s.verdict.context.kl)) {
+        sum_in_double(cta, row);
+      }
+    }
     if (s.verdict.next != kCollect) return true;
     // Candidates were lost: the running maximum was low for too long, or C is large.
     total = collect_sweep(cta, row, inside_from(s.verdict.context.max_w, log_alpha));
@@ -150,8 +152,9 @@ SVDK_DEVICE int merge_direct(Cta& cta, const Parts& parts, bool& invalid) {
   }
   cta.team_barrier();
   invalid = flags & kInvalid || dead == cta.vocab;
-  // A masked base token does not get the shift that the others get.
-  return flags & kBaseMasked ? -1 : best_id(best);
+  // A masked base token does not get the shift that the others get, and where the shift is large
+  // only the maxima tell the rest from it.
+  return flags & (kBaseMasked | kFar) ? -1 : best_id(best);
 }
 
 template <typename T, int S>
@@ -167,7 +170,7 @@ SVDK_DEVICE void sample_row(const SampleArgs& a, Shared& s) {
   bool direct = p.log_alpha < -DBL_MAX && !p.filtered() && p.mode == kConstant &&
                 a.rows.direction != kKlGradient;
   int token = -1;
-  double lse = 0;
+  double steered = 0;  // log-probability of the token
   Context& c = s.verdict.context;
   while (!invalid) {
     if (threadIdx.x == 0) {
@@ -198,11 +201,7 @@ SVDK_DEVICE void sample_row(const SampleArgs& a, Shared& s) {
       double mu = p.strength;
       if (p.mode != kConstant) {
         Moments m{0, 0, 0};
-        if (in_list < 0) {
-          m = whole_moments(cta, row, c);
-        } else if (cta.leads()) {
-          m = list_moments(s, c, in_list);
-        }
+        if (in_list < 0 || cta.leads()) m = moments_of(cta, row, c, in_list);
         mu = strength_of(p, m, p.mode == kLabel ? delta_at(row, c, static_cast<int>(p.label)) : 0);
       }
       if (threadIdx.x == 0) c.mu = mu;
@@ -217,12 +216,14 @@ SVDK_DEVICE void sample_row(const SampleArgs& a, Shared& s) {
       }
     }
 
-    lse = c.lse_w;
     if (listed >= 0) {
       if (cta.leads()) {
         const LogSum sum = steer_list(s, c, listed);
-        if (complete) lse = sum.top + sum.log_sum;
         token = draw_list(s, p, listed, s.search.total);
+        if (complete && a.floats) {
+          const float w = read_one(row.warm, token);
+          steered = (steered_of(c, c.mu, w, other_at(row, token)) - sum.top) - sum.log_sum;
+        }
       }
     } else if (token < 0) {
       draw_sweep(cta, row, c, s.search.filter, p);
@@ -238,9 +239,13 @@ SVDK_DEVICE void sample_row(const SampleArgs& a, Shared& s) {
       direct = false;  // once more, for what the direct draw could not know
       continue;
     }
-    if (a.floats && S != kNone && !complete && !direct) {
-      const Partition z = whole_partition(cta, row, c);
-      lse = z.max + static_cast<double>(logf(static_cast<float>(z.z)));
+    if (a.floats && !complete && !direct) {
+      const Summary x = whole_partition(cta, row, c);
+      if (cta.leads()) {
+        const FastContext fast(c);
+        const float w = read_one(row.warm, token);
+        steered = log_share<S>(x, fast, fast.template steered<S>(w, other_at(row, token)));
+      }
     }
     break;
   }
@@ -248,7 +253,7 @@ SVDK_DEVICE void sample_row(const SampleArgs& a, Shared& s) {
   if (invalid) {
     refuse(a, cta, row, unreadable < 2);
   } else {
-    report(a, cta.row, row, c, token, lse, s.sums.flags);
+    report(a, cta.row, row, c, token, steered, s.sums.flags);
   }
 }
 

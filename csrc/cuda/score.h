@@ -5,82 +5,61 @@
 
 namespace svdk::cuda {
 
-// Sums of e = exp(z_hat - top) at one strength, with the moments of what moves with it.
+// At one strength: sums of e = exp(z_hat - top), with the moments of what moves with mu about that
+// of the largest z_hat.
 struct ListPartition {
-  double top, z, first, second;
+  double top, pivot, z, first, second;
   int greedy;
+
+  SVDK_DEVICE void add(double e, double moves) {
+    const double d = moves - pivot;
+    z += e;
+    first += e * d;
+    second += e * d * d;
+  }
 };
 
-// Over the list, by one warp.
-SVDK_DEVICE ListPartition list_partition(const Shared& s, const Context& c, double mu, int n) {
+// Over the list, by one warp. `outside`: the steered logit less max_w that the tokens outside C
+// have together, or -inf; they move by `penalty`.
+SVDK_DEVICE ListPartition list_partition(const Shared& s, const Context& c, double mu, int n,
+                                         double outside) {
   double best = -DBL_MAX;
-  int id = kMaxId;
+  int place = kMaxId;
   SVDK_ROLLED
   for (int i = lane_id(); i < n; i += 32) {
-    const Candidate k = s.part.list[i];
-    const double z = steered_of(c, mu, k.warm, k.other);
-    if (z > best || id == kMaxId) {
+    const double z = steered_of(c, mu, s.part.list[i].warm, s.part.list[i].other);
+    if (z > best || place == kMaxId) {
       best = z;
-      id = k.id;
+      place = i;
     }
   }
   for (int o = 16; o; o >>= 1) {
     const double z = __shfl_xor_sync(0xffffffffu, best, o);
-    const int other = __shfl_xor_sync(0xffffffffu, id, o);
-    if (other != kMaxId && (id == kMaxId || z > best || (z == best && other < id))) {
+    const int other = __shfl_xor_sync(0xffffffffu, place, o);
+    if (other != kMaxId && (place == kMaxId || z > best || (z == best && other < place))) {
       best = z;
-      id = other;
+      place = other;
     }
   }
-  ListPartition part{best, 0, 0, 0, id};
+  const Candidate first = s.part.list[place];
+  ListPartition part{best, delta_of(c, first.warm, first.other), 0, 0, 0, first.id};
+  if (c.max_w + outside > best) {
+    part.top = c.max_w + outside;
+    part.pivot = c.penalty;
+  }
   SVDK_ROLLED
   for (int i = lane_id(); i < n; i += 32) {
     const Candidate k = s.part.list[i];
-    const double d = delta_of(c, k.warm, k.other);
-    const double e = fast_exp(static_cast<float>(steered_of(c, mu, k.warm, k.other) - part.top));
-    part.z += e;
-    part.first += e * d;
-    part.second += e * d * d;
+    const double z = steered_of(c, mu, k.warm, k.other);
+    part.add(fast_exp(static_cast<float>(z - part.top)), delta_of(c, k.warm, k.other));
   }
   part.z = warp_sum(part.z);
   part.first = warp_sum(part.first);
   part.second = warp_sum(part.second);
-  return part;
-}
-
-// With the tokens outside C, whose mass relative to exp(max_w) is `mass` and whose steered logits
-// are their own plus mu * penalty.
-SVDK_DEVICE ListPartition with_outside(const ListPartition& in, const Context& c, double mu,
-                                       double mass) {
-  const double z = c.max_w + mu * c.penalty, top = fmax(in.top, z);
-  const double keep = fast_exp(static_cast<float>(in.top - top));
-  const double e = mass * fast_exp(static_cast<float>(z - top));
-  return {top, keep * in.z + e, keep * in.first + e * c.penalty,
-          keep * in.second + e * c.penalty * c.penalty, in.greedy};
-}
-
-// sum exp(w - max_w) over the tokens outside C, by one CTA alone.
-template <typename T, int S>
-SVDK_DEVICE double outside_sum(Cta& cta, const Pair<T, S>& row, const Context& c) {
-  constexpr int N = Pair<T, kNone>::N;
-  const float from = inside_from(c.max_w, c.log_alpha);
-  const Pair<T, kNone> warm{row.warm, {}};
-  SVDK_ROLLED
-  for (int slice = 0; slice < cta.slices.count; ++slice) {
-    float sum = 0;
-    for_vectors(warm, cta.begin(slice), cta.end(slice),
-                [&](int, int n, const float (&w)[N], const float (&)[N]) {
-                  SVDK_UNROLL
-                  for (int e = 0; e < N; ++e) {
-                    if (e < n && w[e] < from) sum += fast_exp(w[e] - c.max_w);
-                  }
-                });
-    sum = warp_sum(sum);
-    if (lane_id() == 0) cta.s.part.sums[slice][warp_id()] = {{sum}};
+  if (outside != -static_cast<double>(SVDK_INF)) {
+    part.add(fast_exp(static_cast<float>((c.max_w - part.top) + outside)), c.penalty);
   }
-  double total[1];
-  merge_plain(cta, total);
-  return total[0];
+  return part;
 }
 
 struct Label {
@@ -89,17 +68,15 @@ struct Label {
   double delta;
 };
 
-SVDK_DEVICE void write_curve(const ScoreArgs& a, int row, int m, const Context& c, double mu,
-                             const Label& label, double log_z, double mean, double square,
+SVDK_DEVICE void write_curve(const ScoreArgs& a, int row, int m, const Context& c,
+                             const Label& label, double logprob, double mean, double variance,
                              int greedy) {
   const int64_t at = static_cast<int64_t>(row) * a.count + m;
   const int64_t plane = static_cast<int64_t>(a.rows.batch) * a.count;
-  const double z = steered_of(c, mu, label.warm, label.other);
-  const bool reachable = z >= -DBL_MAX;
   const double move = label.inside ? label.delta : c.penalty;
-  a.curves[at] = reachable ? static_cast<float>(z - log_z) : -SVDK_INF;
-  a.curves[plane + at] = reachable ? static_cast<float>(move - mean) : 0.0f;
-  a.curves[2 * plane + at] = static_cast<float>(fmax(square - mean * mean, 0.0));
+  a.curves[at] = static_cast<float>(logprob);
+  a.curves[plane + at] = logprob < -DBL_MAX ? 0.0f : static_cast<float>(move - mean);
+  a.curves[2 * plane + at] = static_cast<float>(variance);
   a.greedy[at] = greedy;
 }
 
@@ -127,61 +104,42 @@ template <typename T, int S>
 SVDK_DEVICE void score_list(const ScoreArgs& a, Cta& cta, const Pair<T, S>& row, const Context& c,
                             int n, const Label& label) {
   Shared& s = cta.s;
-  const bool outside = n < c.finite && c.penalty >= -DBL_MAX;
-  double mass = 0;
-  if (outside) {
+  const double none = -static_cast<double>(SVDK_INF);
+  double mass = none;  // of the tokens outside C: its logarithm, relative to that of exp(max_w)
+  if (n < c.finite && c.penalty >= -DBL_MAX) {
     double inside = 0;
     SVDK_ROLLED
     for (int i = threadIdx.x; i < n; i += kThreads) {
       inside += fast_exp(s.part.list[i].warm - c.max_w);
     }
-    mass = fmax(s.sums.z_w - block_sum(s, inside), 0.0);
+    // The difference is good to the rounding of z_w; with little left, that shows in the curvature.
+    const double rest = s.sums.z_w - block_sum(s, inside);
+    mass = rest > 0.1 * s.sums.z_w ? static_cast<double>(logf(static_cast<float>(rest)))
+                                   : log_outside(cta, row, c);
   }
-  // The difference is good to the rounding of z_w; where that would show, the tokens outside are
-  // summed on their own. Decided strength by strength, so that a grid changes no entry of it.
-  const bool small = outside && mass < 0.1 * s.sums.z_w;
-  for (bool exact = false;; exact = true) {
-    if (threadIdx.x == 0) s.listed = 0;
-    __syncthreads();
-    SVDK_ROLLED
-    for (int m = warp_id(); m < a.count; m += kWarps) {
-      const double mu = strength_at(a, cta.row, m);
-      ListPartition part = list_partition(s, c, mu, n);
-      bool doubtful = false;
-      if (small) {
-        const ListPartition none = with_outside(part, c, mu, 0.0);
-        const double shown = fast_exp(static_cast<float>(c.max_w + mu * c.penalty - none.top));
-        doubtful = shown * s.sums.z_w > 3 * none.z;
-      }
-      if (doubtful != exact) {
-        if (doubtful && lane_id() == 0) atomicAdd(&s.listed, 1u);
-        continue;
-      }
-      if (outside) part = with_outside(part, c, mu, mass);
-      if (lane_id() == 0) {
-        const double log_z = part.top + static_cast<double>(logf(static_cast<float>(part.z)));
-        write_curve(a, cta.row, m, c, mu, label, log_z, part.first / part.z, part.second / part.z,
-                    part.greedy);
-      }
-    }
-    __syncthreads();
-    if (exact || s.listed == 0) return;
-    mass = outside_sum(cta, row, c);
+  SVDK_ROLLED
+  for (int m = warp_id(); m < a.count; m += kWarps) {
+    const double mu = strength_at(a, cta.row, m);
+    const ListPartition part =
+        list_partition(s, c, mu, n, mass == none ? none : mass + mu * c.penalty);
+    if (lane_id() != 0) continue;
+    const double z = steered_of(c, mu, label.warm, label.other), mean = part.first / part.z;
+    const double log_z = static_cast<double>(logf(static_cast<float>(part.z)));
+    write_curve(a, cta.row, m, c, label, z < -DBL_MAX ? none : (z - part.top) - log_z,
+                part.pivot + mean, fmax(part.second / part.z - mean * mean, 0.0), part.greedy);
   }
 }
 
 // What a row has once, whatever the strengths. By thread 0.
 SVDK_DEVICE void write_stats(const ScoreArgs& a, int row, const Context& c, const Label& label,
                              const Moments& m, bool base, int flags) {
-  const double log_q =
-      label.other == -SVDK_INF ? -static_cast<double>(SVDK_INF) : label.other - c.lse_b;
   const int64_t plane = a.rows.batch;
   a.stats[row] = static_cast<float>(label.delta - m.mean);
   a.stats[plane + row] = static_cast<float>(m.norm2);
-  a.stats[2 * plane + row] = static_cast<float>(m.variance());
+  a.stats[2 * plane + row] = static_cast<float>(m.variance);
   a.stats[3 * plane + row] = base ? static_cast<float>(c.kl) : SVDK_NAN;
-  a.stats[4 * plane + row] = static_cast<float>(label.warm - c.lse_w);
-  a.stats[5 * plane + row] = base ? static_cast<float>(log_q) : SVDK_NAN;
+  a.stats[4 * plane + row] = static_cast<float>(log_p_of(c, label.warm));
+  a.stats[5 * plane + row] = base ? static_cast<float>(log_q_of(c, label.other)) : SVDK_NAN;
   a.status[row] = flags & kBaseMasked;
 }
 
@@ -218,7 +176,7 @@ SVDK_DEVICE void score_row(const ScoreArgs& a, Shared& s) {
   Label label{read_one(row.warm, at), other_at(row, at), false, 0.0};
   label.inside = is_inside(c, label.warm);
   if (label.inside) label.delta = delta_of(c, label.warm, label.other);
-  const Moments moments = listed >= 0 ? list_moments(s, c, listed) : whole_moments(cta, row, c);
+  const Moments moments = moments_of(cta, row, c, listed);
   const bool writes = cta.leads() && threadIdx.x == 0;
   if (writes) write_stats(a, cta.row, c, label, moments, S == kBase, s.sums.flags);
   if (listed >= 0) {
@@ -229,11 +187,11 @@ SVDK_DEVICE void score_row(const ScoreArgs& a, Shared& s) {
   for (int m = 0; m < a.count; ++m) {
     if (threadIdx.x == 0) c.mu = strength_at(a, cta.row, m);
     __syncthreads();
-    const Partition part = whole_partition(cta, row, c);
+    const Summary x = whole_partition(cta, row, c);
     if (!writes) continue;
-    const double log_z = part.max + static_cast<double>(logf(static_cast<float>(part.z)));
-    write_curve(a, cta.row, m, c, c.mu, label, log_z, part.first / part.z, part.second / part.z,
-                best_id(part.greedy));
+    const FastContext fast(c);
+    const double share = log_share<S>(x, fast, fast.template steered<S>(label.warm, label.other));
+    write_curve(a, cta.row, m, c, label, share, x.mean, x.variance, best_id(x.greedy));
   }
 }
 

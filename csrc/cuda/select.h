@@ -8,9 +8,10 @@ namespace svdk::cuda {
 constexpr float kMassUnit = 0x1p40f;
 constexpr float kBinsPerNat = 64.0f;
 
-// Bins of the first histogram count down from the largest steered logit.
-SVDK_DEVICE int linear_bin(float z, float top) {
-  const float distance = (top - z) * kBinsPerNat;
+// Bins of the first histogram count down from the largest steered logit, `per_unit` of them for one
+// unit of these.
+SVDK_DEVICE int linear_bin(const Binning& b, float z) {
+  const float distance = (b.top - z) * b.per_unit;
   return distance < static_cast<float>(kBins - 1) ? static_cast<int>(distance) : kBins - 1;
 }
 
@@ -24,14 +25,14 @@ SVDK_DEVICE void add_mass(unsigned long long* to, unsigned long long x) {
 }
 
 struct Scale {
-  float top, inverse_temperature;
+  float top, rate;  // rate: units of steered logits to nats, over the temperature
   SVDK_DEVICE unsigned long long mass(float z) const {
-    return static_cast<unsigned long long>(fast_exp((z - top) * inverse_temperature) * kMassUnit);
+    return static_cast<unsigned long long>(fast_exp((z - top) * rate) * kMassUnit);
   }
 };
 
 SVDK_DEVICE int bin_of(const Binning& b, float z, int id) {
-  if (b.kind == kLinear) return linear_bin(z, b.top);
+  if (b.kind == kLinear) return linear_bin(b, z);
   if (b.kind == kTies ? z != b.floor : z < b.floor) return -1;
   const uint32_t key = b.kind == kTies ? static_cast<uint32_t>(id) : ~ordered_key(z);
   if (static_cast<uint64_t>(key) >> (b.shift + b.width) != b.prefix) return -1;
@@ -171,8 +172,9 @@ SVDK_DEVICE float largest_steered(Cta& cta, const Pair<T, S>& row, const FastCon
 
 // The tokens of the bins up to `limit` into the lists of the CTAs; false if there are too many.
 template <typename T, int S>
-SVDK_DEVICE bool gather_bins(Cta& cta, const Pair<T, S>& row, const FastContext& c, float top,
-                             int limit) {
+SVDK_DEVICE bool gather_bins(Cta& cta, const Pair<T, S>& row, const FastContext& c,
+                             const Binning& from, int limit) {
+  const Binning binning = from;
   constexpr int N = Pair<T, S>::N;
   Shared& s = cta.s;
   double mine = 0;
@@ -190,7 +192,7 @@ SVDK_DEVICE bool gather_bins(Cta& cta, const Pair<T, S>& row, const FastContext&
                   for (int e = 0; e < N; ++e) {
                     const float other = S == kNone ? 0.0f : y[e];
                     const float z = e < n ? c.template steered<S>(w[e], other) : -SVDK_INF;
-                    if (z == -SVDK_INF || linear_bin(z, top) > limit) continue;
+                    if (z == -SVDK_INF || linear_bin(binning, z) > limit) continue;
                     push(s, at + e, w[e], other);
                   }
                 });
@@ -271,14 +273,16 @@ SVDK_DEVICE bool select(Cta& cta, const Pair<T, S>& row, const Context& context,
     x.done = false;
     x.target = static_cast<unsigned long long>(p.top_k);
     x.bins.top = largest;
+    const double nats = FastContext(context).template nats<S>();
+    x.bins.per_unit = static_cast<float>(fmin(kBinsPerNat * nats, static_cast<double>(FLT_MAX)));
+    x.rate = static_cast<float>(fmin(nats / p.temperature, static_cast<double>(FLT_MAX)));
     x.bins.floor = -SVDK_INF;
     x.filter = {-SVDK_INF, kMaxId};
     start_search(x, kLinear);
   }
   __syncthreads();
   do {
-    const Scale scale{x.bins.top, static_cast<float>(1.0 / p.temperature)};
-    histogram(cta, row, FastContext(context), scale, x.bins);
+    histogram(cta, row, FastContext(context), Scale{x.bins.top, x.rate}, x.bins);
     const bool linear = x.bins.kind == kLinear;
     const bool by_mass = linear ? !x.use_k : x.bins.kind == kByMass;
     // The superset is taken a little wider than its rounding.
@@ -292,12 +296,12 @@ SVDK_DEVICE bool select(Cta& cta, const Pair<T, S>& row, const Context& context,
       }
     }
     __syncthreads();
-    if (linear && gather_bins(cta, row, FastContext(context), x.bins.top, x.limit)) return true;
+    if (linear && gather_bins(cta, row, FastContext(context), x.bins, x.limit)) return true;
     if (threadIdx.x == 0) advance(x, p, s.cut);
     __syncthreads();
   } while (!x.done);
   if (threadIdx.x == 0 && p.min_p > 0) {
-    const float lowest = static_cast<float>(x.bins.top + log(p.min_p) * p.temperature);
+    const float lowest = static_cast<float>(x.bins.top + log(p.min_p) / x.rate);
     if (lowest > x.filter.floor) x.filter = {fmaxf(lowest, -FLT_MAX), kMaxId};
   }
   __syncthreads();

@@ -37,6 +37,7 @@ struct Oddities {
     if (S == kBase && !(other < SVDK_INF)) flags |= kInvalid;
     if (S == kVectorRow && !is_finite(other)) flags |= kInvalid;
     if (S == kBase && warm && other == -SVDK_INF) flags |= kBaseMasked;
+    if (S == kBase && warm && fabsf(w - other) >= kApart) flags |= kFar;
     if (w == -SVDK_INF) ++dead;
   }
   SVDK_DEVICE void leave(Shared& s) const {
@@ -45,10 +46,12 @@ struct Oddities {
   }
 };
 
-// Finite exactly when all operands are (or NaN: look closer).
+// Not finite if an operand is not (or if warm and base logits are kApart: then the product is out
+// of range): look closer.
 template <int S>
 SVDK_DEVICE float suspicion(float w, float other, float so_far) {
-  return fmaf(S == kVectorRow ? w + other : S == kBase ? w - other : w, 0.0f, so_far);
+  if (S == kBase) return fmaf(w - other, 0x1p128f / kApart, so_far);
+  return fmaf(S == kVectorRow ? w + other : w, 0.0f, so_far);
 }
 
 template <int S, int N>
@@ -189,7 +192,7 @@ SVDK_DEVICE void merge_sums(Cta& cta, const Parts& parts) {
     float max_w = -SVDK_INF, max_b = -SVDK_INF;
     SVDK_ROLLED
     for (int e = lane_id(); e < entries; e += 32) {
-      const WarpSums& x = parts.at(cta.owner(e / kWarps, parts.count)).sums[e / kWarps][e % kWarps];
+      const WarpSums& x = cta.entry(parts, e);
       max_w = fmaxf(max_w, x.v[0]);
       max_b = fmaxf(max_b, x.v[1]);
     }
@@ -198,7 +201,7 @@ SVDK_DEVICE void merge_sums(Cta& cta, const Parts& parts) {
     double z_w = 0, z_b = 0, usable = 0, cross = 0;
     SVDK_ROLLED
     for (int e = lane_id(); e < entries; e += 32) {
-      const WarpSums& x = parts.at(cta.owner(e / kWarps, parts.count)).sums[e / kWarps][e % kWarps];
+      const WarpSums& x = cta.entry(parts, e);
       Online o{x.v[0], x.v[1], x.v[2], x.v[3], x.v[4], x.v[5]};
       o.rescale(max_w, max_b);
       z_w += o.z_w;
@@ -223,6 +226,11 @@ SVDK_DEVICE void merge_sums(Cta& cta, const Parts& parts) {
   __syncthreads();
 }
 
+// sum p (log p - log q) over the tokens with a finite base logit.
+SVDK_DEVICE double divergence(const Context& c, double z_w, double usable, double cross) {
+  return usable > 0 ? (cross + usable * (c.log_b - c.log_w)) / z_w : 0.0;
+}
+
 // The formulas of a row from s.sums; mu and the size of C are set later.
 template <int S>
 SVDK_DEVICE Context make_context(const Shared& s, const RowArgs& a, double log_alpha) {
@@ -232,21 +240,44 @@ SVDK_DEVICE Context make_context(const Shared& s, const RowArgs& a, double log_a
   c.finite = a.vocab - sums.dead;
   c.inside = c.finite;
   c.max_w = sums.max_w;
+  c.max_b = 0;
   c.inside_from = -FLT_MAX;
   c.log_alpha = log_alpha;
   c.mu = 0;
   c.penalty = a.penalty;
-  c.lse_w = sums.max_w + static_cast<double>(logf(static_cast<float>(sums.z_w)));
-  c.lse_b = 0;
-  c.kl = 0;
-  if (S == kBase) {
-    c.lse_b = sums.max_b + static_cast<double>(logf(static_cast<float>(sums.z_b)));
-    if (sums.usable > 0) {
-      const double shift = (sums.max_w - c.lse_w) - (sums.max_b - c.lse_b);
-      c.kl = (sums.cross + sums.usable * shift) / sums.z_w;
-    }
+  c.log_w = logf(static_cast<float>(sums.z_w));
+  c.log_b = c.kl = 0;
+  if (S == kBase && sums.max_b != -SVDK_INF) {
+    c.max_b = sums.max_b;
+    c.log_b = logf(static_cast<float>(sums.z_b));
+    c.kl = divergence(c, sums.z_w, sums.usable, sums.cross);
   }
   return c;
+}
+
+// K once more, in double, for a row whose logits take its terms out of the range of a float. By all
+// CTAs of the row; nobody waits for such rows, so tokens are read one by one.
+template <typename T>
+SVDK_DEVICE void sum_in_double(Cta& cta, const Pair<T, kBase>& row) {
+  Context& c = cta.s.verdict.context;
+  SVDK_ROLLED
+  for (int slice = cta.first_slice(); slice < cta.last_slice(); ++slice) {
+    double cross = 0;
+    SVDK_ROLLED
+    for (int i = cta.begin(slice) + static_cast<int>(threadIdx.x); i < cta.end(slice);
+         i += kThreads) {
+      const float w = read_one(row.warm, i), b = read_one(row.other, i);
+      const float p = fast_exp(w - c.max_w);
+      if (p == 0.0f || b == -SVDK_INF) continue;
+      cross += p * ((static_cast<double>(w) - c.max_w) - (static_cast<double>(b) - c.max_b));
+    }
+    leave_sums(cta.s, slice, cross, 0, 0, 0);
+  }
+  double total[4];
+  merge_plain(cta, total);
+  const Sums& sums = cta.s.sums;
+  if (cta.leads() && threadIdx.x == 0) c.kl = divergence(c, sums.z_w, sums.usable, total[0]);
+  cta.hand_out();
 }
 
 // The candidates of all parts that are in C (all of them with `everything`) into this CTA's list,

@@ -24,7 +24,7 @@ enum SearchKind : int { kLinear = 0, kByCount = 1, kByMass = 2, kTies = 3 };
 struct Binning {
   int kind, shift, width;
   uint32_t prefix;
-  float top, floor;  // only tokens from `floor` up; for kTies: at it
+  float top, per_unit, floor;  // only tokens from `floor` up; for kTies: at it
 };
 
 // The state of a search for thresholds over a whole row; see select.h.
@@ -33,7 +33,8 @@ struct Search {
   int level, limit;
   bool use_k, done;
   unsigned long long target, wanted;
-  Cut sum;  // of the levels so far
+  Cut sum;     // of the levels so far
+  float rate;  // from steered logits to nats over the temperature
   double total;
   Filter filter;
 };
@@ -62,6 +63,7 @@ struct Shared {
   Verdict verdict;
   SampleRow sample;
   Search search;
+  Noise noise;
   Cut cut;
   unsigned long long best;
   double slot[kWarps];
@@ -94,6 +96,15 @@ SVDK_DEVICE double block_sum(Shared& s, double x) {
   for (int i = 0; i < kWarps; ++i) total += s.slot[i];
   __syncthreads();
   return total;
+}
+
+SVDK_DEVICE double block_max(Shared& s, double x) {
+  for (int o = 16; o; o >>= 1) x = fmax(x, __shfl_xor_sync(0xffffffffu, x, o));
+  if (lane_id() == 0) s.slot[warp_id()] = x;
+  __syncthreads();
+  for (int i = 0; i < kWarps; ++i) x = fmax(x, s.slot[i]);
+  __syncthreads();
+  return x;
 }
 
 SVDK_DEVICE unsigned long long block_max(Shared& s, unsigned long long x) {
@@ -143,6 +154,10 @@ struct Cta {
   }
   SVDK_DEVICE int owner(int slice, int parts) const {
     return ((slice + 1) * parts - 1) / slices.count;
+  }
+  // One warp's sums of one slice, of all that the row has (slices.count * kWarps).
+  SVDK_DEVICE const WarpSums& entry(const Parts& parts, int e) const {
+    return parts.at(owner(e / kWarps, parts.count)).sums[e / kWarps][e % kWarps];
   }
   SVDK_DEVICE bool leads() const { return rank == 0; }
   // From here on this CTA handles the whole row.
@@ -219,19 +234,26 @@ SVDK_DEVICE bool publish(Cta& cta, const RowArgs& a, Parts& parts) {
   return true;
 }
 
-// Sums of K values that every warp left in part.sums for its slices, in the order of slices.
-template <int K>
-SVDK_DEVICE void merge_plain(Cta& cta, double (&total)[K]) {
+// What a warp's lanes added up over a slice, to where merge_plain finds it.
+SVDK_DEVICE void leave_sums(Shared& s, int slice, double a, double b, double c, double d) {
+  const double x[4] = {warp_sum(a), warp_sum(b), warp_sum(c), warp_sum(d)};
+  if (lane_id() == 0) {
+    for (int k = 0; k < 4; ++k) s.part.sums[slice][warp_id()].d[k] = x[k];
+  }
+}
+
+// Sums of the four values that every warp left in part.sums for its slices, in the order of slices.
+SVDK_DEVICE void merge_plain(Cta& cta, double (&total)[4]) {
   const Parts parts = cta.own_parts();
-  for (int k = 0; k < K; ++k) total[k] = 0;
+  for (int k = 0; k < 4; ++k) total[k] = 0;
   cta.team_barrier();
   const int entries = cta.slices.count * kWarps;
   SVDK_ROLLED
   for (int e = lane_id(); e < entries; e += 32) {
-    const WarpSums& x = parts.at(cta.owner(e / kWarps, parts.count)).sums[e / kWarps][e % kWarps];
-    for (int k = 0; k < K; ++k) total[k] += x.v[k];
+    const WarpSums& x = cta.entry(parts, e);
+    for (int k = 0; k < 4; ++k) total[k] += x.d[k];
   }
-  for (int k = 0; k < K; ++k) total[k] = warp_sum(total[k]);
+  for (int k = 0; k < 4; ++k) total[k] = warp_sum(total[k]);
   cta.team_barrier();
 }
 

@@ -12,16 +12,15 @@ SVDK_DEVICE void draw_sweep(Cta& cta, const Pair<T, S>& row, const Context& cont
                             const Filter& filter_of_row, const SampleRow& p) {
   constexpr int N = Pair<T, S>::N;
   Shared& s = cta.s;
+  const FastContext c(context);
+  const Noise& noise = s.noise;
   if (threadIdx.x == 0) {
     s.part.best = s.best = 0;
     s.running = ordered_key(-SVDK_INF);  // here: the best score so far
+    s.noise.set(p, c.template nats<S>());
   }
   __syncthreads();
-  const FastContext c(context);
   const Filter filter = filter_of_row;
-  const Noise noise{p.seed, p.offset,
-                    p.temperature > 0 ? static_cast<float>(1.0 / p.temperature) : 1.0f,
-                    p.temperature == 0};
   Oddities odd;
   unsigned long long best = 0;
   float need = -SVDK_INF;  // a score below this has lost
@@ -32,22 +31,18 @@ SVDK_DEVICE void draw_sweep(Cta& cta, const Pair<T, S>& row, const Context& cont
         [&](int at, int n, const float (&w)[N], const float (&y)[N]) SVDK_INLINED {
           float z[N], doubt = 0.0f, top = -SVDK_INF;
           SVDK_UNROLL
-          for (int e = 0; e < N; ++e) {
-            const float other = S == kNone ? 0.0f : y[e];
-            doubt = suspicion<S>(w[e], other, doubt);
-            z[e] = c.template steered<S>(w[e], other);
-            if (!filter.keeps(z[e], at + e)) z[e] = -SVDK_INF;
-            top = fmaxf(top, z[e]);
-          }
-          if (!(doubt == 0.0f) || n < N) {
+          for (int e = 0; e < N; ++e) doubt = suspicion<S>(w[e], S == kNone ? 0.0f : y[e], doubt);
+          if (!is_finite(doubt)) {
             SVDK_UNROLL
             for (int e = 0; e < N; ++e) {
-              if (e >= n) {
-                z[e] = -SVDK_INF;
-              } else {
-                odd.look_at<S>(w[e], S == kNone ? 0.0f : y[e]);
-              }
+              if (e < n) odd.look_at<S>(w[e], S == kNone ? 0.0f : y[e]);
             }
+          }
+          SVDK_UNROLL
+          for (int e = 0; e < N; ++e) {
+            z[e] = c.template steered<S>(w[e], S == kNone ? 0.0f : y[e]);
+            if (e >= n || !filter.keeps(z[e], at + e)) z[e] = -SVDK_INF;
+            top = fmaxf(top, z[e]);
           }
           if (top == -SVDK_INF) return;
           need = fmaxf(need, key_value(read_shared(&s.running)));
@@ -65,17 +60,16 @@ SVDK_DEVICE void draw_sweep(Cta& cta, const Pair<T, S>& row, const Context& cont
           } else {
             // A token wins only if 1 - u < exp(bound - need): an integer compare before
             // logarithms.
-            const float bound = top * noise.inverse_temperature;
-            const float slack = 1e-6f * (fabsf(bound) + 32.0f);
-            const float gap = need == -SVDK_INF ? 0.0f : bound - need + slack;
+            const float bound = top * noise.rate;
+            const float slack = 1e-6f * (fabsf(bound) + 32.0f * noise.unit);
+            const float gap = need == -SVDK_INF ? 0.0f : (bound - need + slack) * noise.per_unit();
             if (gap + kLargestGumbel < 0.0f) return;
             const float share = gap < 0.0f ? fast_exp(gap) * 1.0001f * 0x1p32f + 2.0f : 0x1p32f;
             const uint32_t from = share >= 0x1p32f ? 0u : ~static_cast<uint32_t>(share);
             uint32_t word[N], hits = 0;
             SVDK_UNROLL
             for (int k = 0; k < N / 4; ++k) {
-              const PhiloxBlock block =
-                  philox(noise.seed, noise.offset, static_cast<uint32_t>(at) / 4 + k);
+              const PhiloxBlock block = philox(p.seed, p.offset, static_cast<uint32_t>(at) / 4 + k);
               SVDK_UNROLL
               for (int j = 0; j < 4; ++j) word[4 * k + j] = block.word[j];
             }
@@ -94,7 +88,7 @@ SVDK_DEVICE void draw_sweep(Cta& cta, const Pair<T, S>& row, const Context& cont
                 logit = hit == e ? z[e] : logit;
                 bits = hit == e ? word[e] : bits;
               }
-              const float x = logit * noise.inverse_temperature + gumbel(bits);
+              const float x = fmaf(logit, noise.rate, noise.unit * gumbel(bits));
               if (x > score || id < 0) {
                 score = x;
                 id = at + hit;
@@ -134,122 +128,179 @@ SVDK_DEVICE int fallback_token(Shared& s, const Pair<T, S>& row, int vocab) {
   return best ? best_id(best) : 0;
 }
 
+// Token by token: whole vectors and sums in double together take too many registers.
 template <typename T, int S>
-SVDK_DEVICE Moments whole_moments(Cta& cta, const Pair<T, S>& row, const Context& context) {
-  constexpr int N = Pair<T, S>::N;
+SVDK_DEVICE MomentSums whole_moments(Cta& cta, const Pair<T, S>& row, const Context& context,
+                                     double pivot) {
   const FastContext c(context);
+  constexpr double unit = FastContext::unit<S>();
   SVDK_ROLLED
   for (int slice = cta.first_slice(); slice < cta.last_slice(); ++slice) {
-    float mean = 0, norm2 = 0, second = 0;
-    for_vectors(row, cta.begin(slice), cta.end(slice),
-                [&](int, int n, const float (&w)[N], const float (&y)[N]) {
-                  SVDK_UNROLL
-                  for (int e = 0; e < N; ++e) {
-                    if (e >= n || !(w[e] >= c.from)) continue;
-                    const float d = c.template delta<S>(w[e], S == kNone ? 0.0f : y[e]);
-                    const float pd = fast_exp(w[e] - c.lse) * d;
-                    mean += pd;
-                    norm2 = fmaf(d, d, norm2);
-                    second = fmaf(pd, d, second);
-                  }
-                });
-    mean = warp_sum(mean);
-    norm2 = warp_sum(norm2);
-    second = warp_sum(second);
-    if (lane_id() == 0) cta.s.part.sums[slice][warp_id()] = {{mean, norm2, second}};
+    MomentSums m{0, 0, 0, 0};
+    SVDK_UNROLL4
+    for (int i = cta.begin(slice) + static_cast<int>(threadIdx.x); i < cta.end(slice);
+         i += kThreads) {
+      const float w = read_one(row.warm, i), other = other_at(row, i);
+      if (w >= c.from) m.add(c.p(c.shrunk(w)), c.template delta<S>(w, other) * unit, pivot);
+    }
+    leave_sums(cta.s, slice, m.mass, m.first, m.second, m.norm2);
   }
-  double total[3];
+  double total[4];
   merge_plain(cta, total);
-  return {total[0], total[1], total[2]};
+  return {total[0], total[1], total[2], total[3]};
 }
 
-// Sums of e = exp(z - max) over a row, with the moments of what moves with mu.
+// The moments of a row: over the `listed` tokens of the list, by its CTA alone, or (listed < 0)
+// over the whole row, by all CTAs of it.
+template <typename T, int S>
+SVDK_DEVICE Moments moments_of(Cta& cta, const Pair<T, S>& row, const Context& c, int listed) {
+  Shared& s = cta.s;
+  const bool whole = listed < 0;
+  const int size = cta.size;
+  if (!whole) cta.size = 1;  // the others wait
+  double pivot = whole ? 0.0 : list_pivot<S>(s, listed);
+  if (whole && S == kVectorRow) pivot = other_at(row, fallback_token(s, row, cta.vocab));
+  const MomentSums sums =
+      whole ? whole_moments(cta, row, c, pivot) : list_moments<S>(s, c, listed, pivot);
+  const bool everything = whole ? c.log_alpha < -DBL_MAX : listed == c.finite;
+  // With a pivot, the mass outside C has a part in the sums: what lacks to 1, or summed on its own
+  // where so little is left that rounding could matter.
+  double total = 1, outside = 0;
+  if (S == kVectorRow) {
+    outside = everything ? 0.0 : 1 - sums.mass;
+    if (!everything && outside < 0.03) {
+      outside = fast_exp(static_cast<float>(log_outside(cta, row, c) - c.log_w));
+    }
+    total = sums.mass + outside;
+  }
+  cta.size = size;
+  return sums.about(pivot, outside, total);
+}
+
+// Sums of e = exp(z - top) over a row, and of e (m - pivot) and e (m - pivot)^2 of what moves with
+// mu, m. The pivot is the m of the largest z so far: about 0, the variance of an m with a common
+// offset would be lost in rounding. z and m in FastContext's units.
 struct Partition {
-  float max;
+  float top, pivot;
   double z, first, second;
+
+  SVDK_DEVICE void rise(float to, float new_pivot, float nats) {
+    const double keep = top == -SVDK_INF ? 0.0 : fast_exp((top - to) * nats);
+    const double d = static_cast<double>(pivot) - new_pivot;
+    second = keep * (second + 2 * d * first + d * d * z);
+    first = keep * (first + d * z);
+    z *= keep;
+    top = to;
+    pivot = new_pivot;
+  }
+  SVDK_DEVICE void add(const Partition& x) {
+    z += x.z;
+    first += x.first;
+    second += x.second;
+  }
+};
+
+// What the curves of a strength need of a row. `top` is less max_w and in FastContext's units.
+struct Summary {
+  float top;
+  double log_z, mean, variance;
   unsigned long long greedy;  // argmax over C
 };
 
+SVDK_DEVICE Partition warp_total(Partition x, float nats) {
+  const float top = warp_max_of(x.top);
+  const float pivot = warp_max_of(x.top == top ? x.pivot : -SVDK_INF);
+  if (top == -SVDK_INF) return {top, 0.0f, 0, 0, 0};
+  x.rise(top, pivot, nats);
+  return {top, pivot, warp_sum(x.z), warp_sum(x.first), warp_sum(x.second)};
+}
+
 template <typename T, int S>
-SVDK_DEVICE Partition whole_partition(Cta& cta, const Pair<T, S>& row, const Context& context) {
+SVDK_DEVICE Summary whole_partition(Cta& cta, const Pair<T, S>& row, const Context& context) {
   constexpr int N = Pair<T, S>::N;
   Shared& s = cta.s;
   const FastContext c(context);
-  const float outside = c.drop ? 0.0f : static_cast<float>(context.penalty);
+  const float nats = c.template nats<S>();
+  constexpr double unit = FastContext::unit<S>();
+  const float outside = c.outside == -SVDK_INF ? 0.0f : static_cast<float>(context.penalty / unit);
   unsigned long long greedy = 0;
   SVDK_ROLLED
   for (int slice = cta.first_slice(); slice < cta.last_slice(); ++slice) {
-    float max = -SVDK_INF, total = 0, first = 0, second = 0;
-    for_vectors(
-        row, cta.begin(slice), cta.end(slice),
-        [&](int at, int n, const float (&w)[N], const float (&y)[N]) {
-          float z[N], top = -SVDK_INF;
-          SVDK_UNROLL
-          for (int e = 0; e < N; ++e) {
-            z[e] = e < n ? c.template steered<S>(w[e], S == kNone ? 0.0f : y[e]) : -SVDK_INF;
-            top = fmaxf(top, z[e]);
-            if (z[e] > -SVDK_INF && w[e] >= c.from) {
-              const unsigned long long key = best_key(z[e], at + e);
-              if (key > greedy) greedy = key;
-            }
-          }
-          if (top == -SVDK_INF) return;
-          if (top > max) {
-            const float keep = max == -SVDK_INF ? 0.0f : fast_exp(max - top);
-            total *= keep;
-            first *= keep;
-            second *= keep;
-            max = top;
-          }
-          SVDK_UNROLL
-          for (int e = 0; e < N; ++e) {
-            if (z[e] == -SVDK_INF) continue;
-            const float move =
-                w[e] >= c.from ? c.template delta<S>(w[e], S == kNone ? 0.0f : y[e]) : outside;
-            const float x = fast_exp(z[e] - max);
-            total += x;
-            first = fmaf(x, move, first);
-            second = fmaf(x * move, move, second);
-          }
-        });
-    const float high = warp_max_of(max);
-    const float keep = max == -SVDK_INF ? 0.0f : fast_exp(max - high);
-    total = warp_sum(total * keep);
-    first = warp_sum(first * keep);
-    second = warp_sum(second * keep);
-    if (lane_id() == 0) s.part.sums[slice][warp_id()] = {{high, total, first, second}};
+    Partition part{-SVDK_INF, 0.0f, 0, 0, 0};
+    for_vectors(row, cta.begin(slice), cta.end(slice),
+                [&](int at, int n, const float (&w)[N], const float (&y)[N]) {
+                  float z[N], move[N], top = -SVDK_INF, pivot = 0.0f;
+                  SVDK_UNROLL
+                  for (int e = 0; e < N; ++e) {
+                    const bool inside = w[e] >= c.from;
+                    move[e] =
+                        inside ? c.template delta<S>(w[e], S == kNone ? 0.0f : y[e]) : outside;
+                    z[e] = e < n ? c.template steered_by<S>(w[e], move[e]) : -SVDK_INF;
+                    if (z[e] > top) {
+                      top = z[e];
+                      pivot = move[e];
+                    }
+                    if (inside && z[e] > -SVDK_INF) {
+                      const unsigned long long key = best_key(z[e], at + e);
+                      if (key > greedy) greedy = key;
+                    }
+                  }
+                  if (top == -SVDK_INF) return;
+                  if (top > part.top) part.rise(top, pivot, nats);
+                  SVDK_UNROLL
+                  for (int e = 0; e < N; ++e) {
+                    const double x = fast_exp((z[e] - part.top) * nats);
+                    const double d = static_cast<double>(move[e]) - part.pivot;
+                    part.z += x;
+                    part.first += x * d;
+                    part.second += x * d * d;
+                  }
+                });
+    part = warp_total(part, nats);
+    if (lane_id() == 0) {
+      WarpSums& to = s.part.sums[slice][warp_id()];
+      to.v[0] = part.top;
+      to.v[1] = part.pivot;
+      to.d[1] = part.z;
+      to.d[2] = part.first;
+      to.d[3] = part.second;
+    }
   }
   greedy = block_max(s, greedy);
   if (threadIdx.x == 0) s.part.best = greedy;
 
   const Parts parts = cta.own_parts();
   cta.team_barrier();
-  Partition result{-SVDK_INF, 0, 0, 0, 0};
+  Partition all{-SVDK_INF, 0.0f, 0, 0, 0};
   const int entries = cta.slices.count * kWarps;
   SVDK_ROLLED
   for (int e = lane_id(); e < entries; e += 32) {
-    result.max = fmaxf(
-        result.max, parts.at(cta.owner(e / kWarps, parts.count)).sums[e / kWarps][e % kWarps].v[0]);
+    const WarpSums& x = cta.entry(parts, e);
+    Partition part{x.v[0], x.v[1], x.d[1], x.d[2], x.d[3]};
+    if (part.top == -SVDK_INF) continue;
+    if (part.top > all.top) {
+      all.rise(part.top, part.pivot, nats);
+    } else {
+      part.rise(all.top, all.pivot, nats);
+    }
+    all.add(part);
   }
-  result.max = warp_max_of(result.max);
-  SVDK_ROLLED
-  for (int e = lane_id(); e < entries; e += 32) {
-    const WarpSums& x = parts.at(cta.owner(e / kWarps, parts.count)).sums[e / kWarps][e % kWarps];
-    if (x.v[0] == -SVDK_INF) continue;
-    const double keep = fast_exp(x.v[0] - result.max);
-    result.z += keep * x.v[1];
-    result.first += keep * x.v[2];
-    result.second += keep * x.v[3];
-  }
-  result.z = warp_sum(result.z);
-  result.first = warp_sum(result.first);
-  result.second = warp_sum(result.second);
+  all = warp_total(all, nats);
   SVDK_ROLLED
   for (int r = 0; r < parts.count; ++r) {
-    if (parts.at(r).best > result.greedy) result.greedy = parts.at(r).best;
+    if (parts.at(r).best > greedy) greedy = parts.at(r).best;
   }
   cta.team_barrier();
-  return result;
+  const double m = all.first / all.z;
+  return {all.top, static_cast<double>(logf(static_cast<float>(all.z))), (all.pivot + m) * unit,
+          fmax(all.second / all.z - m * m, 0.0) * unit * unit, greedy};
+}
+
+// The log-probability of a token that scored `z`: never above 0, since both were rounded alike.
+template <int S>
+SVDK_DEVICE double log_share(const Summary& x, const FastContext& c, float z) {
+  if (z == -SVDK_INF) return -static_cast<double>(SVDK_INF);
+  return (static_cast<double>(z) - x.top) * c.template nats<S>() - x.log_z;
 }
 
 }  // namespace svdk::cuda

@@ -13,6 +13,7 @@
 #define __launch_bounds__(...)
 #define SVDK_DEVICE inline
 #define SVDK_UNROLL
+#define SVDK_UNROLL4
 #define SVDK_ROLLED
 #define SVDK_SHARED(type, name) type& name = *static_cast<type*>(shim::shared_memory(sizeof(type)))
 
@@ -93,7 +94,9 @@ namespace svdk::cuda {
 
 using std::ceil;
 using std::fabs;
+using std::ilogb;
 using std::log;
+using std::scalbn;
 using std::sqrt;
 
 // Reads outside of what the caller announced (and loads that are not aligned) stop the run.
