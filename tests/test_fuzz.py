@@ -22,7 +22,7 @@ from tests import cuda_shim
 from tests import ops_cases as oc
 
 EFFORT = int(os.environ.get("SVDK_FUZZ", "1"))
-EXAMPLES = {"cpu": 500, "cuda": 150, "shim": 100, "triton": 3 if oc.interpreted("triton") else 60}
+EXAMPLES = {"cpu": 500, "cuda": 150, "shim": 100, "triton": 60}
 INF, NAN = math.inf, math.nan
 pytestmark = [pytest.mark.timeout(300), pytest.mark.usefixtures("shim_backend")]
 BACKEND = pytest.mark.parametrize("backend", cuda_shim.kernels())

@@ -202,3 +202,64 @@ def test_an_invalid_row_whose_base_is_masked_earlier_on(backend, value):
     for seed in range(5):  # without diagnostics: they take another path
         token = svdk.steered_sample(warm, base, seed=seed, backend=backend, **kwargs)
         assert torch.equal(token, svdk.steered_sample(warm, base, seed=seed, backend="reference", **kwargs))
+
+
+@pytest.mark.parametrize("size", [1e8, -1e8])
+def test_noise_next_to_large_logits(backend, size):
+    """The sweep that draws without the maximum rounded it away, and the lowest id of equal tokens won."""
+    warm, base, vector = on(backend, torch.full((30, 40), size), torch.full((30, 40), size), torch.ones(40))
+    kwargs = {"alpha": 0.0, "direction": "log_ratio", "seed": torch.arange(30, device=warm.device)}
+    for args, more in (((warm,), {}), ((warm, base), {}), ((warm,), {"vector": vector})):
+        token = svdk.steered_sample(*args, backend=backend, **kwargs, **more)
+        assert torch.equal(token, svdk.steered_sample(*args, backend="reference", **kwargs, **more))
+
+
+@pytest.mark.parametrize("temperature", [1e-8, 1e-30])
+def test_a_low_temperature_and_huge_logits(backend, temperature):
+    """Over the temperature they were all infinite, and so the same."""
+    (warm,) = on(backend, torch.tensor([[1e31, 2e31, 3e31, 1e31]]))
+    for kwargs in ({}, {"min_p": 0.1}, {"top_p": 0.9}, {"vector": warm[0].flip(0) / 4}):
+        token = svdk.steered_sample(warm, temperature=temperature, backend=backend, **kwargs)
+        assert token.tolist() == [2], kwargs
+    vector = torch.tensor([0.0, 0.0, 0.0, 1.0], device=warm.device)
+    steering = {"vector": vector, "strength": 9.0, "alpha": 0.01, "temperature": temperature}
+    for kwargs in ({"min_p": 0.1}, {"top_p": 0.9}):
+        token = svdk.steered_sample(warm / 1e31, backend=backend, **steering, **kwargs)
+        assert token.tolist() == [3], kwargs
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.1])
+@pytest.mark.parametrize("direction", ["kl_gradient", "log_ratio"])
+def test_logits_at_both_ends_of_the_range(backend, direction, alpha):
+    """Their difference is infinite in a float, and times a probability of 0 it was NaN."""
+    warm, base = on(backend, *oc.logits(3, 50, seed=2))
+    warm[:, 7], warm[:, 30] = -LOWEST, LOWEST
+    base[1, 30], base[2, 30] = -LOWEST, LOWEST
+    labels = torch.tensor([7, 7, 3], device=warm.device)
+    kwargs = {"alpha": alpha, "direction": direction, "strength": 0.5}
+    token, info = svdk.steered_sample(warm, base, backend=backend, return_info=True, **kwargs)
+    want_token, want = svdk.steered_sample(warm, base, backend="reference", return_info=True, **kwargs)
+    assert torch.equal(token.cpu(), want_token.cpu())
+    for name in ("kl", "logprob_steered", "logprob_warm"):
+        oc.assert_close(getattr(info, name), getattr(want, name), name)
+    got = svdk.steered_logprob(warm, base, labels, backend=backend, **kwargs)
+    want = svdk.steered_logprob(warm, base, labels, backend="reference", **kwargs)
+    for name in ("kl", "logprob", "logprob_warm", "gain", "slope"):
+        oc.assert_close(getattr(got, name), getattr(want, name), name)
+    assert torch.equal(got.greedy.cpu(), want.greedy.cpu())
+    got = svdk.extract(warm, base, alpha=alpha, direction=direction, backend=backend)
+    want = svdk.extract(warm, base, alpha=alpha, direction=direction, backend="reference")
+    for name in ("p", "delta", "kl"):
+        oc.assert_close(getattr(got, name), getattr(want, name), name)
+
+
+@pytest.mark.parametrize("vocab", [60, 1200])
+def test_a_penalty_that_lifts_the_tokens_outside_the_mask_far_above_it(backend, vocab):
+    """Next to that much, what tells them apart was rounded away."""
+    warm, base = on(backend, *oc.logits(20, vocab, seed=4))
+    labels = warm.argsort(1)[:, vocab // 2]
+    kwargs = {"penalty": 1e5, "strength": 1e5}
+    got = svdk.steered_logprob(warm, base, labels, backend=backend, **kwargs)
+    want = svdk.steered_logprob(warm, base, labels, backend="reference", **kwargs)
+    oc.assert_close(got.logprob, want.logprob, "logprob", rtol=1e-3)
+    assert torch.equal(got.greedy.cpu(), want.greedy.cpu())

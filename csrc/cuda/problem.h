@@ -36,6 +36,8 @@ enum Status : int { kInvalid = 1, kBaseMasked = 2 };
 // their difference shows in the steered logit.
 constexpr int kFar = 4;
 constexpr float kApart = 256.0f;
+// A perturbed score next to which the rounding of the noise shows.
+constexpr float kLoud = 8192.0f;
 // The second operand of a kernel, a template parameter.
 enum Source : int { kNone = 0, kBase = 1, kVectorRow = 2 };
 // How the CTAs of a row exchange what they found.
@@ -297,18 +299,18 @@ struct FastContext {
   // What moves with mu at a token, and the steered logit that this makes.
   template <int S>
   SVDK_DEVICE float steered_by(float w, float move) const {
-    if (S == kNone) return w;
+    if (S == kNone) return shrunk(w);
     return fmaf(shrunk(w), scale / kShrink, w < from ? outside : mu * move);
   }
   template <int S>
   SVDK_DEVICE float steered(float w, float other) const {
-    if (S == kNone) return w;
+    if (S == kNone) return shrunk(w);
     return steered_by<S>(w, w < from ? 0.0f : delta<S>(w, other));
   }
   // What steered logits are to be multiplied by to be in nats again.
   template <int S>
   SVDK_DEVICE float nats() const {
-    return S == kNone ? 1.0f : 1.0f / scale;
+    return 1.0f / (S == kNone ? kShrink : scale);
   }
 };
 

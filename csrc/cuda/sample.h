@@ -154,7 +154,10 @@ SVDK_DEVICE int merge_direct(Cta& cta, const Parts& parts, bool& invalid) {
   invalid = flags & kInvalid || dead == cta.vocab;
   // A masked base token does not get the shift that the others get, and where the shift is large
   // only the maxima tell the rest from it.
-  return flags & (kBaseMasked | kFar) ? -1 : best_id(best);
+  // (As the noise from scores that are large without their maximum.)
+  const Noise& noise = cta.s.noise;
+  const bool loud = !noise.greedy && fabsf(best_score(best)) * noise.per_unit() > kLoud;
+  return flags & (kBaseMasked | kFar) || loud ? -1 : best_id(best);
 }
 
 template <typename T, int S>
