@@ -34,7 +34,8 @@ bench: install
 # Its own environment: the CUDA build of torch. A CPU wheel that pip is configured to find would win over
 # it, so pip's configuration is left out.
 CUDA_VENV ?= .venv-cuda
-CUDA_PIP = PIP_CONFIG_FILE=/dev/null PIP_FIND_LINKS= $(CUDA_VENV)/bin/pip install --quiet --disable-pip-version-check
+UNCONFIGURED = PIP_CONFIG_FILE=/dev/null PIP_FIND_LINKS= PIP_DISABLE_PIP_VERSION_CHECK=1
+CUDA_PIP = $(UNCONFIGURED) $(CUDA_VENV)/bin/pip install --quiet
 
 cuda-check: $(CUDA_VENV)/.dependencies
 	@command -v nvcc >/dev/null || { echo "svdk: no nvcc on PATH" >&2; exit 1; }
@@ -46,16 +47,23 @@ cuda-check: $(CUDA_VENV)/.dependencies
 	$(CUDA_VENV)/bin/python tests/cuda_resources.py build/cuda/report.txt
 	PYTHONPATH=. $(CUDA_VENV)/bin/python tests/cuda_loads.py build/cuda/lib
 
-# One wheel, built with the pinned torch, under others: make torch-check TORCH="2.10.0 2.15.0" (7 GB each).
-TORCH ?= 2.10.0
+# One wheel, built with the pinned torch, under the oldest torch supported and the newest, or under those
+# given: make torch-check TORCH="2.11.0 2.12.1". Each has its own environment (7 GB), kept for the next time.
+TORCH ?= $(shell sed -n 's/^\# wheel: torch==//p' requirements-ci.txt)
+# Left out, and said so, is only what pip has for other platforms: it lists the versions that it found.
+ELSEWHERE = 'satisfies the requirement torch==.* (from versions: [0-9]'
 
 torch-check: install
-	@rm -rf build/wheel build/site
+	@rm -rf build/wheel build/site && mkdir -p build/wheel
 	@$(VENV)/bin/pip wheel --quiet --no-build-isolation --no-deps --no-index -w build/wheel .
 	@$(PIP) --no-deps --no-index --target build/site build/wheel/svdk-*.whl
+	@grep -E '^(numpy|pytest)==' requirements-ci.txt >build/wheel/needs.txt
 	@set -e; for version in $(TORCH); do venv=.venv-torch-$$version; \
-	  test -x $$venv/bin/pip || $(PYTHON) -m venv $$venv; \
-	  PIP_CONFIG_FILE=/dev/null PIP_FIND_LINKS= $$venv/bin/pip install --quiet torch==$$version numpy pytest; \
+	  test -x $$venv/bin/pip || { echo "Installing torch $$version (7 GB) ..."; $(PYTHON) -m venv $$venv; }; \
+	  $(UNCONFIGURED) $$venv/bin/pip install --quiet --no-compile torch==$$version -r build/wheel/needs.txt \
+	    2>build/wheel/pip.txt || { \
+	    grep -q $(ELSEWHERE) build/wheel/pip.txt || { cat build/wheel/pip.txt >&2; exit 1; }; \
+	    echo "svdk: pip has no torch $$version for this platform; the wheel was not checked under it"; continue; }; \
 	  $$venv/bin/python tests/built_module.py "$$PWD/build/site"; done
 
 $(CUDA_VENV)/.dependencies: requirements-ci.txt

@@ -127,7 +127,7 @@ def test_ci_versions_are_pinned_and_cover_what_is_required():
     lines = (ROOT / "requirements-ci.txt").read_text().splitlines()
     pinned = [line.split(";")[0].strip() for line in lines if line and not line.startswith("#")]
     comments = [
-        match[1] for line in lines if (match := re.match(r"# (?:no-deps|if-absent|cuda): (.+)", line))
+        match[1] for line in lines if (match := re.match(r"# (?:no-deps|if-absent|cuda|wheel): (.+)", line))
     ]
     for line in (*pinned, *comments):
         assert re.fullmatch(r"[\w.-]+==[\w.+]+", line), f"not pinned: {line}"
@@ -136,6 +136,17 @@ def test_ci_versions_are_pinned_and_cover_what_is_required():
     for line in (*project()["dependencies"], *extras):
         name = re.split(r"[<>=!~;\[ ]", line)[0].lower()
         assert name in names | {"lm-eval"}, f"{name} is required but not pinned"
+
+
+def test_the_built_wheel_is_checked_under_the_oldest_torch_that_is_promised():
+    text = (ROOT / "requirements-ci.txt").read_text()
+    checked = re.findall(r"^# wheel: torch==(.+)$", text, re.M)
+    (oldest,) = (line.split(">=")[1] for line in project()["dependencies"] if line.startswith("torch>"))
+    assert checked[0] == f"{oldest}.0"
+    (pinned,) = re.findall(r"^torch==(.+)$", text, re.M)
+    oldest, pinned, newest = ([int(n) for n in v.split(".")] for v in (checked[0], pinned, checked[-1]))
+    assert oldest <= pinned <= newest
+    assert "\nmake torch-check\n" in (ROOT / ".ci" / "run").read_text()
 
 
 def trees() -> dict[Path, ast.AST]:
