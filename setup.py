@@ -59,8 +59,8 @@ def extensions() -> dict:
         sys.exit(f"svdk: SVDK_CUDA=1, but {no_cuda}")
     from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
 
-    flags = ["-O3", "-std=c++17", "-fvisibility=hidden", "-Wall"]
-    quiet = ["-Wno-maybe-uninitialized", "-Wno-uninitialized"]  # gcc 12 misreads its own AVX-512 headers
+    flags = ["-O3", "-std=c++17", "-fvisibility=hidden", "-Wall", "-Wno-unknown-warning-option"]
+    quiet = ["-Wno-maybe-uninitialized", "-Wno-uninitialized"]  # gcc 12 and its AVX-512 headers
     macros = [("TORCH_TARGET_VERSION", STABLE_ABI), ("Py_LIMITED_API", PYTHON_ABI)]
     common = {"depends": [str(p) for p in Path("csrc").rglob("*.h")], "py_limited_api": True}
     cpu = {"define_macros": macros, "extra_compile_args": {"cxx": flags + quiet}, **common}

@@ -278,7 +278,7 @@ static PyObject* cpu_arch(PyObject*, PyObject*) {
   }
 }
 
-extern "C" PyMODINIT_FUNC PyInit__C(void) {
+PyMODINIT_FUNC PyInit__C(void) {
   static PyMethodDef methods[] = {
       {"cpu_arch", cpu_arch, METH_NOARGS, "Instruction set that the CPU sweeps use here."},
       {nullptr, nullptr, 0, nullptr}};
