@@ -152,9 +152,8 @@ SVDK_DEVICE int merge_direct(Cta& cta, const Parts& parts, bool& invalid) {
   }
   cta.team_barrier();
   invalid = flags & kInvalid || dead == cta.vocab;
-  // A masked base token does not get the shift that the others get, and where the shift is large
-  // only the maxima tell the rest from it.
-  // (As the noise from scores that are large without their maximum.)
+  // A masked base token does not get the shift that the others get. And a large shift, or a large
+  // score, rounds away what is added to it, as long as it is not taken relative to the maxima.
   const Noise& noise = cta.s.noise;
   const bool loud = !noise.greedy && fabsf(best_score(best)) * noise.per_unit() > kLoud;
   return flags & (kBaseMasked | kFar) || loud ? -1 : best_id(best);
@@ -242,7 +241,9 @@ SVDK_DEVICE void sample_row(const SampleArgs& a, Shared& s) {
       direct = false;  // once more, for what the direct draw could not know
       continue;
     }
-    if (a.floats && !complete && !direct) {
+    if (S == kNone) {
+      if (cta.leads() && a.floats && !direct) steered = log_p_of(c, read_one(row.warm, token));
+    } else if (a.floats && !complete && !direct) {
       const Summary x = whole_partition(cta, row, c);
       if (cta.leads()) {
         const FastContext fast(c);
