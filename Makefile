@@ -44,8 +44,8 @@ cuda-check: $(CUDA_VENV)/.dependencies
 	@SVDK_CUDA=1 NVCC_APPEND_FLAGS=-Xptxas=-v $(CUDA_VENV)/bin/python setup.py build_ext --force \
 	  --build-lib build/cuda/lib --build-temp build/cuda/tmp >build/cuda/report.txt 2>&1 || \
 	  { tail -30 build/cuda/report.txt >&2; exit 1; }
-	$(CUDA_VENV)/bin/python tests/cuda_resources.py build/cuda/report.txt
-	PYTHONPATH=. $(CUDA_VENV)/bin/python tests/cuda_loads.py build/cuda/lib
+	$(CUDA_VENV)/bin/python tests/helpers/cuda_resources.py build/cuda/report.txt
+	PYTHONPATH=. $(CUDA_VENV)/bin/python tests/helpers/cuda_loads.py build/cuda/lib
 
 # One wheel, built with the pinned torch, under the oldest torch supported and the newest, or under those
 # given: make torch-check TORCH="2.11.0 2.12.1". Each has its own environment (7 GB), kept for the next time.
@@ -64,7 +64,7 @@ torch-check: install
 	    2>build/wheel/pip.txt || { \
 	    grep -q $(ELSEWHERE) build/wheel/pip.txt || { cat build/wheel/pip.txt >&2; exit 1; }; \
 	    echo "svdk: pip has no torch $$version for this platform; the wheel was not checked under it"; continue; }; \
-	  $$venv/bin/python tests/built_module.py "$$PWD/build/site"; done
+	  $$venv/bin/python tests/helpers/built_module.py "$$PWD/build/site"; done
 
 $(CUDA_VENV)/.dependencies: requirements-ci.txt
 	@test -x $(CUDA_VENV)/bin/pip || $(PYTHON) -m venv $(CUDA_VENV)

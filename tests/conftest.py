@@ -1,4 +1,4 @@
-"""Shared fixtures; the builders behind them are in ``tests/tiny.py``."""
+"""Shared fixtures; the builders behind them are in ``tests/helpers/tiny.py``."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-from tests import triton_interpreter
+from tests.helpers import triton_interpreter
 
 triton_interpreter.enable()  # before transformers, which imports triton
 
-from tests import tiny  # noqa: E402
+from tests.helpers import tiny  # noqa: E402
 
 # One thread: on tiny tensors, threads only wait for each other (tens of times slower on a busy machine).
 torch.set_num_threads(1)
@@ -72,7 +72,7 @@ def real_model():
 @pytest.fixture
 def shim_backend(monkeypatch, request):
     """The CUDA kernels' host shim as a backend, for tests whose parameter ``backend`` asks for it."""
-    from tests import cuda_shim
+    from tests.helpers import cuda_shim
 
     if "backend" in request.fixturenames and request.getfixturevalue("backend") == "shim":
         shim = cuda_shim.Shim(cuda_shim.build(**cuda_shim.SMALL), cuda_shim.CLUSTER, 3, 5)

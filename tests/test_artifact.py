@@ -14,7 +14,7 @@ from svdk import artifact, load_adapter
 from svdk.artifact import JSON_NAME, STAGED_NAME, TENSORS_NAME, Steering
 from svdk.errors import ArtifactError, InputError
 from svdk.models import adapter_fingerprint, model_fingerprint, tokenizer_fingerprint
-from tests import tiny
+from tests.helpers import tiny
 
 
 def example(strength: float = 1.5, **changes) -> Steering:

@@ -25,9 +25,9 @@ from svdk.artifact import JSON_NAME, LOCK_NAME, MAX_TENSORS_BYTES, TENSORS_NAME,
 from svdk.calibration import recalibrate
 from svdk.errors import ArtifactError, SvdkError
 from svdk.models import MAX_CONFIG_BYTES, adapter_fingerprint, attach, load_adapter
-from tests import tiny
+from tests import ROOT
+from tests.helpers import tiny
 
-ROOT = Path(__file__).resolve().parent.parent
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 EDITS = st.lists(
     st.tuples(

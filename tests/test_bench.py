@@ -28,7 +28,7 @@ from svdk.bench import results as bench_results
 from svdk.bench.goodness import chi_square_p_value
 from svdk.cli import main
 from svdk.errors import InputError
-from tests import ops_cases as oc
+from tests.helpers import ops_cases as oc
 from tests.test_distribution import VOCAB, one_row
 
 CPU = torch.device("cpu")

@@ -14,7 +14,7 @@ from svdk.cli import calibrate as command
 from svdk.data import encode, load_examples
 from svdk.errors import ArtifactError, DataError, InputError, InvalidLogitsError, SvdkError
 from svdk.statistics import default_grid
-from tests import tiny
+from tests.helpers import tiny
 
 TOKENIZER = tiny.tiny_tokenizer()
 # Completions of different lengths, so that rows are padded and differ in their number of labels.

@@ -17,7 +17,7 @@ from svdk.errors import DataError, InputError
 from svdk.generation import decode
 from svdk.models import load_adapter, load_model
 from svdk.pair import ModelPair
-from tests import tiny
+from tests.helpers import tiny
 
 
 @pytest.fixture(scope="module")

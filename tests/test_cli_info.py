@@ -8,7 +8,7 @@ from peft import LoraConfig, get_peft_model
 import svdk
 from svdk import backends, paired
 from svdk.cli import main
-from tests import tiny
+from tests.helpers import tiny
 
 
 def test_versions_and_backends(capsys):

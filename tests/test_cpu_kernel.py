@@ -13,14 +13,15 @@ import pytest
 import torch
 
 import svdk
-from tests import ops_cases as oc
+from tests import ROOT
+from tests.helpers import ops_cases as oc
 
 pytestmark = pytest.mark.skipif(svdk.backends.status()["cpu"] != "available", reason="svdk._C was not built")
-CSRC = Path(__file__).resolve().parent.parent / "csrc" / "cpu"
+CSRC = ROOT / "csrc" / "cpu"
 
 PROGRAM = """
 import torch, svdk, svdk._C
-from tests import ops_cases as oc
+from tests.helpers import ops_cases as oc
 torch.set_num_threads(int({threads}))
 out = []
 for vocab in (31, 999, 40001):

@@ -10,7 +10,7 @@ import subprocess
 
 import pytest
 
-from tests import cuda_resources
+from tests.helpers import cuda_resources
 
 NEEDS_NVCC = pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc on PATH")
 SOURCE = """

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 import svdk
-from tests import cuda_shim
-from tests import ops_cases as oc
-from tests.cuda_shim import CLUSTER, SOLO, WORKSPACE
+from tests.helpers import cuda_shim
+from tests.helpers import ops_cases as oc
+from tests.helpers.cuda_shim import CLUSTER, SOLO, WORKSPACE
 
 pytestmark = pytest.mark.skipif(cuda_shim.compiler() is None, reason="no C++ compiler")
 

@@ -12,8 +12,9 @@ import torch
 
 import svdk
 from svdk import backends
-from tests import cuda_shim, test_ops
-from tests import ops_cases as oc
+from tests import test_ops
+from tests.helpers import cuda_shim
+from tests.helpers import ops_cases as oc
 
 pytestmark = pytest.mark.skipif(cuda_shim.compiler() is None, reason="no C++ compiler")
 

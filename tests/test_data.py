@@ -19,7 +19,7 @@ from svdk.data import (
     split,
 )
 from svdk.errors import DataError, InputError
-from tests import tiny
+from tests.helpers import tiny
 
 CHAT = [
     {"role": "user", "content": "hi"},

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import svdk
-from tests import ops_cases as oc
+from tests.helpers import ops_cases as oc
 
 pytestmark = pytest.mark.skipif(svdk.backends.status()["cpu"] != "available", reason="svdk._C was not built")
 

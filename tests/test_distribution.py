@@ -12,7 +12,7 @@ import torch
 
 import svdk
 from svdk.bench.goodness import PER_TEST, chi_square_p_value, fit_p_values
-from tests import ops_cases as oc
+from tests.helpers import ops_cases as oc
 
 VOCAB = 64
 DRAWS = 1_000_000

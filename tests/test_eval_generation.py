@@ -20,7 +20,7 @@ from svdk.eval.generation import (
 )
 from svdk.eval.judge import OverlapJudge, Verdict
 from svdk.eval.question import Question
-from tests.tiny import tiny_model
+from tests.helpers.tiny import tiny_model
 
 PROMPTS = ["Q: Why?\nA:", "Q: What does an ant eat, and when?\nA:", "say", "### Response:\n", "Q: Who?\nA:"]
 TOKENS = 6

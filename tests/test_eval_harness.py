@@ -12,7 +12,7 @@ import torch
 from svdk import ops
 from svdk.artifact import Steering
 from svdk.errors import ArtifactError, DataError, InputError, InvalidLogitsError
-from tests import tiny
+from tests.helpers import tiny
 
 pytest.importorskip("lm_eval", reason="the extra 'eval' is not installed (pip install lm-eval==0.4.13)")
 

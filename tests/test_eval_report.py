@@ -35,7 +35,7 @@ from svdk.eval.report_reading import read_results
 from svdk.eval.report_steps import steps_text, worths
 from svdk.eval.report_studies import Claim, verdict
 from svdk.eval.report_tables import paper_table, table_1, table_2, table_3, table_5, table_12, tables
-from tests import synthetic_results as made_up
+from tests.helpers import synthetic_results as made_up
 
 MACHINE = {"cpu": "a machine", "threads": 1, "torch": "2", "transformers": "5", "svdk": "0"}
 RESAMPLES = 2000

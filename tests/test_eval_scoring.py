@@ -14,7 +14,7 @@ from svdk.eval.base_cache import BaseCache
 from svdk.eval.question import Question
 from svdk.eval.scoring import OptionStatistics, score_options
 from svdk.pair import ModelPair
-from tests.tiny import PEFT_TYPES, VOCAB_SIZE
+from tests.helpers.tiny import PEFT_TYPES, VOCAB_SIZE
 
 ALPHA = 0.3
 GRID = torch.tensor([-2.0, -1.0, -0.5, 0.0, 0.5, 1.0, 1.5, 2.0, 3.0])

@@ -18,8 +18,8 @@ from torch import Tensor
 
 import svdk
 from svdk import reference
-from tests import cuda_shim
-from tests import ops_cases as oc
+from tests.helpers import cuda_shim
+from tests.helpers import ops_cases as oc
 
 EFFORT = int(os.environ.get("SVDK_FUZZ", "1"))
 EXAMPLES = {"cpu": 500, "cuda": 150, "shim": 100, "triton": 60}

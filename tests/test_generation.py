@@ -17,7 +17,7 @@ from svdk.errors import ArtifactError, InputError
 from svdk.generation import decode
 from svdk.generation_options import row_seeds
 from svdk.pair import ModelPair
-from tests import tiny
+from tests.helpers import tiny
 from tests.test_pair import left_padded
 
 STEPS = 8

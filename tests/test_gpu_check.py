@@ -14,11 +14,11 @@ import torch
 
 import svdk
 from svdk.bench import cases, gpu_check, gpu_steps, machine, timing
-from tests import ops_cases as oc
-from tests import triton_interpreter
+from tests import ROOT
+from tests.helpers import ops_cases as oc
+from tests.helpers import triton_interpreter
 
 CPU = torch.device("cpu")
-ROOT = Path(__file__).resolve().parent.parent
 NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine can run it")
 COMMAND = [sys.executable, "-m", "svdk.bench.gpu_check"]
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 import svdk
-from tests import cuda_shim
-from tests import ops_cases as oc
+from tests.helpers import cuda_shim
+from tests.helpers import ops_cases as oc
 
 pytestmark = [
     pytest.mark.parametrize("backend", ["reference", *cuda_shim.kernels()]),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,8 +12,8 @@ from hypothesis import given, note, settings
 from hypothesis import strategies as st
 
 import svdk
-from tests import ops_cases as oc
-from tests import test_fuzz
+from tests import ROOT, test_fuzz
+from tests.helpers import ops_cases as oc
 
 BACKENDS = oc.kernels()
 EXAMPLES = {"cpu": 250, "cuda": 80, "triton": 2 if oc.interpreted("triton") else 40}
@@ -140,12 +139,11 @@ print(svdk._C.cpu_arch(), *out)
 @pytest.mark.skipif("cpu" not in BACKENDS, reason="svdk._C was not built")
 def test_instruction_sets():
     """The same random calls on each instruction set of this machine: the same tokens."""
-    root = Path(__file__).resolve().parent.parent
     tokens = {}
     for arch in ("portable", "avx2", "avx512"):
-        env = dict(os.environ, SVDK_CPU_ARCH=arch, PYTHONPATH=str(root))
+        env = dict(os.environ, SVDK_CPU_ARCH=arch, PYTHONPATH=str(ROOT))
         command = [sys.executable, "-c", ARCHS, str(40 * test_fuzz.EFFORT)]
-        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=250, cwd=root)
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=250, cwd=ROOT)
         if "SVDK_CPU_ARCH was" in done.stderr:
             continue  # not on this processor
         assert done.returncode == 0, done.stderr[-2000:]

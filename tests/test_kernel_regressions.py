@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import svdk
-from tests import cuda_shim
-from tests import ops_cases as oc
+from tests.helpers import cuda_shim
+from tests.helpers import ops_cases as oc
 
 pytestmark = [
     pytest.mark.parametrize("backend", cuda_shim.kernels()),

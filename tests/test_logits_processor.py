@@ -13,7 +13,7 @@ import svdk
 from svdk import SteeringLogitsProcessor
 from svdk.errors import InputError, InvalidLogitsError
 from svdk.logits_processor import steered_logits
-from tests import tiny
+from tests.helpers import tiny
 from tests.test_pair import left_padded
 
 STEPS = 7

@@ -15,9 +15,9 @@ import svdk
 from svdk import models
 from svdk.errors import ArtifactError, InputError, out_of_memory
 from svdk.warmstart import warm_start
-from tests import tiny
+from tests import ROOT
+from tests.helpers import tiny
 
-ROOT = Path(__file__).resolve().parent.parent
 LONG = os.environ.get("SVDK_LONG") == "1"
 LINUX = pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="it reads /proc")
 
@@ -57,7 +57,7 @@ report(work, int(sys.argv[1]), 3000)
 
 GENERATE = """
 import svdk
-from tests import tiny
+from tests.helpers import tiny
 model, ids = tiny.tiny_peft(sys.argv[2]), torch.arange(5, 13).reshape(2, 4)
 def work(steps):
     for call in range(steps // 50):

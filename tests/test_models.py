@@ -22,7 +22,7 @@ from svdk.models import (
     resolve_model,
     tokenizer_fingerprint,
 )
-from tests import tiny
+from tests.helpers import tiny
 
 IDS = torch.tensor([[5, 6, 7, 8, 9]])
 

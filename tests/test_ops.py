@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import svdk
-from tests import ops_cases as oc
+from tests.helpers import ops_cases as oc
 
 KERNELS = oc.kernels()
 CASE = pytest.mark.parametrize("case", oc.CASES, ids=lambda c: c.name)

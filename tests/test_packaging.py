@@ -8,11 +8,11 @@ import subprocess
 import sys
 import tarfile
 import zipfile
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+from tests import ROOT
+
 NOT_COPIED = shutil.ignore_patterns(
     ".git", ".venv*", "build", "*.so", "__pycache__", "*.egg-info", "demo-out"
 )

@@ -8,7 +8,7 @@ from peft import LNTuningConfig, LoHaConfig, LoraConfig, get_peft_model
 
 from svdk.errors import InputError
 from svdk.pair import ModelPair
-from tests import tiny
+from tests.helpers import tiny
 
 LENGTHS = (9, 4, 6)
 CASES = [(arch, kind) for arch in tiny.ARCHITECTURES for kind in tiny.PEFT_TYPES]

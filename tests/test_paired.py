@@ -16,7 +16,7 @@ from svdk.generation import decode
 from svdk.pair import ModelPair
 from svdk.paired import PairedForward, choose_forward, why_not_paired
 from svdk.paired_linear import ONEDNN_ROWS, TRANSPOSED_ROWS, fast_linears
-from tests import tiny
+from tests.helpers import tiny
 from tests.test_pair import CASES, close, left_padded
 
 STEPS = 6

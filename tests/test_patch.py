@@ -9,7 +9,7 @@ from transformers.generation import GenerationMixin, TopKLogitsWarper
 import svdk
 from svdk import patch as patching
 from svdk.errors import BackendError
-from tests import tiny
+from tests.helpers import tiny
 
 DRAWS = 4000
 FILTERS = {"temperature": 0.7, "top_k": 12, "top_p": 0.9, "min_p": 0.02}

@@ -15,7 +15,7 @@ import torch
 import svdk
 from svdk.bench.goodness import PER_TEST, chi_square_p_value, count_p_value, fit_p_values
 from svdk.philox import random_bits
-from tests import ops_cases as oc
+from tests.helpers import ops_cases as oc
 
 BACKEND = pytest.mark.parametrize("backend", [b for b in oc.kernels() if not oc.interpreted(b)])
 OUTRIGHT = PER_TEST / 1000

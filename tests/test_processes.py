@@ -16,9 +16,9 @@ import torch
 
 import svdk
 from svdk import Steering
-from tests import ops_cases as oc
+from tests import ROOT
+from tests.helpers import ops_cases as oc
 
-ROOT = Path(__file__).resolve().parent.parent
 THREADS = 64
 
 

@@ -14,7 +14,7 @@ from svdk.errors import ArtifactError, DataError, InputError, InvalidLogitsError
 from svdk.estimators import split_folds
 from svdk.pair import ModelPair
 from svdk.static_vector import logit_bias, static_steering, static_vector
-from tests import tiny
+from tests.helpers import tiny
 
 ROWS = tiny.tiny_examples(10)
 # One long completion among short ones, so that the weightings differ.

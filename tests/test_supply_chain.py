@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import ROOT
 from tests.test_packaging import NOT_COPIED
 
 if sys.version_info >= (3, 11):
@@ -24,7 +25,6 @@ if sys.version_info >= (3, 11):
 else:
     tomllib = pytest.importorskip("tomli", reason="no TOML reader before Python 3.11")
 
-ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = ("README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md")
 PACKAGES = ("svdk", "kernels", "bench")
 ASKED_FOR = {"svdk/eval/judge.py"}

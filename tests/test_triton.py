@@ -11,12 +11,12 @@ import math
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-from tests import triton_interpreter
+from tests import ROOT
+from tests.helpers import triton_interpreter
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("triton is not installed (pip install triton)", allow_module_level=True)
@@ -28,9 +28,8 @@ import triton.language as tl  # noqa: E402
 import svdk  # noqa: E402
 from svdk import backends, philox  # noqa: E402
 from svdk.kernels import library, noise, tuning  # noqa: E402
-from tests import ops_cases as oc  # noqa: E402
+from tests.helpers import ops_cases as oc  # noqa: E402
 
-ROOT = Path(__file__).parents[1]
 DEVICE = oc.device_of("triton")
 TINY = tuning.Config(block=64, cap=16, programs=16, stages=1)
 """Many tiles, slices and overflowing lists even in a small vocabulary."""
@@ -244,7 +243,7 @@ def test_slices_cover_the_row(monkeypatch, batch):
 def _program(name: str, *arguments: str) -> list[dict]:
     """The JSON lines of a program of this folder, run without the interpreter."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-W", "ignore", str(ROOT / "tests" / name), *arguments]
+    command = [sys.executable, "-W", "ignore", str(ROOT / "tests" / "helpers" / name), *arguments]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]

@@ -19,7 +19,7 @@ from svdk.models import adapter_fingerprint, load_adapter, model_fingerprint, to
 from svdk.peft_configs import make_config
 from svdk.training import Collator
 from svdk.warmstart import warm_start
-from tests import tiny
+from tests.helpers import tiny
 
 EXAMPLES = tiny.tiny_examples(40)
 # High enough for a random tiny model to learn in a few steps.

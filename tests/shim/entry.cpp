@@ -1,4 +1,4 @@
-// C entry points to the kernels, for ctypes (tests/cuda_shim.py).
+// C entry points to the kernels, for ctypes (tests/helpers/cuda_shim.py).
 #include <string>
 #include <utility>
 #include <vector>

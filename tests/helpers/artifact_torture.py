@@ -172,7 +172,7 @@ def bounds(folder: Path) -> None:
     """Every subfolder is refused with an ArtifactError within 256 MiB above what the imports take."""
     from svdk.errors import ArtifactError
     from svdk.models import load_adapter
-    from tests import tiny
+    from tests.helpers import tiny
 
     load_adapter(tiny.tiny_model(), folder / "good")
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()

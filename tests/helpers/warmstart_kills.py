@@ -22,8 +22,8 @@ from svdk import training, warm_start
 from svdk.errors import InputError
 from svdk.models import adapter_fingerprint
 from svdk.runfolder import put_back
-from tests import tiny
-from tests.artifact_torture import code_of, forked
+from tests.helpers import tiny
+from tests.helpers.artifact_torture import code_of, forked
 
 OPTIONS = {"max_steps": 3, "learning_rate": 1e-2, "progress": False, "lora_dropout": 0.1}
 

@@ -1,7 +1,7 @@
 """Compile every Triton kernel variant for GPUs that are not here; one JSON line a kernel and target.
 
-Run as a program: ``python tests/triton_aot.py [target ...]``, without TRITON_INTERPRET (``test_triton.py``
-does). Spills and registers come from the cubin's resource table or the AMD assembly's metadata.
+Run as a program: ``python tests/helpers/triton_aot.py [target ...]``, without TRITON_INTERPRET
+(``test_triton.py`` does). Spills and registers come from the cubin's resource table or the AMD assembly's metadata.
 """
 
 from __future__ import annotations

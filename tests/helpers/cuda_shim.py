@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from svdk import backends
-from tests import ops_cases as oc
+from tests import ROOT
+from tests.helpers import ops_cases as oc
 
-ROOT = Path(__file__).resolve().parent.parent
 SOURCES = (ROOT / "csrc", ROOT / "tests" / "shim")
 SOLO, CLUSTER, WORKSPACE = range(3)
 TRANSPORTS = {"solo": SOLO, "cluster": CLUSTER, "workspace": WORKSPACE}

@@ -7,7 +7,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-CSRC = Path(__file__).resolve().parent.parent / "csrc" / "cuda"
+CSRC = Path(__file__).resolve().parents[2] / "csrc" / "cuda"
 REGISTERS = 64 * 1024  # of a processor, on every architecture from sm_80 on
 STATIC_SHARED = 48 * 1024  # of a CTA, without opting in to more
 

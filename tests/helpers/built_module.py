@@ -1,4 +1,4 @@
-"""One built wheel under another PyTorch: ``PYTHON tests/built_module.py SITE`` with svdk installed in SITE.
+"""One built wheel under another PyTorch: ``PYTHON tests/helpers/built_module.py SITE``, svdk being in SITE.
 
 Needs torch, numpy and pytest in that Python. Runs every case of the shared test body on the CPU kernels
 against the reference, and the ops under torch.compile's tracing, and prints the versions.
@@ -12,7 +12,7 @@ from pathlib import Path
 
 def main(site: str) -> None:
     """Check the CPU module installed in ``site``; raises AssertionError with the case."""
-    sys.path[:0] = [site, str(Path(__file__).resolve().parent.parent)]
+    sys.path[:0] = [site, str(Path(__file__).resolve().parents[2])]
     # An editable install of the source tree must not stand in for what is under test.
     sys.meta_path[:] = [
         f for f in sys.meta_path if "editable" not in str(getattr(f, "__module__", f)).lower()
@@ -21,7 +21,7 @@ def main(site: str) -> None:
 
     import svdk
     from svdk import _C
-    from tests import ops_cases as oc
+    from tests.helpers import ops_cases as oc
 
     for module in (svdk, _C):
         assert module.__file__.startswith(site), f"{module.__name__} came from {module.__file__}"
