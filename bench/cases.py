@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 import svdk
-from svdk import backends
 from svdk.bench import baselines
 from svdk.bench.logits import Operands
+from svdk.ops import backends
 
 GRID = tuple(k / 4 for k in range(16))
 """The strengths of the ``logprob_grid`` setting."""

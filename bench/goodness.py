@@ -3,7 +3,7 @@
 Seeds are fixed, so a test that passes once passes at every rerun. What ``PER_TEST`` bounds is the chance
 that a right sampler fails when its bits change: a new stream of noise, other seeds, another test row. All
 tests together then fail with a probability below ``FAMILY`` (Bonferroni), one CI run in ten thousand.
-``tests/test_power.py`` shows that biased samplers fail by far.
+``tests/ops/test_power.py`` shows that biased samplers fail by far.
 """
 
 from __future__ import annotations

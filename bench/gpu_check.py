@@ -36,7 +36,7 @@ LIMIT = 465
 BACKENDS = ("cuda", "triton")
 START = 20
 """Seconds on top of a step's own: the process, the imports, the CUDA context."""
-SHARED_TESTS = ("tests/test_ops.py", "tests/test_dispatch.py", "tests/test_ops_errors.py")
+SHARED_TESTS = ("tests/ops/test_ops.py", "tests/ops/test_dispatch.py", "tests/ops/test_ops_errors.py")
 
 
 @dataclass(frozen=True)

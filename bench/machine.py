@@ -48,7 +48,7 @@ def describe(device: torch.device) -> dict[str, Any]:
 
 
 def _cpu_kernel() -> str | None:
-    from svdk import backends
+    from svdk.ops import backends
 
     if backends.status()["cpu"] != "available":
         return None

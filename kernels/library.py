@@ -1,6 +1,6 @@
 """The Triton backend's three ops: allocate, pick a configuration, launch once.
 
-``BACKEND`` takes the flat arguments of ``svdk/schema.py``. Eager calls launch directly; under
+``BACKEND`` takes the flat arguments of ``svdk/ops/schema.py``. Eager calls launch directly; under
 ``torch.compile`` they become the ops ``svdk_triton::*``, which the compiler can look into
 (``triton_op``). The slices of a row count themselves in on counters that every launch leaves at zero:
 eager calls keep one set a stream, traced and captured calls get their own.
@@ -16,7 +16,7 @@ import triton
 from torch import Tensor
 from torch.library import wrap_triton
 
-from svdk import library, schema
+from svdk.ops import library, schema
 
 from . import tuning
 from .extract import KEPT, extract_count_kernel, extract_fill_kernel
@@ -104,7 +104,7 @@ def steered_sample(
     top_p: float, top_p_rows: Tensor | None, min_p: float, min_p_rows: Tensor | None,
     seed: int, seed_rows: Tensor | None, offset: int, offset_rows: Tensor | None, info: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """See ``svdk.schema.STEERED_SAMPLE`` and ``svdk.reference.steered_sample``."""
+    """See ``svdk.ops.schema.STEERED_SAMPLE`` and ``svdk.reference.steered_sample``."""
     batch = _batch(warm, warm_rows)
     token, floats, ints = _sample_outputs(warm, batch, info)
     if batch == 0:
@@ -152,7 +152,7 @@ def steered_logprob(
     alpha: float, alpha_rows: Tensor | None, strength: float, strength_rows: Tensor | None,
     strengths: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """See ``svdk.schema.STEERED_LOGPROB`` and ``svdk.reference.steered_logprob``."""
+    """See ``svdk.ops.schema.STEERED_LOGPROB`` and ``svdk.reference.steered_logprob``."""
     batch, number = labels.shape[0], 1 if strengths is None else strengths.shape[0]
     curves = warm.new_empty((3, batch, number), dtype=torch.float32)
     greedy = warm.new_empty((batch, number), dtype=torch.int64)
@@ -182,7 +182,7 @@ def extract(
     warm: Tensor, base: Tensor | None, vector: Tensor | None, warm_rows: Tensor | None,
     base_rows: Tensor | None, vocab: int, direction: int, alpha: float, alpha_rows: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """See ``svdk.schema.EXTRACT`` and ``svdk.reference.extract``; synchronises (the output's size)."""
+    """See ``svdk.ops.schema.EXTRACT`` and ``svdk.reference.extract``; synchronises (the output's size)."""
     batch = _batch(warm, warm_rows)
     row_ptr = warm.new_zeros(batch + 1, dtype=torch.int64)
     rows = warm.new_empty((3, batch), dtype=torch.float32)

@@ -1,6 +1,6 @@
 """Philox4x32-10 bits keyed by token id, and the Gumbel noise made of them.
 
-The bits are those of ``svdk/philox.py``: key = the row's seed, counter = (token id >> 2, offset low,
+The bits are those of ``svdk/ops/philox.py``: key = the row's seed, counter = (token id >> 2, offset low,
 offset high, stream 0), word = token id & 3. ``tl.philox`` is the same generator; what is ours is which
 word belongs to which token, and a conversion that keeps all 32 bits in float32.
 """

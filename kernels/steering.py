@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from svdk import schema
+from svdk.ops import schema
 
 KL_GRADIENT = tl.constexpr(schema.KL_GRADIENT)
 LOG_RATIO = tl.constexpr(schema.LOG_RATIO)

@@ -31,7 +31,7 @@ from .steering import (
     or_zero,
 )
 
-INVALID = tl.constexpr(1)  # the status bits of svdk.types.Status
+INVALID = tl.constexpr(1)  # the status bits of svdk.ops.results.Status
 BASE_MASKED = tl.constexpr(2)
 FAR = tl.constexpr(4)  # ours alone: some log-ratio is so large that DIRECT rounds the warm logits away
 APART = tl.constexpr(256.0)

@@ -11,13 +11,13 @@ from typing import Any
 __version__ = "0.1.0"
 
 _EXPORTS = {
-    "steered_sample": "svdk.ops",
-    "steered_logprob": "svdk.ops",
-    "extract": "svdk.ops",
-    "SampleInfo": "svdk.types",
-    "LogprobInfo": "svdk.types",
-    "SteeringBatch": "svdk.types",
-    "Status": "svdk.types",
+    "steered_sample": "svdk.ops.api",
+    "steered_logprob": "svdk.ops.api",
+    "extract": "svdk.ops.api",
+    "SampleInfo": "svdk.ops.results",
+    "LogprobInfo": "svdk.ops.results",
+    "SteeringBatch": "svdk.ops.results",
+    "Status": "svdk.ops.results",
     "Steering": "svdk.artifact",
     "warm_start": "svdk.warmstart",
     "extract_steering": "svdk.extraction",

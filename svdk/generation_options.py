@@ -23,10 +23,11 @@ from transformers.generation import (
     UnbatchedClassifierFreeGuidanceLogitsProcessor,
 )
 
-from svdk import backends, checks, ops, reference
+from svdk import ops
 from svdk.errors import ArtifactError, InputError
-from svdk.schema import DIRECTIONS, PLAIN, STRENGTH_MODES, VECTOR
-from svdk.types import SampleInfo, Status
+from svdk.ops import arguments, backends, reference
+from svdk.ops.results import SampleInfo, Status
+from svdk.ops.schema import DIRECTIONS, PLAIN, STRENGTH_MODES, VECTOR
 
 if TYPE_CHECKING:
     from svdk.artifact import Steering
@@ -162,14 +163,16 @@ def make_sampler(
             raise InputError(f"direction was {direction!r} with a vector; allowed: 'vector'")
         merged["direction"] = "kl_gradient"  # the op takes the direction from the vector alone
         vector = vector.to(pair.device)
-    checks.choice("direction", merged["direction"], DIRECTIONS)
-    checks.choice("strength_mode", merged["strength_mode"], tuple(m for m in STRENGTH_MODES if m != "label"))
+    arguments.choice("direction", merged["direction"], DIRECTIONS)
+    arguments.choice(
+        "strength_mode", merged["strength_mode"], tuple(m for m in STRENGTH_MODES if m != "label")
+    )
     low = 0.0 if merged["strength_mode"] == "kl_budget" else -math.inf
-    checks.parameter("strength", merged["strength"], rows, like, low)
-    checks.parameter("alpha", merged["alpha"], rows, like, 0.0, 1.0)
-    checks.penalty_value(merged["penalty"])
+    arguments.parameter("strength", merged["strength"], rows, like, low)
+    arguments.parameter("alpha", merged["alpha"], rows, like, 0.0, 1.0)
+    arguments.penalty_value(merged["penalty"])
     backends.resolve(backend, like)
-    checks.choice("view", view, tuple(VIEWS))
+    arguments.choice("view", view, tuple(VIEWS))
     views = VIEWS[view] if vector is None else ("warm",)
     if view != "steered":
         merged, vector, views = dict(UNSTEERED), None, VIEWS[view]
@@ -177,10 +180,10 @@ def make_sampler(
     filters = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
     if do_sample:
         filters = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
-        checks.parameter("temperature", temperature, rows, like, 0.0)
-        checks.parameter("top_k", top_k, rows, like, 0, integer=True)
-        checks.parameter("top_p", top_p, rows, like, 0.0, 1.0)
-        checks.parameter("min_p", min_p, rows, like, 0.0, 1.0)
+        arguments.parameter("temperature", temperature, rows, like, 0.0)
+        arguments.parameter("top_k", top_k, rows, like, 0, integer=True)
+        arguments.parameter("top_p", top_p, rows, like, 0.0, 1.0)
+        arguments.parameter("min_p", min_p, rows, like, 0.0, 1.0)
     # Greedy decoding draws nothing: torch's generator is left alone, as transformers does.
     seeds = row_seeds(seed, rows, copies).to(pair.device) if do_sample else 0
     return Sampler(merged, vector, filters, seeds, views, backend, check)
@@ -236,10 +239,10 @@ def row_seeds(seed: int | Tensor | None, rows: int, copies: int = 1) -> Tensor:
     if not isinstance(seed, Tensor):
         if isinstance(seed, bool) or not isinstance(seed, int):
             raise InputError(f"seed was {seed!r}; allowed: an integer or a ({rows // copies},) tensor")
-        checks.word64("seed", seed, rows, torch.empty(0))
+        arguments.word64("seed", seed, rows, torch.empty(0))
         return torch.tensor([_signed(seed + row) for row in range(rows)])
     prompts = rows // copies
-    _, given = checks.word64("seed", seed.cpu(), prompts, torch.empty(0))
+    _, given = arguments.word64("seed", seed.cpu(), prompts, torch.empty(0))
     if copies == 1:
         return given
     jump = torch.tensor([_signed(j * GOLDEN) for j in range(copies)])

@@ -83,7 +83,7 @@ def patch_transformers(backend: str = "auto") -> Patch:
         BackendError: this version of transformers has another sampling loop, or the backend cannot run.
 
     """
-    from svdk import backends
+    from svdk.ops import backends
 
     backends.resolve(backend, torch.empty(0))
     current = GenerationMixin._sample

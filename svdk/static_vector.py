@@ -19,10 +19,10 @@ from svdk.data import Encoded, Example, data_hash, encode_all, load_examples
 from svdk.errors import DataError, InputError, InvalidLogitsError
 from svdk.estimators import Gains, bootstrap, fit, gains_at, split_folds
 from svdk.extraction import DIRECTIONS, MAX_OP, Part, Sweep, add_rows, assemble, labelled_rows
-from svdk.ops import extract
+from svdk.ops.api import extract
+from svdk.ops.results import Status
 from svdk.pair import ModelPair
 from svdk.statistics import View, default_grid
-from svdk.types import Status
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

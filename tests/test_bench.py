@@ -29,7 +29,7 @@ from svdk.bench.goodness import chi_square_p_value
 from svdk.cli import main
 from svdk.errors import InputError
 from tests.helpers import ops_cases as oc
-from tests.test_distribution import VOCAB, one_row
+from tests.ops.test_distribution import VOCAB, one_row
 
 CPU = torch.device("cpu")
 DRAWS = 200_000

@@ -90,7 +90,7 @@ def test_help_is_quick_and_imports_no_models():
 
 
 def test_info_lists_every_backend_with_its_reason(capsys):
-    from svdk import backends
+    from svdk.ops import backends
 
     assert cli.main(["info"]) == 0
     shown = capsys.readouterr().out

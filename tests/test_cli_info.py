@@ -6,8 +6,9 @@ import pytest
 from peft import LoraConfig, get_peft_model
 
 import svdk
-from svdk import backends, paired
+from svdk import paired
 from svdk.cli import main
+from svdk.ops import backends
 from tests.helpers import tiny
 
 

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 import svdk
-from svdk import backends
-from tests import test_ops
+from svdk.ops import backends
 from tests.helpers import cuda_shim
 from tests.helpers import ops_cases as oc
+from tests.ops import test_ops
 
 pytestmark = pytest.mark.skipif(cuda_shim.compiler() is None, reason="no C++ compiler")
 

@@ -1,5 +1,5 @@
 // svdk._C: the CPU ops, registered with the dispatcher through libtorch's stable ABI. Only checks,
-// pointers and outputs here; the schemas are in svdk/schema.py.
+// pointers and outputs here; the schemas are in svdk/ops/schema.py.
 #include <Python.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>

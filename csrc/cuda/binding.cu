@@ -1,5 +1,5 @@
 // svdk._C_cuda: the CUDA ops, registered with the dispatcher through libtorch's stable ABI. Only
-// checks, outputs, the workspace and launches here; the schemas are in svdk/schema.py.
+// checks, outputs, the workspace and launches here; the schemas are in svdk/ops/schema.py.
 #include <Python.h>
 #include <cuda_runtime.h>
 #include <torch/csrc/stable/accelerator.h>

@@ -1,4 +1,4 @@
-// Arguments, constants and per-row scalars of the CUDA kernels. svdk/reference.py is the
+// Arguments, constants and per-row scalars of the CUDA kernels. svdk/ops/reference.py is the
 // specification; csrc/cpu is the same algorithm in double.
 #pragma once
 #include "../philox.h"

@@ -24,8 +24,8 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     import svdk
-    from svdk import backends
     from svdk.errors import InputError
+    from svdk.ops import backends
 
     if bool(args.model) != bool(args.adapter):
         missing = "--adapter" if args.model else "--model"

@@ -1,6 +1,6 @@
 """The CUDA kernels on the CPU: builds tests/shim with g++ and wraps it as a backend.
 
-The wrapper takes the flat arguments of the dispatcher's ops (``svdk/schema.py``), as every backend does.
+The wrapper takes the flat arguments of the dispatcher's ops (``svdk/ops/schema.py``), as every backend does.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from svdk import backends
+from svdk.ops import backends
 from tests import ROOT
 from tests.helpers import ops_cases as oc
 

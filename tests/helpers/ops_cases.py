@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import svdk
-from svdk import backends, reference
+from svdk.ops import backends, reference
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 VOCABS = (1, 31, 32, 999, 32000, 49152, 128256, 151936)

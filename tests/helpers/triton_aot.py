@@ -1,7 +1,8 @@
 """Compile every Triton kernel variant for GPUs that are not here; one JSON line a kernel and target.
 
 Run as a program: ``python tests/helpers/triton_aot.py [target ...]``, without TRITON_INTERPRET
-(``test_triton.py`` does). Spills and registers come from the cubin's resource table or the AMD assembly's metadata.
+(``test_triton.py`` does). Spills and registers come from the cubin's resource table or the AMD assembly's
+metadata.
 """
 
 from __future__ import annotations
@@ -17,12 +18,12 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from svdk import schema
 from svdk.kernels import steering
 from svdk.kernels.extract import extract_count_kernel, extract_fill_kernel
 from svdk.kernels.logprob import steered_logprob_kernel
 from svdk.kernels.sample import steered_sample_kernel
 from svdk.kernels.tuning import DEFAULT
+from svdk.ops import schema
 
 LISTS, OUTSIDE = steering.LISTS.value, steering.OUTSIDE.value
 TARGETS = {

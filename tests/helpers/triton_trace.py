@@ -16,8 +16,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from triton.backends.compiler import GPUTarget
 
 import svdk
-from svdk import backends
 from svdk.kernels import library, tuning
+from svdk.ops import backends
 
 
 class Driver:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from svdk import schema
+from svdk.ops import schema
 
 LIBRARY = torch.library.Library("svdk", "DEF")
 for _name, _schema in (

@@ -1,8 +1,8 @@
 """What the samplers draw, by support first and then by chi-square with the tail in view.
 
 Not under an interpreter, which is too slow for enough draws: there, tokens are compared one by one with
-the reference's (tests/test_ops.py). ``svdk.bench.goodness`` says how rare a false alarm is, and
-``tests/test_power.py`` what these tests catch.
+the reference's (tests/ops/test_ops.py). ``svdk.bench.goodness`` says how rare a false alarm is, and
+``tests/ops/test_power.py`` what these tests catch.
 """
 
 from __future__ import annotations

@@ -7,8 +7,9 @@ import inspect
 import pytest
 import torch
 
-from svdk import reference, sampling
+from svdk import sampling
 from svdk.errors import InputError
+from svdk.ops import reference
 
 VOCAB = 40
 DRAWS = 20000

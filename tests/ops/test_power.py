@@ -14,7 +14,7 @@ import torch
 
 import svdk
 from svdk.bench.goodness import PER_TEST, chi_square_p_value, count_p_value, fit_p_values
-from svdk.philox import random_bits
+from svdk.ops.philox import random_bits
 from tests.helpers import ops_cases as oc
 
 BACKEND = pytest.mark.parametrize("backend", [b for b in oc.kernels() if not oc.interpreted(b)])

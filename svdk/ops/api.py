@@ -6,10 +6,10 @@ import math
 
 from torch import Tensor
 
-from svdk import backends, checks
 from svdk.errors import InvalidLogitsError
-from svdk.schema import CONSTANT, LABEL, PLAIN, STRENGTH_MODES
-from svdk.types import LogprobInfo, SampleInfo, Status, SteeringBatch
+from svdk.ops import arguments, backends
+from svdk.ops.results import LogprobInfo, SampleInfo, Status, SteeringBatch
+from svdk.ops.schema import CONSTANT, LABEL, PLAIN, STRENGTH_MODES
 
 
 def _raise_invalid(status: Tensor) -> None:
@@ -90,29 +90,30 @@ def steered_sample(
         InvalidLogitsError: with ``check``, naming the rows.
         BackendError: the named backend cannot run.
     """
-    rows, batch, vocab, code = checks.problem(
+    rows, batch, vocab, code = arguments.problem(
         warm_logits, base_logits, vector, direction, warm_rows, base_rows, vocab_size
     )
     warm = rows[0]
-    mode = STRENGTH_MODES[checks.choice("strength_mode", strength_mode, STRENGTH_MODES)]
+    mode = STRENGTH_MODES[arguments.choice("strength_mode", strength_mode, STRENGTH_MODES)]
     if mode != CONSTANT and code == PLAIN:
-        raise checks.fail("strength_mode", repr(strength_mode), "'constant' without base_logits or vector")
+        raise arguments.fail("strength_mode", repr(strength_mode), "'constant' without base_logits or vector")
     if mode == LABEL:
-        labels = checks.label_ids(labels, batch, vocab, warm)
+        labels = arguments.label_ids(labels, batch, vocab, warm)
     elif labels is not None:
-        raise checks.fail("labels", "given", "None unless strength_mode='label'")
+        raise arguments.fail("labels", "given", "None unless strength_mode='label'")
     low = -math.inf if mode == CONSTANT else 0.0
     need_info = return_info or check
     op = backends.resolve(backend, warm).steered_sample
     token, floats, ints = op(
-        *rows, labels, vocab, code, mode, checks.penalty_value(penalty),
-        *(checks.parameter("strength", strength, batch, warm, low) if mode != LABEL else (0.0, None)),
-        *checks.parameter("alpha", alpha, batch, warm, 0.0, 1.0),
-        *checks.temperature_value(temperature, batch, warm),
-        *checks.parameter("top_k", top_k, batch, warm, 0, integer=True),
-        *checks.parameter("top_p", top_p, batch, warm, 0.0, 1.0),
-        *checks.parameter("min_p", min_p, batch, warm, 0.0, 1.0),
-        *checks.word64("seed", seed, batch, warm), *checks.word64("offset", offset, batch, warm), need_info,
+        *rows, labels, vocab, code, mode, arguments.penalty_value(penalty),
+        *(arguments.parameter("strength", strength, batch, warm, low) if mode != LABEL else (0.0, None)),
+        *arguments.parameter("alpha", alpha, batch, warm, 0.0, 1.0),
+        *arguments.temperature_value(temperature, batch, warm),
+        *arguments.parameter("top_k", top_k, batch, warm, 0, integer=True),
+        *arguments.parameter("top_p", top_p, batch, warm, 0.0, 1.0),
+        *arguments.parameter("min_p", min_p, batch, warm, 0.0, 1.0),
+        *arguments.word64("seed", seed, batch, warm),
+        *arguments.word64("offset", offset, batch, warm), need_info,
     )  # fmt: skip
     if check:
         _raise_invalid(ints[1])
@@ -152,20 +153,20 @@ def steered_logprob(
     Raises:
         InputError, InvalidLogitsError, BackendError: as :func:`steered_sample`.
     """
-    rows, batch, vocab, code = checks.problem(
+    rows, batch, vocab, code = arguments.problem(
         warm_logits, base_logits, vector, direction, warm_rows, base_rows, vocab_size
     )
     warm = rows[0]
-    labels = checks.label_ids(labels, batch, vocab, warm)
+    labels = arguments.label_ids(labels, batch, vocab, warm)
     if strengths is not None:
-        if not checks.dense(strengths) or strengths.dim() != 1 or strengths.device != warm.device:
-            raise checks.fail("strengths", checks.shape(strengths), f"a (M,) tensor on {warm.device}")
-        strengths = checks.parameter("strengths", strengths, strengths.shape[0], warm)[1]
+        if not arguments.dense(strengths) or strengths.dim() != 1 or strengths.device != warm.device:
+            raise arguments.fail("strengths", arguments.shape(strengths), f"a (M,) tensor on {warm.device}")
+        strengths = arguments.parameter("strengths", strengths, strengths.shape[0], warm)[1]
     op = backends.resolve(backend, warm).steered_logprob
     curves, greedy, stats, status = op(
-        *rows, labels, vocab, code, checks.penalty_value(penalty),
-        *checks.parameter("alpha", alpha if code != PLAIN else 0.0, batch, warm, 0.0, 1.0),
-        *checks.parameter("strength", strength, batch, warm), strengths,
+        *rows, labels, vocab, code, arguments.penalty_value(penalty),
+        *arguments.parameter("alpha", alpha if code != PLAIN else 0.0, batch, warm, 0.0, 1.0),
+        *arguments.parameter("strength", strength, batch, warm), strengths,
     )  # fmt: skip
     if check:
         _raise_invalid(status)
@@ -192,14 +193,14 @@ def extract(
     Arguments and errors as in :func:`steered_sample`; ``base_logits`` (or ``base_rows``) or ``vector``
     is needed. With ``alpha=0`` every finite token is an entry: B * V of them.
     """
-    rows, batch, vocab, code = checks.problem(
+    rows, batch, vocab, code = arguments.problem(
         warm_logits, base_logits, vector, direction, warm_rows, base_rows, vocab_size
     )
     if code == PLAIN:
-        raise checks.fail("base_logits", "None", "(B, V) logits, base_rows, or a vector")
+        raise arguments.fail("base_logits", "None", "(B, V) logits, base_rows, or a vector")
     op = backends.resolve(backend, rows[0]).extract
     row_ptr, ids, p, delta, stats, status = op(
-        *rows, vocab, code, *checks.parameter("alpha", alpha, batch, rows[0], 0.0, 1.0)
+        *rows, vocab, code, *arguments.parameter("alpha", alpha, batch, rows[0], 0.0, 1.0)
     )
     if check:
         _raise_invalid(status)

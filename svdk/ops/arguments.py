@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from svdk.errors import InputError
-from svdk.schema import DIRECTIONS, PLAIN, VECTOR
+from svdk.ops.schema import DIRECTIONS, PLAIN, VECTOR
 
 LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TWO64 = 1 << 64

@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import svdk
-from svdk import reference
-from svdk.philox import philox4x32, random_bits, uniforms
-from svdk.schema import KL_GRADIENT, LOG_RATIO
+from svdk.ops import reference
+from svdk.ops.philox import philox4x32, random_bits, uniforms
+from svdk.ops.schema import KL_GRADIENT, LOG_RATIO
 
 SEEDS = st.integers(0, 2**31 - 1)
 VOCABS = st.sampled_from([1, 2, 5, 33, 200])

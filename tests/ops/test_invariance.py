@@ -12,8 +12,9 @@ from hypothesis import given, note, settings
 from hypothesis import strategies as st
 
 import svdk
-from tests import ROOT, test_fuzz
+from tests import ROOT
 from tests.helpers import ops_cases as oc
+from tests.ops import test_fuzz
 
 BACKENDS = oc.kernels()
 EXAMPLES = {"cpu": 250, "cuda": 80, "triton": 2 if oc.interpreted("triton") else 40}
@@ -123,7 +124,7 @@ ARCHS = """
 import sys, torch, svdk, svdk._C
 from hypothesis import given, settings
 from hypothesis import HealthCheck
-from tests import test_invariance
+from tests.ops import test_invariance
 torch.set_num_threads(1)
 out = []
 @settings(max_examples=int(sys.argv[1]), derandomize=True, database=None, deadline=None,

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import svdk
-from svdk import reference
+from svdk.ops import reference, schema
 from tests.helpers import cuda_shim
 from tests.helpers import ops_cases as oc
 
@@ -217,7 +217,7 @@ def check_draw(row: int, got: int, flat) -> None:
         assert not kept(token, -1), f"row {row}: token {got} scored {score[got]}, {token} {score[token]}"
 
 
-ARGUMENTS = [part.split()[-1] for part in svdk.schema.STEERED_SAMPLE.split(")")[0][1:].split(",")]
+ARGUMENTS = [part.split()[-1] for part in schema.STEERED_SAMPLE.split(")")[0][1:].split(",")]
 
 
 def check_sample(backend: str, call) -> None:
