@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.generation.streamers import BaseStreamer
 
-from svdk import paired
 from svdk.bench import baselines, machine, models
 from svdk.generation import decode
-from svdk.pair import ModelPair
+from svdk.models import paired_forward
+from svdk.models.pair import ModelPair
 
 PROMPT_TOKENS = 16
 Steps = list[float]
@@ -124,7 +124,7 @@ def ablated(run: Contestant) -> Contestant:
     """The same with torch's own linear layers: what pairing alone gains."""
 
     def without(ids: Tensor, count: int) -> Steps:
-        with mock.patch.object(paired, "fast_linears", lambda module: []):
+        with mock.patch.object(paired_forward, "fast_linears", lambda module: []):
             return run(ids, count)
 
     return without
@@ -184,7 +184,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10, help="a turn (default: 10)")
     parser.add_argument("--rounds", type=int, default=5, help="turns (default: 5)")
     args = parser.parse_args()
-    from svdk.models import load_model
+    from svdk.models.loading import load_model
 
     device = torch.device("cpu")
     adapted, plain = models.load(args.model, device), load_model(args.model)[0]

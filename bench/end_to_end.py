@@ -47,7 +47,7 @@ def plain(model: nn.Module, input_ids: Tensor, new_tokens: int) -> Tensor:
 def contestants(model: nn.Module) -> dict[str, Callable[[Tensor, int], Tensor]]:
     """Name -> function of a prompt ``(B, T)`` and a number of tokens."""
     from svdk.generation import decode
-    from svdk.pair import ModelPair
+    from svdk.models.pair import ModelPair
 
     pair = ModelPair(model)
 

@@ -49,7 +49,7 @@ def recorded() -> tuple[Tensor, Tensor]:
     The same tokens of one text, with a task description in front (warm) and without (base): two real
     distributions that differ as a short warm start makes them differ, without training one here.
     """
-    from svdk.models import load_model
+    from svdk.models.loading import load_model
 
     model, tokenizer = load_model("smollm2-135m", device="cpu")
     context, text = (tokenizer(x, return_tensors="pt").input_ids for x in (CONTEXT, TEXT))

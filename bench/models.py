@@ -52,7 +52,7 @@ def load(name: str, device: torch.device) -> nn.Module:
     if name in SHAPES:
         model = random_model(SHAPES[name], device)
     else:
-        from svdk.models import load_model
+        from svdk.models.loading import load_model
 
         model, _ = load_model(name, device=device)
     # No end-of-sequence token: every contestant decodes the same number of tokens.

@@ -231,7 +231,7 @@ class Steering:
 
         What is None (here or there) is not compared. ``ArtifactError`` names both values of a mismatch.
         """
-        from svdk.models import adapter_fingerprint, model_fingerprint, tokenizer_fingerprint  # heavy
+        from svdk.models.loading import adapter_fingerprint, model_fingerprint, tokenizer_fingerprint  # heavy
 
         if model is not None:
             _compare("vocabulary size", self.vocab_size, vocab_size(model))

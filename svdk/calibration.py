@@ -26,7 +26,7 @@ from svdk.estimators import (
     select,
 )
 from svdk.extraction import DIRECTIONS, extract_steering
-from svdk.pair import ModelPair
+from svdk.models.pair import ModelPair
 from svdk.statistics import Statistics, View
 
 if TYPE_CHECKING:
@@ -193,7 +193,7 @@ def calibrate(
     elif isinstance(data, (str, Path)) and not Path(data).is_file():
         raise DataError(f"data file {data} does not exist")
     with attached_pair(model, adapter, tokenizer) as (pair, peft_model, tokenizer):
-        from svdk.models import adapter_fingerprint, model_fingerprint, tokenizer_fingerprint
+        from svdk.models.loading import adapter_fingerprint, model_fingerprint, tokenizer_fingerprint
 
         examples = load_examples(data, tokenizer)
         if len(examples) < 2:
@@ -345,7 +345,7 @@ def attached_pair(
     """The pair, the PEFT model and the tokenizer; a base model has the adapter inside the block only."""
     from peft import PeftModel
 
-    from svdk.models import detach, load_adapter, load_model
+    from svdk.models.loading import detach, load_adapter, load_model
 
     if isinstance(model, (str, Path)):
         model, loaded = load_model(model)

@@ -14,9 +14,9 @@ from torch.nn.utils.rnn import pad_sequence
 from svdk.artifact import check_alpha, check_choice
 from svdk.data import Encoded, Example, encode_all, load_examples
 from svdk.errors import DataError, InputError, InvalidLogitsError
+from svdk.models.pair import ModelPair
 from svdk.ops.api import extract, steered_logprob
 from svdk.ops.results import Status
-from svdk.pair import ModelPair
 from svdk.statistics import GridSums, Statistics, default_grid
 
 if TYPE_CHECKING:

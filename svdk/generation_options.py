@@ -31,7 +31,7 @@ from svdk.ops.schema import DIRECTIONS, PLAIN, STRENGTH_MODES, VECTOR
 
 if TYPE_CHECKING:
     from svdk.artifact import Steering
-    from svdk.pair import ModelPair
+    from svdk.models.pair import ModelPair
 
 GOLDEN = 0x9E3779B97F4A7C15
 """2**64 / golden ratio, odd: its multiples are far apart, so copies of a row get far-apart seeds."""

@@ -11,9 +11,9 @@ from transformers.generation import LogitsProcessor
 from svdk import ops
 from svdk.errors import InputError
 from svdk.generation_options import make_sampler
+from svdk.models.pair import ModelPair, ViewCache, check_inputs
 from svdk.ops.reference import EPS
 from svdk.ops.results import Status
-from svdk.pair import ModelPair, ViewCache, check_inputs
 
 if TYPE_CHECKING:
     from svdk.artifact import Steering

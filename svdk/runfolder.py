@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from svdk.errors import InputError
-from svdk.models import first_line
+from svdk.models.loading import first_line
 
 RUN_FILE = "run.json"
 REPLACED = "replaced"

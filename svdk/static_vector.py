@@ -19,9 +19,9 @@ from svdk.data import Encoded, Example, data_hash, encode_all, load_examples
 from svdk.errors import DataError, InputError, InvalidLogitsError
 from svdk.estimators import Gains, bootstrap, fit, gains_at, split_folds
 from svdk.extraction import DIRECTIONS, MAX_OP, Part, Sweep, add_rows, assemble, labelled_rows
+from svdk.models.pair import ModelPair
 from svdk.ops.api import extract
 from svdk.ops.results import Status
-from svdk.pair import ModelPair
 from svdk.statistics import View, default_grid
 
 if TYPE_CHECKING:
@@ -130,7 +130,7 @@ def static_steering(
     check_arguments("log_ratio", alpha, estimator, objective, seed, folds, resamples)
     data = Path(adapter) / CALIBRATION_FILE if data is None else data
     with attached_pair(model, adapter, tokenizer) as (pair, peft_model, tokenizer):
-        from svdk.models import adapter_fingerprint, model_fingerprint, tokenizer_fingerprint
+        from svdk.models.loading import adapter_fingerprint, model_fingerprint, tokenizer_fingerprint
 
         examples = load_examples(data, tokenizer)
         encoded, _ = encode_all(tokenizer, examples, max_length, too_long)

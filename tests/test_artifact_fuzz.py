@@ -24,7 +24,7 @@ from svdk import Steering
 from svdk.artifact import JSON_NAME, LOCK_NAME, MAX_TENSORS_BYTES, TENSORS_NAME, _checksum
 from svdk.calibration import recalibrate
 from svdk.errors import ArtifactError, SvdkError
-from svdk.models import MAX_CONFIG_BYTES, adapter_fingerprint, attach, load_adapter
+from svdk.models.loading import MAX_CONFIG_BYTES, adapter_fingerprint, attach, load_adapter
 from tests import ROOT
 from tests.helpers import tiny
 
@@ -97,7 +97,7 @@ def artifact(tmp_path_factory):
 @pytest.fixture(scope="module")
 def adapters(tmp_path_factory):
     """Folder by PEFT type, each with a record of the warm start that fits the tiny model."""
-    from svdk.models import WARMSTART_FILE, model_fingerprint
+    from svdk.models.loading import WARMSTART_FILE, model_fingerprint
 
     found = {}
     for kind in tiny.PEFT_TYPES:

@@ -151,7 +151,7 @@ def test_eager_extract_equals_the_reference(alpha):
 
 def test_naive_decoding_equals_steered_greedy_decoding(tiny_peft):
     from svdk.generation import decode
-    from svdk.pair import ModelPair
+    from svdk.models.pair import ModelPair
 
     model = tiny_peft("lora")
     ids = torch.randint(5, 200, (2, 6), generator=torch.Generator().manual_seed(1))

@@ -15,8 +15,8 @@ from svdk.cli.terminal import Printer, columns
 from svdk.data import encode_prompt
 from svdk.errors import DataError, InputError
 from svdk.generation import decode
-from svdk.models import load_adapter, load_model
-from svdk.pair import ModelPair
+from svdk.models.loading import load_adapter, load_model
+from svdk.models.pair import ModelPair
 from tests.helpers import tiny
 
 

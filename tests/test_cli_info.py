@@ -6,8 +6,8 @@ import pytest
 from peft import LoraConfig, get_peft_model
 
 import svdk
-from svdk import paired
 from svdk.cli import main
+from svdk.models import paired_forward
 from svdk.ops import backends
 from tests.helpers import tiny
 
@@ -33,7 +33,7 @@ def test_paired_path(kind, tiny_folder, tmp_path, capsys):
 def test_two_pass_path_says_why(tiny_folder, tmp_path, capsys, monkeypatch):
     config = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
     get_peft_model(tiny.tiny_model(), config).save_pretrained(tmp_path)
-    monkeypatch.setattr(paired, "route", lambda layer, rows, adapters: "no reason at all")
+    monkeypatch.setattr(paired_forward, "route", lambda layer, rows, adapters: "no reason at all")
     assert main(["info", "--model", str(tiny_folder), "--adapter", str(tmp_path)]) == 0
     out = capsys.readouterr().out
     assert "path     two_pass" in out

@@ -22,8 +22,8 @@ from svdk.demo.results import AUTO, PAPER, TUNED
 from svdk.demo.run import QUICK, Settings, run_demo
 from svdk.demo.task import MONTHS, Score, make_task, ordinal_suffix, score
 from svdk.errors import InputError
-from svdk.models import load_model
-from svdk.pair import ModelPair
+from svdk.models.loading import load_model
+from svdk.models.pair import ModelPair
 
 TINY = Settings(
     steps=2, train_batch=4, calibration=6, held_out=7, eval_batch=4, max_new_tokens=5, timed_tokens=2,

@@ -13,7 +13,7 @@ from svdk.errors import ArtifactError, DataError, InputError
 from svdk.eval.base_cache import BaseCache
 from svdk.eval.question import Question
 from svdk.eval.scoring import OptionStatistics, score_options
-from svdk.pair import ModelPair
+from svdk.models.pair import ModelPair
 from tests.helpers.tiny import PEFT_TYPES, VOCAB_SIZE
 
 ALPHA = 0.3

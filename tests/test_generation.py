@@ -16,9 +16,9 @@ from svdk.artifact import Steering
 from svdk.errors import ArtifactError, InputError
 from svdk.generation import decode
 from svdk.generation_options import row_seeds
-from svdk.pair import ModelPair
+from svdk.models.pair import ModelPair
 from tests.helpers import tiny
-from tests.test_pair import left_padded
+from tests.models.test_pair import left_padded
 
 STEPS = 8
 SAMPLING = {"do_sample": True, "temperature": 0.8, "top_k": 20, "top_p": 0.95, "min_p": 0.01}

@@ -14,7 +14,7 @@ from svdk import SteeringLogitsProcessor
 from svdk.errors import InputError, InvalidLogitsError
 from svdk.logits_processor import steered_logits
 from tests.helpers import tiny
-from tests.test_pair import left_padded
+from tests.models.test_pair import left_padded
 
 STEPS = 7
 STEERING = {"strength": 2.0, "direction": "log_ratio"}

@@ -12,7 +12,7 @@ from svdk import Steering, generate
 from svdk.data import encode, load_examples
 from svdk.errors import ArtifactError, DataError, InputError, InvalidLogitsError
 from svdk.estimators import split_folds
-from svdk.pair import ModelPair
+from svdk.models.pair import ModelPair
 from svdk.static_vector import logit_bias, static_steering, static_vector
 from tests.helpers import tiny
 

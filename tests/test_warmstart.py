@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 from svdk.cli import main
 from svdk.data import encode, load_examples, split
 from svdk.errors import ArtifactError, DataError, InputError
-from svdk.models import adapter_fingerprint, load_adapter, model_fingerprint, tokenizer_fingerprint
+from svdk.models.loading import adapter_fingerprint, load_adapter, model_fingerprint, tokenizer_fingerprint
 from svdk.peft_configs import make_config
 from svdk.training import Collator
 from svdk.warmstart import warm_start

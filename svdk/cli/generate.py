@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from svdk.artifact import Steering
-    from svdk.pair import ModelPair
+    from svdk.models.pair import ModelPair
 
 VIEWS = ("base", "warm", "steered")
 PROBE = "PROMPT"
@@ -72,8 +72,8 @@ def run(args: argparse.Namespace) -> int:
     """Load, then answer prompt by prompt."""
     from svdk.generation import decode
     from svdk.generation_options import make_sampler
-    from svdk.models import load_adapter, load_model
-    from svdk.pair import ModelPair
+    from svdk.models.loading import load_adapter, load_model
+    from svdk.models.pair import ModelPair
 
     prompts = read_prompts(args.prompt, args.prompts)
     model, tokenizer = load_model(args.model, dtype=args.dtype, device=args.device)

@@ -47,9 +47,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _decoding(model_name: str, adapter: str) -> dict[str, str]:
-    from svdk.models import load_adapter, load_model
-    from svdk.pair import ModelPair
-    from svdk.paired import why_not_paired
+    from svdk.models.loading import load_adapter, load_model
+    from svdk.models.pair import ModelPair
+    from svdk.models.paired_forward import why_not_paired
 
     model, _ = load_model(model_name)
     pair = ModelPair(load_adapter(model, adapter))

@@ -17,8 +17,8 @@ from svdk.data import Encoded, Example, encode, encode_prompt
 from svdk.demo.task import Score
 from svdk.estimators import bootstrap
 from svdk.generation import generate
+from svdk.models.pair import ModelPair
 from svdk.ops.api import steered_logprob
-from svdk.pair import ModelPair
 
 if TYPE_CHECKING:
     from peft import PeftModel

@@ -21,8 +21,8 @@ from svdk.demo.report import examples, table, write_html
 from svdk.demo.results import AUTO, PAPER, TUNED, Results
 from svdk.demo.task import Task, make_task, score
 from svdk.errors import InputError
-from svdk.models import SMOLLM2, detach, load_adapter, load_model
-from svdk.pair import ModelPair
+from svdk.models.loading import SMOLLM2, detach, load_adapter, load_model
+from svdk.models.pair import ModelPair
 from svdk.plotting import check_matplotlib
 from svdk.warmstart import warm_start
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from svdk.errors import InputError
-from svdk.pair import ModelPair
+from svdk.models.pair import ModelPair
 
 
 class BaseCache:

@@ -20,7 +20,7 @@ from svdk.eval.judge import Judge, OverlapJudge, judge_answers
 from svdk.eval.question import Question
 from svdk.generation import decode
 from svdk.logits_processor import SteeringLogitsProcessor
-from svdk.pair import ModelPair
+from svdk.models.pair import ModelPair
 
 if TYPE_CHECKING:
     from peft import PeftModel

@@ -20,8 +20,8 @@ from svdk.extraction import MAX_OP
 from svdk.generation import decode
 from svdk.generation_options import Sampler, make_sampler
 from svdk.logits_processor import steered_logits
-from svdk.models import load_adapter, load_model
-from svdk.pair import ModelPair
+from svdk.models.loading import load_adapter, load_model
+from svdk.models.pair import ModelPair
 
 try:
     from lm_eval.api.registry import register_model

@@ -29,8 +29,8 @@ from svdk.eval.base_cache import BaseCache
 from svdk.eval.scoring import OptionStatistics, score_options
 from svdk.eval.spec import Run, Study
 from svdk.eval.tasks import Question, Task, load_task
-from svdk.models import adapter_fingerprint, detach, load_adapter, load_model
-from svdk.pair import ModelPair
+from svdk.models.loading import adapter_fingerprint, detach, load_adapter, load_model
+from svdk.models.pair import ModelPair
 from svdk.static_vector import static_steering
 from svdk.statistics import default_grid
 from svdk.warmstart import warm_start

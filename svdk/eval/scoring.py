@@ -15,7 +15,7 @@ from svdk.data import Example, encode_continuation, encode_prompt
 from svdk.errors import ArtifactError, DataError
 from svdk.eval.base_cache import BaseCache
 from svdk.extraction import DIRECTIONS, MAX_FORWARD, Part, Sweep, add_rows, assemble, check_grid
-from svdk.pair import ModelPair, ViewCache
+from svdk.models.pair import ModelPair, ViewCache
 from svdk.statistics import Statistics, View, default_grid
 
 if TYPE_CHECKING:

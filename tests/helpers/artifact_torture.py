@@ -171,7 +171,7 @@ def crowd(folder: Path) -> None:
 def bounds(folder: Path) -> None:
     """Every subfolder is refused with an ArtifactError within 256 MiB above what the imports take."""
     from svdk.errors import ArtifactError
-    from svdk.models import load_adapter
+    from svdk.models.loading import load_adapter
     from tests.helpers import tiny
 
     load_adapter(tiny.tiny_model(), folder / "good")

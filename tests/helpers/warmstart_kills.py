@@ -20,7 +20,7 @@ import torch
 
 from svdk import training, warm_start
 from svdk.errors import InputError
-from svdk.models import adapter_fingerprint
+from svdk.models.loading import adapter_fingerprint
 from svdk.runfolder import put_back
 from tests.helpers import tiny
 from tests.helpers.artifact_torture import code_of, forked

@@ -7,7 +7,7 @@ import torch
 from peft import LNTuningConfig, LoHaConfig, LoraConfig, get_peft_model
 
 from svdk.errors import InputError
-from svdk.pair import ModelPair
+from svdk.models.pair import ModelPair
 from tests.helpers import tiny
 
 LENGTHS = (9, 4, 6)

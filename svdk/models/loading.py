@@ -57,7 +57,7 @@ def load_model(
     dtype = _dtype(dtype or default_dtype(device))
     source = resolve_model(name)
     if source.endswith(".gguf"):
-        from svdk.gguf_cache import load_gguf
+        from svdk.models.gguf import load_gguf
 
         model, tokenizer = load_gguf(Path(source), dtype)
     else:
@@ -111,7 +111,7 @@ def load_adapter(model: PreTrainedModel, folder: str | Path) -> PeftModel:
     """
     from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 
-    from svdk.pair import check_config
+    from svdk.models.pair import check_config
 
     if isinstance(model, PeftModel) or getattr(model, "peft_config", None):
         raise InputError("model had an adapter attached; allowed: a base model without one")

@@ -9,9 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from svdk import gguf_cache
 from svdk.errors import ArtifactError, InputError
-from svdk.models import (
+from svdk.models import gguf
+from svdk.models.loading import (
     SMOLLM2,
     SMOLLM2_HUB,
     adapter_fingerprint,
@@ -223,7 +223,7 @@ def fake_gguf(tmp_path, monkeypatch):
         conversions.append(path)
         return tiny.tiny_model(), tiny.tiny_tokenizer()
 
-    monkeypatch.setattr(gguf_cache, "_convert", convert)
+    monkeypatch.setattr(gguf, "_convert", convert)
     path = tmp_path / "model.gguf"
     path.write_bytes(b"weights")
     return path, conversions, tmp_path / "cache" / "svdk"

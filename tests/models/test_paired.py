@@ -9,15 +9,15 @@ import torch
 from peft import IA3Config, LoHaConfig, LoraConfig, get_peft_model
 
 import svdk
-from svdk import paired
 from svdk.artifact import Steering
 from svdk.errors import BackendError, InputError
 from svdk.generation import decode
-from svdk.pair import ModelPair
-from svdk.paired import PairedForward, choose_forward, why_not_paired
-from svdk.paired_linear import ONEDNN_ROWS, TRANSPOSED_ROWS, fast_linears
+from svdk.models import paired_forward
+from svdk.models.cpu_linear import ONEDNN_ROWS, TRANSPOSED_ROWS, fast_linears
+from svdk.models.pair import ModelPair
+from svdk.models.paired_forward import PairedForward, choose_forward, why_not_paired
 from tests.helpers import tiny
-from tests.test_pair import CASES, close, left_padded
+from tests.models.test_pair import CASES, close, left_padded
 
 STEPS = 6
 SAMPLING = {"do_sample": True, "temperature": 0.8, "top_k": 20, "top_p": 0.95, "seed": 3}
@@ -241,7 +241,7 @@ def test_adapters_changed_after_the_pair_was_made(change):
 
 
 def test_fallback_is_said_once(monkeypatch):
-    monkeypatch.setattr(paired, "_said", set())
+    monkeypatch.setattr(paired_forward, "_said", set())
     model, sound = patched(), lora_model()
     ids, mask, _ = left_padded()
     with pytest.warns(UserWarning, match="two forward passes a step, because layer .* already replaced"):

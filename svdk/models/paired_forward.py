@@ -12,9 +12,9 @@ from torch import Tensor
 from transformers import Cache, StaticCache
 
 from svdk.errors import BackendError, InputError
-from svdk.pair import ModelPair, ViewCache, row_positions
-from svdk.paired_layers import Rows, route
-from svdk.paired_linear import fast_linears
+from svdk.models.cpu_linear import fast_linears
+from svdk.models.pair import ModelPair, ViewCache, row_positions
+from svdk.models.paired_adapters import Rows, route
 
 FORWARDS = ("auto", "paired", "two_pass")
 """How the two views of a step are run: "auto" pairs them when it can."""
