@@ -48,7 +48,7 @@ def draw(results: Results, folder: str | Path, prefix: str = "") -> list[Path]:
 def _save(figure: Any, path: Path) -> Path:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-    from svdk.artifact import replace_file
+    from svdk.calibration.artifact import replace_file
 
     image = io.BytesIO()
     FigureCanvasAgg(figure).print_png(image)

@@ -47,7 +47,7 @@ def update(readme: Path, source: Path) -> None:
     Raises:
         InputError: no results file, or a README without the two markers in this order.
     """
-    from svdk.artifact import replace_file
+    from svdk.calibration.artifact import replace_file
 
     found = results.load(source)
     text = readme.read_text(encoding="utf-8")

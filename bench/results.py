@@ -22,7 +22,7 @@ Results = dict[str, Any]
 
 def save(results: Results, path: str | Path) -> Path:
     """Write ``results`` as JSON, atomically; the folder is made if needed."""
-    from svdk.artifact import replace_file
+    from svdk.calibration.artifact import replace_file
 
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -27,7 +27,7 @@ from svdk.ops.results import SampleInfo
 if TYPE_CHECKING:
     from transformers.generation.streamers import BaseStreamer
 
-    from svdk.artifact import Steering
+    from svdk.calibration.artifact import Steering
 
 
 @dataclass

@@ -30,7 +30,7 @@ from svdk.ops.results import SampleInfo, Status
 from svdk.ops.schema import DIRECTIONS, PLAIN, STRENGTH_MODES, VECTOR
 
 if TYPE_CHECKING:
-    from svdk.artifact import Steering
+    from svdk.calibration.artifact import Steering
     from svdk.models.pair import ModelPair
 
 GOLDEN = 0x9E3779B97F4A7C15

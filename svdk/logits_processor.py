@@ -16,7 +16,7 @@ from svdk.ops.reference import EPS
 from svdk.ops.results import Status
 
 if TYPE_CHECKING:
-    from svdk.artifact import Steering
+    from svdk.calibration.artifact import Steering
 
 
 class SteeringLogitsProcessor(LogitsProcessor):

@@ -9,14 +9,14 @@ import json
 import pytest
 import torch
 
-from svdk.artifact import Steering
+from svdk.calibration.artifact import Steering
 from svdk.cli import generate as command
 from svdk.cli.terminal import Printer, columns
-from svdk.data import encode_prompt
 from svdk.errors import DataError, InputError
 from svdk.generation import decode
 from svdk.models.loading import load_adapter, load_model
 from svdk.models.pair import ModelPair
+from svdk.warmstart.data import encode_prompt
 from tests.helpers import tiny
 
 

@@ -11,9 +11,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from svdk.artifact import Steering
+from svdk.calibration.artifact import Steering
 from svdk.cli import main
-from svdk.data import Example
 from svdk.demo import run as demo_run
 from svdk.demo.evaluate import BASE, WARM, Outcome, System, answer, completion_nll, difference, mean_of
 from svdk.demo.report import examples as examples_text
@@ -24,6 +23,7 @@ from svdk.demo.task import MONTHS, Score, make_task, ordinal_suffix, score
 from svdk.errors import InputError
 from svdk.models.loading import load_model
 from svdk.models.pair import ModelPair
+from svdk.warmstart.data import Example
 
 TINY = Settings(
     steps=2, train_batch=4, calibration=6, held_out=7, eval_batch=4, max_new_tokens=5, timed_tokens=2,

@@ -7,8 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from svdk.artifact import Steering
-from svdk.data import encode_prompt
+from svdk.calibration.artifact import Steering
 from svdk.errors import ArtifactError, InputError
 from svdk.eval.generation import (
     DECODINGS,
@@ -20,6 +19,7 @@ from svdk.eval.generation import (
 )
 from svdk.eval.judge import OverlapJudge, Verdict
 from svdk.eval.question import Question
+from svdk.warmstart.data import encode_prompt
 from tests.helpers.tiny import tiny_model
 
 PROMPTS = ["Q: Why?\nA:", "Q: What does an ant eat, and when?\nA:", "say", "### Response:\n", "Q: Who?\nA:"]

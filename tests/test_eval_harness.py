@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from svdk import ops
-from svdk.artifact import Steering
+from svdk.calibration.artifact import Steering
 from svdk.errors import ArtifactError, DataError, InputError, InvalidLogitsError
 from tests.helpers import tiny
 

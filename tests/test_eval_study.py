@@ -9,9 +9,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+from svdk.calibration.estimators import fit_kl_budget, kl_budget_strength
 from svdk.cli import main
 from svdk.errors import ArtifactError, DataError, InputError
-from svdk.estimators import fit_kl_budget, kl_budget_strength
 from svdk.eval import runner
 from svdk.eval.cells import write_cells
 from svdk.eval.question import Question
@@ -19,7 +19,7 @@ from svdk.eval.report_reading import read_results
 from svdk.eval.runner import check_disjoint, run_models
 from svdk.eval.spec import FOLDER, Run, Study, load_study
 from svdk.eval.systems import scoring_systems
-from tests.test_estimators import problem, statistics_of
+from tests.calibration.test_estimators import problem, statistics_of
 
 
 def truthfulqa_row(number):

@@ -9,10 +9,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from svdk.data import Example, encode, encode_continuation, encode_prompt
 from svdk.errors import DataError, InputError
 from svdk.eval import commonsense, truthfulqa
 from svdk.eval.tasks import NAMES, load_task
+from svdk.warmstart.data import Example, encode, encode_continuation, encode_prompt
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 WORDS = ["ant", "bee", "cat", "dog", "eel", "fox", "gnu", "hen", "ibis", "jay", "koi", "lark"]

@@ -12,7 +12,7 @@ from transformers import DynamicCache, TextIteratorStreamer
 from transformers.generation import LogitsProcessor, LogitsProcessorList, StoppingCriteria, TopKLogitsWarper
 
 import svdk
-from svdk.artifact import Steering
+from svdk.calibration.artifact import Steering
 from svdk.errors import ArtifactError, InputError
 from svdk.generation import decode
 from svdk.generation_options import row_seeds

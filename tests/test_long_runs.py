@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 import svdk
 from svdk.errors import ArtifactError, InputError, out_of_memory
 from svdk.models import loading
-from svdk.warmstart import warm_start
+from svdk.warmstart.api import warm_start
 from tests import ROOT
 from tests.helpers import tiny
 

@@ -62,10 +62,10 @@ def run(args: argparse.Namespace) -> int:
     if args.reuse and args.data:
         raise InputError(f"--data was {args.data} with --reuse; allowed: one of them")
     if args.plot is not None:
-        from svdk.plotting import check_matplotlib
+        from svdk.calibration.plot import check_matplotlib
 
         check_matplotlib()
-    from svdk.calibration import calibrate, recalibrate, report_of
+    from svdk.calibration.calibrate import calibrate, recalibrate, report_of
 
     chosen = {name: getattr(args, name) for name in ("direction", "alpha", "estimator", "objective")}
     chosen = {name: value for name, value in chosen.items() if value is not None}
@@ -82,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
     print(report.table(), steering.verdict(), sep="\n\n")
     print(f"wrote {path}")
     if args.plot is not None:
-        from svdk.plotting import plot_calibration
+        from svdk.calibration.plot import plot_calibration
 
         print(f"wrote {plot_calibration(report, args.plot or Path(args.adapter) / PLOT_NAME)}")
     return 0

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from svdk.artifact import Steering
+    from svdk.calibration.artifact import Steering
     from svdk.models.pair import ModelPair
 
 VIEWS = ("base", "warm", "steered")
@@ -131,7 +131,7 @@ def load_steering(
     folder: str, strength: float | None, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> Steering | None:
     """The artifact in ``folder``, checked; None if there is none and a strength was given."""
-    from svdk.artifact import JSON_NAME, Steering
+    from svdk.calibration.artifact import JSON_NAME, Steering
 
     if not Path(folder, "adapter_config.json").exists():
         raise InputError(f"--adapter was {folder!r}; allowed: a folder that holds adapter_config.json")
@@ -142,7 +142,7 @@ def load_steering(
 
 def wants_chat(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether prompts go through the chat template; left open, the calibration examples decide."""
-    from svdk.data import load_examples
+    from svdk.warmstart.data import load_examples
 
     if args.raw:
         chat = False
@@ -214,7 +214,7 @@ def _encode(
 ) -> Tensor:
     import torch
 
-    from svdk.data import encode_prompt
+    from svdk.warmstart.data import encode_prompt
 
     ids = encode_prompt(tokenizer, render(tokenizer, text, args.system) if chat else text)
     limit = getattr(pair.config, "max_position_embeddings", None)

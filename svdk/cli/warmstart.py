@@ -96,7 +96,7 @@ def run(args: argparse.Namespace) -> int:
     from accelerate import PartialState
 
     from svdk.models.loading import WARMSTART_FILE
-    from svdk.warmstart import warm_start
+    from svdk.warmstart.api import warm_start
 
     chosen = {name: getattr(args, name) for name in PASSED_ON}
     chosen |= {name: value for name in ADAPTER_OPTIONS if (value := getattr(args, name)) is not None}

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from svdk.artifact import Steering
-from svdk.data import Encoded, Example, encode, encode_prompt
+from svdk.calibration.artifact import Steering
+from svdk.calibration.estimators import bootstrap
 from svdk.demo.task import Score
-from svdk.estimators import bootstrap
 from svdk.generation import generate
 from svdk.models.pair import ModelPair
 from svdk.ops.api import steered_logprob
+from svdk.warmstart.data import Encoded, Example, encode, encode_prompt
 
 if TYPE_CHECKING:
     from peft import PeftModel

@@ -7,11 +7,11 @@ from html import escape
 from pathlib import Path
 
 from svdk import __version__
-from svdk.artifact import replace_file
-from svdk.data import Example
+from svdk.calibration.artifact import replace_file
 from svdk.demo.evaluate import Interval
 from svdk.demo.picture import draw
 from svdk.demo.results import AUTO, SETTING, Results, Row
+from svdk.warmstart.data import Example
 
 STYLE = """
 body { font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; color: #1f2430;

@@ -7,9 +7,9 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
 
-from svdk.calibration import Report
-from svdk.data import Example
+from svdk.calibration.calibrate import Report
 from svdk.demo.evaluate import WARM, Interval, Outcome, System, difference, mean_of
+from svdk.warmstart.data import Example
 
 PAPER, TUNED, AUTO = "paper", "tuned", "auto"
 SETTING = {"kl_gradient": "KL gradient", "log_ratio": "log-ratio"}

@@ -13,9 +13,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from svdk.artifact import Steering, replace_file
-from svdk.calibration import calibrate, recalibrate, report_of
-from svdk.data import save_examples
+from svdk.calibration.artifact import Steering, replace_file
+from svdk.calibration.calibrate import calibrate, recalibrate, report_of
+from svdk.calibration.plot import check_matplotlib
 from svdk.demo.evaluate import BASE, WARM, Outcome, System, answer, completion_nll, seconds_per_token
 from svdk.demo.report import examples, table, write_html
 from svdk.demo.results import AUTO, PAPER, TUNED, Results
@@ -23,8 +23,8 @@ from svdk.demo.task import Task, make_task, score
 from svdk.errors import InputError
 from svdk.models.loading import SMOLLM2, detach, load_adapter, load_model
 from svdk.models.pair import ModelPair
-from svdk.plotting import check_matplotlib
-from svdk.warmstart import warm_start
+from svdk.warmstart.api import warm_start
+from svdk.warmstart.data import save_examples
 
 if TYPE_CHECKING:
     from peft import PeftModel

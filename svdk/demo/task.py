@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from svdk.data import Example
+from svdk.warmstart.data import Example
 
 PROMPT = "Text: {text}\nDate (YYYY-MM-DD):"
 FIRST, LAST = datetime.date(1950, 1, 1), datetime.date(2029, 12, 31)

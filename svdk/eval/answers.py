@@ -8,8 +8,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from svdk.artifact import Steering, replace_file
-from svdk.calibration import recalibrate
+from svdk.calibration.artifact import Steering, replace_file
+from svdk.calibration.calibrate import recalibrate
 from svdk.eval.generation import generate_answers
 from svdk.eval.spec import Study
 from svdk.eval.systems import BASE, WARM, System, system_key

@@ -18,9 +18,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from svdk.artifact import Steering, replace_file
-from svdk.calibration import saved_statistics
-from svdk.estimators import bootstrap, fit, fit_kl_budget, kl_budget_strength, out_of_fold, per_token_optimum
+from svdk.calibration.artifact import Steering, replace_file
+from svdk.calibration.calibrate import saved_statistics
+from svdk.calibration.estimators import (
+    bootstrap,
+    fit,
+    fit_kl_budget,
+    kl_budget_strength,
+    out_of_fold,
+    per_token_optimum,
+)
+from svdk.calibration.kept_statistics import Statistics, View
 from svdk.eval.answers import kept_answers
 from svdk.eval.generation import score_answers
 from svdk.eval.metrics import score
@@ -29,7 +37,6 @@ from svdk.eval.scoring import OptionStatistics
 from svdk.eval.spec import Run, Study
 from svdk.eval.systems import System, scoring_systems
 from svdk.eval.tasks import Question, Task
-from svdk.statistics import Statistics, View
 
 if TYPE_CHECKING:
     from svdk.eval.judge import Judge

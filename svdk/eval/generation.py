@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
 
-from svdk.artifact import Steering
-from svdk.data import encode_prompt
+from svdk.calibration.artifact import Steering
 from svdk.errors import InputError
 from svdk.eval.commonsense import words
 from svdk.eval.judge import Judge, OverlapJudge, judge_answers
@@ -21,6 +20,7 @@ from svdk.eval.question import Question
 from svdk.generation import decode
 from svdk.logits_processor import SteeringLogitsProcessor
 from svdk.models.pair import ModelPair
+from svdk.warmstart.data import encode_prompt
 
 if TYPE_CHECKING:
     from peft import PeftModel

@@ -19,12 +19,12 @@ from typing import Any
 import torch
 
 from svdk import __version__
-from svdk.artifact import check_choice, is_number, replace_file
-from svdk.calibration import CALIBRATION_FILE, attached_pair
-from svdk.data import load_examples
+from svdk.calibration.artifact import check_choice, is_number, replace_file
+from svdk.calibration.calibrate import CALIBRATION_FILE, attached_pair
 from svdk.errors import DataError, InputError
 from svdk.eval.compare import paired
 from svdk.eval.harness_model import SYSTEMS, SteeredLM
+from svdk.warmstart.data import load_examples
 
 FORMAT_VERSION = 1
 TASK_FOLDER = Path(__file__).with_name("harness_tasks")

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from svdk import __version__
-from svdk.artifact import JSON_NAME, Steering, check_choice
+from svdk.calibration.artifact import JSON_NAME, Steering, check_choice
+from svdk.calibration.sweep import MAX_OP
 from svdk.errors import InputError, InvalidLogitsError
-from svdk.extraction import MAX_OP
 from svdk.generation import decode
 from svdk.generation_options import Sampler, make_sampler
 from svdk.logits_processor import steered_logits

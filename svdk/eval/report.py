@@ -53,8 +53,8 @@ def write_report(
         InputError: matplotlib is missing, or ``output`` is a file.
 
     """
-    from svdk.artifact import replace_file
-    from svdk.plotting import check_matplotlib
+    from svdk.calibration.artifact import replace_file
+    from svdk.calibration.plot import check_matplotlib
 
     check_matplotlib()
     found = replace(read_results(Path(results)), resamples=resamples)

@@ -7,9 +7,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from svdk.bench.readme_tables import markdown
+from svdk.calibration.kept_statistics import LIMIT
 from svdk.eval.compare import Difference, family
 from svdk.eval.report_cells import LIKELIHOOD, Cell, Setting, usual_penalty
-from svdk.statistics import LIMIT
 
 MINUS = "−"
 LEAST_QUESTIONS = 30

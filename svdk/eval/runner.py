@@ -19,11 +19,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from svdk.artifact import Steering, replace_file
-from svdk.calibration import CALIBRATION_FILE, calibrate, saved_statistics
-from svdk.data import load_examples, split
+from svdk.calibration.artifact import Steering, replace_file
+from svdk.calibration.calibrate import CALIBRATION_FILE, calibrate, saved_statistics
+from svdk.calibration.estimators import ESTIMATORS, OBJECTIVES, fit
+from svdk.calibration.kept_statistics import default_grid
+from svdk.calibration.static_vector import static_steering
 from svdk.errors import ArtifactError, DataError
-from svdk.estimators import ESTIMATORS, OBJECTIVES, fit
 from svdk.eval.answers import answered, run_answers
 from svdk.eval.base_cache import BaseCache
 from svdk.eval.scoring import OptionStatistics, score_options
@@ -31,9 +32,8 @@ from svdk.eval.spec import Run, Study
 from svdk.eval.tasks import Question, Task, load_task
 from svdk.models.loading import adapter_fingerprint, detach, load_adapter, load_model
 from svdk.models.pair import ModelPair
-from svdk.static_vector import static_steering
-from svdk.statistics import default_grid
-from svdk.warmstart import warm_start
+from svdk.warmstart.api import warm_start
+from svdk.warmstart.data import load_examples, split
 
 if TYPE_CHECKING:
     from peft import PeftModel

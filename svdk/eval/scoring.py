@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from svdk.data import Example, encode_continuation, encode_prompt
+from svdk.calibration.kept_statistics import Statistics, View, default_grid
+from svdk.calibration.sweep import DIRECTIONS, MAX_FORWARD, Part, Sweep, add_rows, assemble, check_grid
 from svdk.errors import ArtifactError, DataError
 from svdk.eval.base_cache import BaseCache
-from svdk.extraction import DIRECTIONS, MAX_FORWARD, Part, Sweep, add_rows, assemble, check_grid
 from svdk.models.pair import ModelPair, ViewCache
-from svdk.statistics import Statistics, View, default_grid
+from svdk.warmstart.data import Example, encode_continuation, encode_prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -89,7 +89,7 @@ def score_options(
     """Run both models once over the options of ``questions`` and keep what any strength needs.
 
     The prompt of a question is read once for all its options. Options are tokenised as
-    :func:`svdk.data.encode` tokenises completions, without an end-of-text token.
+    :func:`svdk.warmstart.data.encode` tokenises completions, without an end-of-text token.
 
     Args:
         model: the pair.

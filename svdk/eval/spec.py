@@ -9,13 +9,13 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from svdk.artifact import check_alpha, check_choice, is_number
+from svdk.calibration.artifact import check_alpha, check_choice, is_number
+from svdk.calibration.estimators import ESTIMATORS, OBJECTIVES
+from svdk.calibration.sweep import DIRECTIONS
 from svdk.errors import InputError
-from svdk.estimators import ESTIMATORS, OBJECTIVES
 from svdk.eval.generation import DECODINGS
 from svdk.eval.tasks import NAMES, TRUTHFULQA
-from svdk.extraction import DIRECTIONS
-from svdk.peft_configs import PEFT_TYPES
+from svdk.warmstart.peft_configs import PEFT_TYPES
 
 FOLDER = Path(__file__).parent / "studies"
 """Studies that come with svdk."""

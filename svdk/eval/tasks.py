@@ -6,10 +6,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from svdk.data import Example
 from svdk.errors import DataError, InputError
 from svdk.eval import commonsense, truthfulqa
 from svdk.eval.question import Question, normalised, seeded_order
+from svdk.warmstart.data import Example
 
 __all__ = ["NAMES", "Question", "Task", "load_task"]
 

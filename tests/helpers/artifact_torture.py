@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from svdk.artifact import JSON_NAME, TENSORS_NAME, Steering
+from svdk.calibration.artifact import JSON_NAME, TENSORS_NAME, Steering
 
 KILLED = 9
 SAVERS, SAVES = 4, 12

@@ -18,10 +18,11 @@ from typing import Any
 import safetensors.torch
 import torch
 
-from svdk import training, warm_start
+from svdk import warm_start
 from svdk.errors import InputError
 from svdk.models.loading import adapter_fingerprint
-from svdk.runfolder import put_back
+from svdk.warmstart import training
+from svdk.warmstart.run_folder import put_back
 from tests.helpers import tiny
 from tests.helpers.artifact_torture import code_of, forked
 

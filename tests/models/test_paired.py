@@ -9,7 +9,7 @@ import torch
 from peft import IA3Config, LoHaConfig, LoraConfig, get_peft_model
 
 import svdk
-from svdk.artifact import Steering
+from svdk.calibration.artifact import Steering
 from svdk.errors import BackendError, InputError
 from svdk.generation import decode
 from svdk.models import paired_forward

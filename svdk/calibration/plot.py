@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from svdk.artifact import replace_file
+from svdk.calibration.artifact import replace_file
 from svdk.errors import InputError
 
 if TYPE_CHECKING:
-    from svdk.calibration import Report
+    from svdk.calibration.calibrate import Report
 
 MARKERS = {"mean": "s", "median": "D", "trimmed_mean": "v", "ratio": "^", "newton": "P", "optimum": "o"}
 COLOURS = {

@@ -11,16 +11,17 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from svdk.artifact import check_alpha, check_choice
-from svdk.data import Encoded, Example, encode_all, load_examples
+from svdk.calibration.artifact import check_alpha, check_choice
+from svdk.calibration.kept_statistics import GridSums, Statistics, default_grid
 from svdk.errors import DataError, InputError, InvalidLogitsError
-from svdk.models.pair import ModelPair
 from svdk.ops.api import extract, steered_logprob
 from svdk.ops.results import Status
-from svdk.statistics import GridSums, Statistics, default_grid
+from svdk.warmstart.data import Encoded, Example, encode_all, load_examples
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from svdk.models.pair import ModelPair
 
 DIRECTIONS = ("kl_gradient", "log_ratio")
 MAX_FORWARD = 1 << 25
@@ -47,7 +48,7 @@ def extract_steering(
 
     Args:
         model: a PEFT model, or a :class:`svdk.ModelPair`.
-        data: JSONL path or rows, as :func:`svdk.data.load_examples` takes them.
+        data: JSONL path or rows, as :func:`svdk.warmstart.data.load_examples` takes them.
         tokenizer: the model's tokenizer.
         direction: ``kl_gradient``, ``log_ratio``, or ``auto``: both, each with mask ``alpha`` and without.
         alpha: mask threshold in [0, 1]; with 0 the losses are evaluated on ``grid`` instead.
@@ -63,6 +64,8 @@ def extract_steering(
         InvalidLogitsError: NaN or +inf logits; the message names the example.
 
     """
+    from svdk.models.pair import ModelPair  # heavy: PEFT and transformers
+
     alpha = check_alpha(alpha)
     check_choice("direction", direction, (*DIRECTIONS, "auto"))
     if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:

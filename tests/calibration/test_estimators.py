@@ -5,10 +5,19 @@ import math
 import pytest
 import torch
 
-from svdk import estimators, extract, steered_logprob
+from svdk import extract, steered_logprob
+from svdk.calibration import estimators
+from svdk.calibration.estimators import (
+    ESTIMATORS,
+    bootstrap,
+    fit,
+    out_of_fold,
+    per_token_optimum,
+    select,
+    split_folds,
+)
+from svdk.calibration.kept_statistics import GridSums, Statistics, default_grid
 from svdk.errors import ArtifactError, InputError
-from svdk.estimators import ESTIMATORS, bootstrap, fit, out_of_fold, per_token_optimum, select, split_folds
-from svdk.statistics import GridSums, Statistics, default_grid
 
 V = 60
 EXAMPLES = 12

@@ -98,7 +98,7 @@ class Steering:
     vector: Tensor | None = None
     """(V,) float32 in logit units, for direction ``vector``."""
     statistics: Mapping[str, Tensor] | None = field(default=None, repr=False)
-    """Per-token calibration statistics, as ``svdk.statistics.Statistics.tensors`` gives them."""
+    """Per-token calibration statistics, as ``kept_statistics.Statistics.tensors`` gives them."""
 
     def __post_init__(self) -> None:
         """Check every field; ``InputError`` names the first bad one."""

@@ -15,7 +15,6 @@ from accelerate import PartialState
 from safetensors import SafetensorError
 
 from svdk import __version__
-from svdk.data import Encoded, Example, data_hash, encode_all, load_examples, save_examples, split
 from svdk.errors import DataError, InputError
 from svdk.models.loading import (
     WARMSTART_FILE,
@@ -24,9 +23,10 @@ from svdk.models.loading import (
     model_fingerprint,
     tokenizer_fingerprint,
 )
-from svdk.peft_configs import make_config
-from svdk.runfolder import drop_broken_checkpoints, open_run, publish, put_back, write_json
-from svdk.training import as_os_error, attached, fit, seeded, training_arguments
+from svdk.warmstart.data import Encoded, Example, data_hash, encode_all, load_examples, save_examples, split
+from svdk.warmstart.peft_configs import make_config
+from svdk.warmstart.run_folder import drop_broken_checkpoints, open_run, publish, put_back, write_json
+from svdk.warmstart.training import as_os_error, attached, fit, seeded, training_arguments
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -66,11 +66,12 @@ def warm_start(
 
     ``model`` is what :func:`svdk.load_model` takes, a loaded model (with ``tokenizer``), or a pair
     (model, tokenizer); a loaded model comes back as it was. ``train`` and ``calibration`` are what
-    :func:`svdk.data.load_examples` takes; without ``calibration``, the part ``calibration_fraction`` of
-    ``train`` is held out (deterministic in ``seed``). Only completion tokens carry loss. ``max_length``
+    :func:`svdk.warmstart.data.load_examples` takes; without ``calibration``, the part
+    ``calibration_fraction`` of ``train`` is held out (deterministic in ``seed``). Only completion tokens carry loss. ``max_length``
     counts tokens of prompt and completion; examples beyond it are an error, or left out with
     ``too_long="skip"``.
-    ``max_steps`` above 0 overrides ``epochs``. ``peft_options`` go to :func:`svdk.peft_configs.make_config`.
+    ``max_steps`` above 0 overrides ``epochs``. ``peft_options`` go to
+    :func:`svdk.warmstart.peft_configs.make_config`.
 
     The folder is an ordinary PEFT adapter with ``calibration.jsonl`` and ``warmstart.json`` (base model,
     settings, loss) beside it. It is written beside, in ``<output_dir>.partial``, and renamed at the end, so

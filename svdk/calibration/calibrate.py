@@ -11,10 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from svdk.artifact import Steering, check_alpha, check_choice, is_number
-from svdk.data import Example, data_hash, load_examples
-from svdk.errors import ArtifactError, DataError, InputError
-from svdk.estimators import (
+from svdk.calibration.artifact import Steering, check_alpha, check_choice, is_number
+from svdk.calibration.estimators import (
     ESTIMATORS,
     OBJECTIVES,
     Setting,
@@ -25,12 +23,15 @@ from svdk.estimators import (
     per_token_optimum,
     select,
 )
-from svdk.extraction import DIRECTIONS, extract_steering
-from svdk.models.pair import ModelPair
-from svdk.statistics import Statistics, View
+from svdk.calibration.kept_statistics import Statistics, View
+from svdk.calibration.sweep import DIRECTIONS, extract_steering
+from svdk.errors import ArtifactError, DataError, InputError
+from svdk.warmstart.data import Example, data_hash, load_examples
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from svdk.models.pair import ModelPair
 
 CALIBRATION_FILE = "calibration.jsonl"
 
@@ -346,6 +347,7 @@ def attached_pair(
     from peft import PeftModel
 
     from svdk.models.loading import detach, load_adapter, load_model
+    from svdk.models.pair import ModelPair
 
     if isinstance(model, (str, Path)):
         model, loaded = load_model(model)

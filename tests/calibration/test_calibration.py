@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from svdk import ModelPair, Steering, calibrate, extract_steering
-from svdk.calibration import make_report, recalibrate, report_of
+from svdk.calibration.calibrate import make_report, recalibrate, report_of
+from svdk.calibration.kept_statistics import default_grid
 from svdk.cli import calibrate as command
-from svdk.data import encode, load_examples
 from svdk.errors import ArtifactError, DataError, InputError, InvalidLogitsError, SvdkError
-from svdk.statistics import default_grid
+from svdk.warmstart.data import encode, load_examples
 from tests.helpers import tiny
 
 TOKENIZER = tiny.tiny_tokenizer()
@@ -143,7 +143,7 @@ def test_recalibrate_runs_no_model(folders, adapter, monkeypatch):
 
 
 def report_statistics(steering):
-    from svdk.calibration import saved_statistics
+    from svdk.calibration.calibrate import saved_statistics
 
     return saved_statistics(steering)
 
@@ -276,9 +276,9 @@ def test_command_line_errors_write_nothing(folders, adapter, arguments, message)
 
 
 def test_command_line_choices_are_those_of_the_library():
-    from svdk import estimators, extraction
+    from svdk.calibration import estimators, sweep
 
-    assert (*extraction.DIRECTIONS, "auto") == command.DIRECTIONS
+    assert (*sweep.DIRECTIONS, "auto") == command.DIRECTIONS
     assert estimators.ESTIMATORS == command.ESTIMATORS
     assert estimators.OBJECTIVES == command.OBJECTIVES
     assert len(default_grid()) == 49

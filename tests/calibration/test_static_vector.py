@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from svdk import Steering, generate
-from svdk.data import encode, load_examples
+from svdk.calibration.estimators import split_folds
+from svdk.calibration.static_vector import logit_bias, static_steering, static_vector
 from svdk.errors import ArtifactError, DataError, InputError, InvalidLogitsError
-from svdk.estimators import split_folds
 from svdk.models.pair import ModelPair
-from svdk.static_vector import logit_bias, static_steering, static_vector
+from svdk.warmstart.data import encode, load_examples
 from tests.helpers import tiny
 
 ROWS = tiny.tiny_examples(10)
@@ -85,7 +85,7 @@ def test_is_the_average_over_labelled_positions(peft_type, direction, alpha, wei
 def test_batches_and_chunks_do_not_matter(tiny_tokenizer, monkeypatch):
     model = tiny.tiny_peft("lora")
     expected = static_vector(ModelPair(model), ROWS, tokenizer=tiny_tokenizer, batch_size=10)
-    monkeypatch.setattr("svdk.static_vector.MAX_OP", 3 * tiny.VOCAB_SIZE)
+    monkeypatch.setattr("svdk.calibration.static_vector.MAX_OP", 3 * tiny.VOCAB_SIZE)
     for batch_size in (1, 3):
         found = static_vector(model, ROWS, tokenizer=tiny_tokenizer, batch_size=batch_size)
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)

@@ -21,8 +21,8 @@ from hypothesis import strategies as st
 from peft import LoraConfig
 
 from svdk import Steering
-from svdk.artifact import JSON_NAME, LOCK_NAME, MAX_TENSORS_BYTES, TENSORS_NAME, _checksum
-from svdk.calibration import recalibrate
+from svdk.calibration.artifact import JSON_NAME, LOCK_NAME, MAX_TENSORS_BYTES, TENSORS_NAME, _checksum
+from svdk.calibration.calibrate import recalibrate
 from svdk.errors import ArtifactError, SvdkError
 from svdk.models.loading import MAX_CONFIG_BYTES, adapter_fingerprint, attach, load_adapter
 from tests import ROOT

@@ -13,16 +13,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from svdk.artifact import Steering, check_alpha, check_choice, is_number
-from svdk.calibration import CALIBRATION_FILE, attached_pair, check_arguments, metrics_of
-from svdk.data import Encoded, Example, data_hash, encode_all, load_examples
+from svdk.calibration.artifact import Steering, check_alpha, check_choice, is_number
+from svdk.calibration.calibrate import CALIBRATION_FILE, attached_pair, check_arguments, metrics_of
+from svdk.calibration.estimators import Gains, bootstrap, fit, gains_at, split_folds
+from svdk.calibration.kept_statistics import View, default_grid
+from svdk.calibration.sweep import DIRECTIONS, MAX_OP, Part, Sweep, add_rows, assemble, labelled_rows
 from svdk.errors import DataError, InputError, InvalidLogitsError
-from svdk.estimators import Gains, bootstrap, fit, gains_at, split_folds
-from svdk.extraction import DIRECTIONS, MAX_OP, Part, Sweep, add_rows, assemble, labelled_rows
 from svdk.models.pair import ModelPair
 from svdk.ops.api import extract
 from svdk.ops.results import Status
-from svdk.statistics import View, default_grid
+from svdk.warmstart.data import Encoded, Example, data_hash, encode_all, load_examples
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -55,7 +55,7 @@ def static_vector(
 
     Args:
         model: a PEFT model, or a :class:`svdk.ModelPair`.
-        data: JSONL path or rows, as :func:`svdk.data.load_examples` takes them.
+        data: JSONL path or rows, as :func:`svdk.warmstart.data.load_examples` takes them.
         tokenizer: the model's tokenizer.
         direction: ``log_ratio`` or ``kl_gradient`` (whose average is concentrated on few tokens, since every
             entry is weighted with its probability).

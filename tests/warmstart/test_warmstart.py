@@ -13,12 +13,12 @@ from peft import PeftModel
 from transformers import TrainerCallback
 
 from svdk.cli import main
-from svdk.data import encode, load_examples, split
 from svdk.errors import ArtifactError, DataError, InputError
 from svdk.models.loading import adapter_fingerprint, load_adapter, model_fingerprint, tokenizer_fingerprint
-from svdk.peft_configs import make_config
-from svdk.training import Collator
-from svdk.warmstart import warm_start
+from svdk.warmstart.api import warm_start
+from svdk.warmstart.data import encode, load_examples, split
+from svdk.warmstart.peft_configs import make_config
+from svdk.warmstart.training import Collator
 from tests.helpers import tiny
 
 EXAMPLES = tiny.tiny_examples(40)

@@ -31,9 +31,9 @@ from transformers import (
     set_seed,
 )
 
-from svdk.data import Encoded
 from svdk.errors import InputError
 from svdk.models.loading import attach, detach
+from svdk.warmstart.data import Encoded
 
 WEIGHTS = "trainable.safetensors"
 IGNORE = -100

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from svdk.data import (
+from svdk.errors import DataError, InputError
+from svdk.warmstart.data import (
     Example,
     data_hash,
     encode,
@@ -18,7 +19,6 @@ from svdk.data import (
     save_examples,
     split,
 )
-from svdk.errors import DataError, InputError
 from tests.helpers import tiny
 
 CHAT = [

@@ -1,0 +1,10 @@
+"""From a base model, an adapter and labelled data to a calibrated :class:`svdk.Steering`.
+
+Reading order: ``sweep`` (both models once over the data), ``kept_statistics`` (what is kept of it, and the
+loss along mu), ``estimators`` (the strength, and what it gains out of fold), ``calibrate``, ``artifact`` (the
+result, saved beside the adapter), ``static_vector``, ``plot``.
+"""
+
+from svdk.calibration.calibrate import Report, calibrate, recalibrate
+
+__all__ = ["Report", "calibrate", "recalibrate"]
