@@ -1,4 +1,4 @@
-"""What svdk is compared with; ``tests/test_bench.py`` proves that each draws from the right distribution.
+"""What svdk is compared with; ``tests/bench/test_bench.py`` proves each one's distribution.
 
 Each baseline is written as its best user would write it: everything in float32 (bfloat16 and float16 logits
 are cast once), no host synchronisation, no tensor that a cheaper one could replace. Shapes as in

@@ -19,7 +19,7 @@ from transformers import DynamicCache
 from transformers.generation.streamers import BaseStreamer
 
 from svdk.bench import baselines, machine, models
-from svdk.generation import decode
+from svdk.generation.generate import decode
 from svdk.models import paired_forward
 from svdk.models.pair import ModelPair
 

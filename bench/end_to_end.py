@@ -46,7 +46,7 @@ def plain(model: nn.Module, input_ids: Tensor, new_tokens: int) -> Tensor:
 
 def contestants(model: nn.Module) -> dict[str, Callable[[Tensor, int], Tensor]]:
     """Name -> function of a prompt ``(B, T)`` and a number of tokens."""
-    from svdk.generation import decode
+    from svdk.generation.generate import decode
     from svdk.models.pair import ModelPair
 
     pair = ModelPair(model)

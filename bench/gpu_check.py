@@ -83,7 +83,7 @@ def steps(backends: Sequence[str]) -> dict[str, Step]:
         for tool in ("memcheck", "racecheck"):
             found[f"{tool}_cuda"] = _sanitizer(tool, "cuda")
     if "triton" in backends:
-        files = (*SHARED_TESTS, "tests/test_triton.py")
+        files = (*SHARED_TESTS, "tests/kernels/test_triton.py")
         found["tests_triton"] = Step(_pytest(files, "triton and not gpus_that_are_not_here"), 170)
         found["memcheck_triton"] = _sanitizer("memcheck", "triton")
     seconds = gpu_steps.SECONDS

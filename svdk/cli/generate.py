@@ -70,8 +70,8 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Load, then answer prompt by prompt."""
-    from svdk.generation import decode
-    from svdk.generation_options import make_sampler
+    from svdk.generation.generate import decode
+    from svdk.generation.sampler import make_sampler
     from svdk.models.loading import load_adapter, load_model
     from svdk.models.pair import ModelPair
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from svdk.calibration.artifact import Steering
 from svdk.calibration.estimators import bootstrap
 from svdk.demo.task import Score
-from svdk.generation import generate
+from svdk.generation.generate import generate
 from svdk.models.pair import ModelPair
 from svdk.ops.api import steered_logprob
 from svdk.warmstart.data import Encoded, Example, encode, encode_prompt

@@ -17,8 +17,8 @@ from svdk.errors import InputError
 from svdk.eval.commonsense import words
 from svdk.eval.judge import Judge, OverlapJudge, judge_answers
 from svdk.eval.question import Question
-from svdk.generation import decode
-from svdk.logits_processor import SteeringLogitsProcessor
+from svdk.generation.generate import decode
+from svdk.generation.logits_processor import SteeringLogitsProcessor
 from svdk.models.pair import ModelPair
 from svdk.warmstart.data import encode_prompt
 

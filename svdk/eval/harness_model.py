@@ -17,9 +17,9 @@ from svdk import __version__
 from svdk.calibration.artifact import JSON_NAME, Steering, check_choice
 from svdk.calibration.sweep import MAX_OP
 from svdk.errors import InputError, InvalidLogitsError
-from svdk.generation import decode
-from svdk.generation_options import Sampler, make_sampler
-from svdk.logits_processor import steered_logits
+from svdk.generation.generate import decode
+from svdk.generation.logits_processor import steered_logits
+from svdk.generation.sampler import Sampler, make_sampler
 from svdk.models.loading import load_adapter, load_model
 from svdk.models.pair import ModelPair
 

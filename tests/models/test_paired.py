@@ -11,7 +11,7 @@ from peft import IA3Config, LoHaConfig, LoraConfig, get_peft_model
 import svdk
 from svdk.calibration.artifact import Steering
 from svdk.errors import BackendError, InputError
-from svdk.generation import decode
+from svdk.generation.generate import decode
 from svdk.models import paired_forward
 from svdk.models.cpu_linear import ONEDNN_ROWS, TRANSPOSED_ROWS, fast_linears
 from svdk.models.pair import ModelPair

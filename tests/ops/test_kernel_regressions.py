@@ -72,7 +72,7 @@ def test_equal_huge_logits_share_their_probability(backend, value):
 def test_a_mask_of_lowest_floats_is_a_mask(backend):
     """exp() of far too little was 1e-38, and that times the lowest float is 3: K was off by thousands.
 
-    (In C++ without AVX-512 only; ``tests/test_sanitizers.py`` replays it for each instruction set.)
+    (In C++ without AVX-512 only; ``tests/csrc/test_sanitizers.py`` replays it for each instruction set.)
     """
     warm, base = on(backend, *oc.logits(2, 4096, seed=3))
     warm[:, 100:] = LOWEST

@@ -11,8 +11,8 @@ from svdk.eval import report
 from svdk.eval.report_format import setting_name
 from svdk.eval.report_reading import read_results
 from svdk.eval.report_tables import table_5
+from tests.eval.test_eval_report import read, small, write
 from tests.helpers import synthetic_results as made_up
-from tests.test_eval_report import read, small, write
 
 
 @pytest.fixture(scope="module")

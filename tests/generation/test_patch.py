@@ -7,8 +7,8 @@ import torch
 from transformers.generation import GenerationMixin, TopKLogitsWarper
 
 import svdk
-from svdk import patch as patching
 from svdk.errors import BackendError
+from svdk.generation import patch as patching
 from tests.helpers import tiny
 
 DRAWS = 4000

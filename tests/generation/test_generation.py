@@ -14,8 +14,8 @@ from transformers.generation import LogitsProcessor, LogitsProcessorList, Stoppi
 import svdk
 from svdk.calibration.artifact import Steering
 from svdk.errors import ArtifactError, InputError
-from svdk.generation import decode
-from svdk.generation_options import row_seeds
+from svdk.generation.generate import decode
+from svdk.generation.sampler import row_seeds
 from svdk.models.pair import ModelPair
 from tests.helpers import tiny
 from tests.models.test_pair import left_padded

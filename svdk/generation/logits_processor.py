@@ -10,7 +10,7 @@ from transformers.generation import LogitsProcessor
 
 from svdk import ops
 from svdk.errors import InputError
-from svdk.generation_options import make_sampler
+from svdk.generation.sampler import make_sampler
 from svdk.models.pair import ModelPair, ViewCache, check_inputs
 from svdk.ops.reference import EPS
 from svdk.ops.results import Status

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from tests import ROOT
-from tests.test_packaging import NOT_COPIED
+from tests.system.test_packaging import NOT_COPIED
 
 if sys.version_info >= (3, 11):
     import tomllib

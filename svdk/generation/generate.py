@@ -19,7 +19,7 @@ from transformers.generation import (
 from transformers.generation.configuration_utils import GenerationMode
 
 from svdk.errors import InputError
-from svdk.generation_options import Sampler, make_sampler, process, split_processors, spread_artifacts
+from svdk.generation.sampler import Sampler, make_sampler, process, split_processors, spread_artifacts
 from svdk.models.pair import ModelPair, ViewCache, check_inputs, row_positions
 from svdk.models.paired_forward import PairedForward, choose_forward
 from svdk.ops.results import SampleInfo

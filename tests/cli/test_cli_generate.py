@@ -13,7 +13,7 @@ from svdk.calibration.artifact import Steering
 from svdk.cli import generate as command
 from svdk.cli.terminal import Printer, columns
 from svdk.errors import DataError, InputError
-from svdk.generation import decode
+from svdk.generation.generate import decode
 from svdk.models.loading import load_adapter, load_model
 from svdk.models.pair import ModelPair
 from svdk.warmstart.data import encode_prompt

@@ -23,7 +23,7 @@ from transformers.generation import (
 
 from svdk import ops
 from svdk.errors import BackendError
-from svdk.generation_options import row_seeds
+from svdk.generation.sampler import row_seeds
 
 _FILTERS = (
     (TemperatureLogitsWarper, "temperature"),

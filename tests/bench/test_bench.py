@@ -150,7 +150,7 @@ def test_eager_extract_equals_the_reference(alpha):
 
 
 def test_naive_decoding_equals_steered_greedy_decoding(tiny_peft):
-    from svdk.generation import decode
+    from svdk.generation.generate import decode
     from svdk.models.pair import ModelPair
 
     model = tiny_peft("lora")

@@ -87,7 +87,7 @@ def test_a_fork_after_use_does_not_hang():
     """OpenMP's threads are not there in the child; svdk and PyTorch must not wait for them."""
     code = """
 import os, signal, torch
-from tests.test_processes import equal, work
+from tests.system.test_processes import equal, work
 torch.set_num_threads(4)
 want = [work(seed) for seed in range(8)]
 torch.randn(1 << 20).exp()

@@ -2,7 +2,7 @@
 
 ``tests/shim`` runs one fiber a CUDA thread. It is built twice: with the kernels' own constants, and with
 short slices and lists, so that small vocabularies meet every path (rows split over CTAs, lost candidates,
-searches over the whole row). ``tests/test_cuda_mutants.py`` shows that these tests can fail.
+searches over the whole row). ``tests/csrc/test_cuda_mutants.py`` shows that these tests can fail.
 """
 
 from __future__ import annotations
