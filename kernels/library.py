@@ -16,7 +16,7 @@ import triton
 from torch import Tensor
 from torch.library import wrap_triton
 
-from svdk.ops import library, schema
+from svdk.ops import schema
 
 from . import tuning
 from .extract import KEPT, extract_count_kernel, extract_fill_kernel
@@ -98,8 +98,8 @@ def _configure(name: str, warm: Tensor, batch: int, vocab: int, launch) -> None:
 
 def steered_sample(
     warm: Tensor, base: Tensor | None, vector: Tensor | None, warm_rows: Tensor | None,
-    base_rows: Tensor | None, labels: Tensor | None, vocab: int, direction: int, mode: int, penalty: float,
-    strength: float, strength_rows: Tensor | None, alpha: float, alpha_rows: Tensor | None,
+    base_rows: Tensor | None, vocab: int, direction: int, labels: Tensor | None, mode: int,
+    strength: float, strength_rows: Tensor | None, alpha: float, alpha_rows: Tensor | None, penalty: float,
     temperature: float, temperature_rows: Tensor | None, top_k: int, top_k_rows: Tensor | None,
     top_p: float, top_p_rows: Tensor | None, min_p: float, min_p_rows: Tensor | None,
     seed: int, seed_rows: Tensor | None, offset: int, offset_rows: Tensor | None, info: bool,
@@ -148,8 +148,8 @@ def _sample_outputs(warm: Tensor, batch: int, info: bool) -> tuple[Tensor, Tenso
 
 def steered_logprob(
     warm: Tensor, base: Tensor | None, vector: Tensor | None, warm_rows: Tensor | None,
-    base_rows: Tensor | None, labels: Tensor, vocab: int, direction: int, penalty: float,
-    alpha: float, alpha_rows: Tensor | None, strength: float, strength_rows: Tensor | None,
+    base_rows: Tensor | None, vocab: int, direction: int, labels: Tensor,
+    strength: float, strength_rows: Tensor | None, alpha: float, alpha_rows: Tensor | None, penalty: float,
     strengths: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """See ``svdk.ops.schema.STEERED_LOGPROB`` and ``svdk.reference.steered_logprob``."""
@@ -228,7 +228,7 @@ def _register(function, fake, opaque: bool):
 
 # The interpreter's kernels cannot be traced, nor can a size that depends on the data.
 BACKEND = SimpleNamespace(
-    steered_sample=_register(steered_sample, library._steered_sample, INTERPRETED),
-    steered_logprob=_register(steered_logprob, library._steered_logprob, INTERPRETED),
-    extract=_register(extract, library._extract, True),
+    steered_sample=_register(steered_sample, schema.fake_steered_sample, INTERPRETED),
+    steered_logprob=_register(steered_logprob, schema.fake_steered_logprob, INTERPRETED),
+    extract=_register(extract, schema.fake_extract, True),
 )

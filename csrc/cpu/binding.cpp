@@ -126,8 +126,8 @@ T* out(Tensor& t) {
 
 std::tuple<Tensor, Tensor, Tensor> steered_sample(
     Tensor warm, MaybeTensor base, MaybeTensor vector, MaybeTensor warm_rows, MaybeTensor base_rows,
-    MaybeTensor labels, int64_t vocab, int64_t direction, int64_t mode, double penalty,
-    double strength, MaybeTensor strength_rows, double alpha, MaybeTensor alpha_rows,
+    int64_t vocab, int64_t direction, MaybeTensor labels, int64_t mode, double strength,
+    MaybeTensor strength_rows, double alpha, MaybeTensor alpha_rows, double penalty,
     double temperature, MaybeTensor temperature_rows, int64_t top_k, MaybeTensor top_k_rows,
     double top_p, MaybeTensor top_p_rows, double min_p, MaybeTensor min_p_rows, int64_t seed,
     MaybeTensor seed_rows, int64_t offset, MaybeTensor offset_rows, bool info) {
@@ -180,8 +180,8 @@ svdk::Parameters scoring(int64_t direction, double penalty, double alpha, int64_
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> steered_logprob(
     Tensor warm, MaybeTensor base, MaybeTensor vector, MaybeTensor warm_rows, MaybeTensor base_rows,
-    Tensor labels, int64_t vocab, int64_t direction, double penalty, double alpha,
-    MaybeTensor alpha_rows, double strength, MaybeTensor strength_rows, MaybeTensor strengths) {
+    int64_t vocab, int64_t direction, Tensor labels, double strength, MaybeTensor strength_rows,
+    double alpha, MaybeTensor alpha_rows, double penalty, MaybeTensor strengths) {
   const Rows rows(warm, base, vector, warm_rows, base_rows, vocab);
   const int64_t batch = rows.batch, count = strengths ? strengths->size(0) : 1;
   const int64_t* label = static_cast<const int64_t*>(labels.const_data_ptr());

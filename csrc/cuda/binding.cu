@@ -224,8 +224,8 @@ Tensor allocate(const Tensor& like, std::initializer_list<int64_t> shape, Scalar
 
 std::tuple<Tensor, Tensor, Tensor> steered_sample(
     Tensor warm, MaybeTensor base, MaybeTensor vector, MaybeTensor warm_rows, MaybeTensor base_rows,
-    MaybeTensor labels, int64_t vocab, int64_t direction, int64_t mode, double penalty,
-    double strength, MaybeTensor strength_rows, double alpha, MaybeTensor alpha_rows,
+    int64_t vocab, int64_t direction, MaybeTensor labels, int64_t mode, double strength,
+    MaybeTensor strength_rows, double alpha, MaybeTensor alpha_rows, double penalty,
     double temperature, MaybeTensor temperature_rows, int64_t top_k, MaybeTensor top_k_rows,
     double top_p, MaybeTensor top_p_rows, double min_p, MaybeTensor min_p_rows, int64_t seed,
     MaybeTensor seed_rows, int64_t offset, MaybeTensor offset_rows, bool info) {
@@ -281,8 +281,8 @@ std::tuple<Tensor, Tensor, Tensor> steered_sample(
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> steered_logprob(
     Tensor warm, MaybeTensor base, MaybeTensor vector, MaybeTensor warm_rows, MaybeTensor base_rows,
-    Tensor labels, int64_t vocab, int64_t direction, double penalty, double alpha,
-    MaybeTensor alpha_rows, double strength, MaybeTensor strength_rows, MaybeTensor strengths) {
+    int64_t vocab, int64_t direction, Tensor labels, double strength, MaybeTensor strength_rows,
+    double alpha, MaybeTensor alpha_rows, double penalty, MaybeTensor strengths) {
   Call c = open_call(warm, base, vector, warm_rows, base_rows, vocab, direction, penalty, alpha,
                      alpha_rows);
   c.count = strengths ? strengths->size(0) : 1;

@@ -9,7 +9,7 @@ from torch import Tensor
 from svdk.errors import InvalidLogitsError
 from svdk.ops import arguments, backends
 from svdk.ops.results import LogprobInfo, SampleInfo, Status, SteeringBatch
-from svdk.ops.schema import CONSTANT, LABEL, PLAIN, STRENGTH_MODES
+from svdk.ops.schema import CONSTANT, EXTRACT, LABEL, PLAIN, STEERED_LOGPROB, STEERED_SAMPLE, STRENGTH_MODES
 
 
 def _raise_invalid(status: Tensor) -> None:
@@ -90,31 +90,32 @@ def steered_sample(
         InvalidLogitsError: with ``check``, naming the rows.
         BackendError: the named backend cannot run.
     """
-    rows, batch, vocab, code = arguments.problem(
-        warm_logits, base_logits, vector, direction, warm_rows, base_rows, vocab_size
-    )
-    warm = rows[0]
+    rows = arguments.operands(warm_logits, base_logits, vector, direction, warm_rows, base_rows, vocab_size)
+    warm, batch = rows.warm, rows.batch
     mode = STRENGTH_MODES[arguments.choice("strength_mode", strength_mode, STRENGTH_MODES)]
-    if mode != CONSTANT and code == PLAIN:
+    if mode != CONSTANT and rows.direction == PLAIN:
         raise arguments.fail("strength_mode", repr(strength_mode), "'constant' without base_logits or vector")
     if mode == LABEL:
-        labels = arguments.label_ids(labels, batch, vocab, warm)
+        labels, strength = arguments.label_ids(labels, batch, rows.vocab, warm), 0.0
     elif labels is not None:
         raise arguments.fail("labels", "given", "None unless strength_mode='label'")
     low = -math.inf if mode == CONSTANT else 0.0
-    need_info = return_info or check
+    given = {
+        "labels": labels,
+        "mode": mode,
+        "strength": arguments.parameter("strength", strength, batch, warm, low),
+        "alpha": arguments.checked("alpha", alpha, batch, warm),
+        "penalty": arguments.penalty_value(penalty),
+        "temperature": arguments.checked("temperature", temperature, batch, warm),
+        "top_k": arguments.checked("top_k", top_k, batch, warm),
+        "top_p": arguments.checked("top_p", top_p, batch, warm),
+        "min_p": arguments.checked("min_p", min_p, batch, warm),
+        "seed": arguments.checked("seed", seed, batch, warm),
+        "offset": arguments.checked("offset", offset, batch, warm),
+        "info": return_info or check,
+    }
     op = backends.resolve(backend, warm).steered_sample
-    token, floats, ints = op(
-        *rows, labels, vocab, code, mode, arguments.penalty_value(penalty),
-        *(arguments.parameter("strength", strength, batch, warm, low) if mode != LABEL else (0.0, None)),
-        *arguments.parameter("alpha", alpha, batch, warm, 0.0, 1.0),
-        *arguments.temperature_value(temperature, batch, warm),
-        *arguments.parameter("top_k", top_k, batch, warm, 0, integer=True),
-        *arguments.parameter("top_p", top_p, batch, warm, 0.0, 1.0),
-        *arguments.parameter("min_p", min_p, batch, warm, 0.0, 1.0),
-        *arguments.word64("seed", seed, batch, warm),
-        *arguments.word64("offset", offset, batch, warm), need_info,
-    )  # fmt: skip
+    token, floats, ints = op(*STEERED_SAMPLE.flatten(rows, given))
     if check:
         _raise_invalid(ints[1])
     return (token, SampleInfo(*floats.unbind(0), *ints.unbind(0))) if return_info else token
@@ -153,21 +154,22 @@ def steered_logprob(
     Raises:
         InputError, InvalidLogitsError, BackendError: as :func:`steered_sample`.
     """
-    rows, batch, vocab, code = arguments.problem(
-        warm_logits, base_logits, vector, direction, warm_rows, base_rows, vocab_size
-    )
-    warm = rows[0]
-    labels = arguments.label_ids(labels, batch, vocab, warm)
+    rows = arguments.operands(warm_logits, base_logits, vector, direction, warm_rows, base_rows, vocab_size)
+    warm, batch = rows.warm, rows.batch
+    labels = arguments.label_ids(labels, batch, rows.vocab, warm)
     if strengths is not None:
         if not arguments.dense(strengths) or strengths.dim() != 1 or strengths.device != warm.device:
             raise arguments.fail("strengths", arguments.shape(strengths), f"a (M,) tensor on {warm.device}")
-        strengths = arguments.parameter("strengths", strengths, strengths.shape[0], warm)[1]
+        strengths = arguments.parameter("strengths", strengths, strengths.shape[0], warm).rows
+    given = {
+        "labels": labels,
+        "strength": arguments.checked("strength", strength, batch, warm),
+        "alpha": arguments.checked("alpha", alpha if rows.direction != PLAIN else 0.0, batch, warm),
+        "penalty": arguments.penalty_value(penalty),
+        "strengths": strengths,
+    }
     op = backends.resolve(backend, warm).steered_logprob
-    curves, greedy, stats, status = op(
-        *rows, labels, vocab, code, arguments.penalty_value(penalty),
-        *arguments.parameter("alpha", alpha if code != PLAIN else 0.0, batch, warm, 0.0, 1.0),
-        *arguments.parameter("strength", strength, batch, warm), strengths,
-    )  # fmt: skip
+    curves, greedy, stats, status = op(*STEERED_LOGPROB.flatten(rows, given))
     if check:
         _raise_invalid(status)
     if strengths is None:
@@ -193,15 +195,12 @@ def extract(
     Arguments and errors as in :func:`steered_sample`; ``base_logits`` (or ``base_rows``) or ``vector``
     is needed. With ``alpha=0`` every finite token is an entry: B * V of them.
     """
-    rows, batch, vocab, code = arguments.problem(
-        warm_logits, base_logits, vector, direction, warm_rows, base_rows, vocab_size
-    )
-    if code == PLAIN:
+    rows = arguments.operands(warm_logits, base_logits, vector, direction, warm_rows, base_rows, vocab_size)
+    if rows.direction == PLAIN:
         raise arguments.fail("base_logits", "None", "(B, V) logits, base_rows, or a vector")
-    op = backends.resolve(backend, rows[0]).extract
-    row_ptr, ids, p, delta, stats, status = op(
-        *rows, vocab, code, *arguments.parameter("alpha", alpha, batch, rows[0], 0.0, 1.0)
-    )
+    given = {"alpha": arguments.checked("alpha", alpha, rows.batch, rows.warm)}
+    op = backends.resolve(backend, rows.warm).extract
+    row_ptr, ids, p, delta, stats, status = op(*EXTRACT.flatten(rows, given))
     if check:
         _raise_invalid(status)
     return SteeringBatch(row_ptr, ids, p, delta, *stats.unbind(0), status)

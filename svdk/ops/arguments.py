@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from svdk.errors import InputError
-from svdk.ops.schema import DIRECTIONS, PLAIN, VECTOR
+from svdk.ops.schema import DIRECTIONS, PARAMETER, PLAIN, VECTOR, Operands, PerRow
 
 LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TWO64 = 1 << 64
@@ -97,7 +97,7 @@ def logits(name: str, x: Any) -> Tensor:
     return x
 
 
-def problem(
+def operands(
     warm: Tensor,
     base: Tensor | None,
     vector: Tensor | None,
@@ -105,8 +105,8 @@ def problem(
     warm_rows: Tensor | None,
     base_rows: Tensor | None,
     vocab_size: int | None,
-) -> tuple[tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None], int, int, int]:
-    """The five row arguments of every op as backends take them; batch, vocabulary, direction code."""
+) -> Operands:
+    """The rows of a call as backends take them."""
     logits("warm_logits", warm)
     width = warm.shape[1]
     if warm_rows is not None:
@@ -145,7 +145,7 @@ def problem(
         if vector.device != warm.device or not vector.dtype.is_floating_point:
             raise fail("vector", f"{vector.dtype} on {vector.device}", f"a float tensor on {warm.device}")
         vector = vector.float().contiguous()
-    return (warm, base, vector, warm_rows, base_rows), batch, vocab, code
+    return Operands(warm, base, vector, warm_rows, base_rows, vocab, code)
 
 
 def parameter(
@@ -157,19 +157,19 @@ def parameter(
     high: float = math.inf,
     *,
     integer: bool = False,
-) -> tuple[float, Tensor | None]:
-    """A per-row parameter as ``(scalar, None)`` or ``(0, (B,) tensor)``, finite and in [low, high]."""
+) -> PerRow:
+    """A scalar or a (B,) tensor, finite and in [low, high]."""
     if isinstance(value, Tensor):
-        return 0, _row_parameter(name, value, batch, like, low, high, integer)
+        return PerRow(0, _row_parameter(name, value, batch, like, low, high, integer))
     number = (integer_value if integer else float_value)(name, value, "a number or a (B,) tensor")
     if not low <= number <= high or not math.isfinite(number):
         raise fail(name, value, span(low, high))
     if not integer and abs(number) > LARGEST:
         raise fail(name, value, f"a number of float32, at most {LARGEST:g}")
-    return number, None
+    return PerRow(number)
 
 
-def temperature_value(value: float | Tensor, batch: int, like: Tensor) -> tuple[float, Tensor | None]:
+def temperature_value(value: float | Tensor, batch: int, like: Tensor) -> PerRow:
     """As ``parameter``: 0 (greedy), or a number that logits can be divided by."""
     number, rows = parameter("temperature", value, batch, like, 0.0)
     allowed = f"0 (greedy) or a number >= {COLDEST:g}"
@@ -179,7 +179,7 @@ def temperature_value(value: float | Tensor, batch: int, like: Tensor) -> tuple[
         cold = ((rows > 0) & (rows < COLDEST)).nonzero()[:, 0].tolist()
         if cold:
             raise fail(f"temperature[{cold[0]}]", rows[cold[0]].item(), allowed)
-    return number, rows
+    return PerRow(number, rows)
 
 
 def _row_parameter(name, value, batch, like, low, high, integer) -> Tensor:
@@ -202,6 +202,16 @@ def _row_parameter(name, value, batch, like, low, high, integer) -> Tensor:
     return value
 
 
+def checked(name: str, value: Any, batch: int, like: Tensor) -> PerRow:
+    """A parameter of the table, within the bounds that it has there."""
+    entry = PARAMETER[name]
+    if name == "temperature":
+        return temperature_value(value, batch, like)
+    if name in ("seed", "offset"):
+        return word64(name, value, batch, like)
+    return parameter(name, value, batch, like, entry.low, entry.high, integer=entry.kind == "int")
+
+
 def span(low: float, high: float) -> str:
     """An interval of numbers in words."""
     if low == -math.inf and high == math.inf:
@@ -209,14 +219,14 @@ def span(low: float, high: float) -> str:
     return f"a number >= {low:g}" if high == math.inf else f"a number in [{low:g}, {high:g}]"
 
 
-def word64(name: str, value: int | Tensor, batch: int, like: Tensor) -> tuple[int, Tensor | None]:
+def word64(name: str, value: int | Tensor, batch: int, like: Tensor) -> PerRow:
     """A seed or offset: 64 bits, passed on as a signed int64."""
     if isinstance(value, Tensor):
-        return 0, _row_parameter(name, value, batch, like, -math.inf, math.inf, True)
+        return PerRow(0, _row_parameter(name, value, batch, like, -math.inf, math.inf, True))
     number = integer_value(name, value, "a 64-bit integer or a (B,) tensor of them")
     if not -(TWO64 >> 1) <= number < TWO64:
         raise fail(name, number, "a 64-bit integer")
-    return ((number + (TWO64 >> 1)) % TWO64) - (TWO64 >> 1), None
+    return PerRow(((number + (TWO64 >> 1)) % TWO64) - (TWO64 >> 1))
 
 
 def label_ids(labels: Tensor | None, batch: int, vocab: int, like: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from svdk.errors import BackendError, InputError
-from svdk.ops import library, reference  # noqa: F401 - library registers the schemas
+from svdk.ops import reference  # and with it the schema, which registers the ops
 from svdk.ops.arguments import LOGIT_DTYPES
 
 

@@ -153,8 +153,8 @@ def bad_parameters(strength, mode, alpha, temperature, top_k, top_p, min_p, labe
 
 
 def steered_rows(
-    warm, base, vector, warm_rows, base_rows, labels, vocab, direction, mode, penalty,
-    strength, strength_rows, alpha, alpha_rows, temperature, temperature_rows,
+    warm, base, vector, warm_rows, base_rows, vocab, direction, labels, mode,
+    strength, strength_rows, alpha, alpha_rows, penalty, temperature, temperature_rows,
     top_k, top_k_rows, top_p, top_p_rows, min_p, min_p_rows, seed, seed_rows, offset, offset_rows, *_,
 ) -> tuple[Rows, Tensor, Tensor, Tensor]:  # fmt: skip
     """The rows, mu (B,), the steered logits (B, V), and the scores (B, V) whose argmax is the token."""
@@ -203,8 +203,8 @@ def steered_sample(*arguments) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def steered_logprob(
-    warm, base, vector, warm_rows, base_rows, labels, vocab, direction, penalty,
-    alpha, alpha_rows, strength, strength_rows, strengths,
+    warm, base, vector, warm_rows, base_rows, vocab, direction, labels,
+    strength, strength_rows, alpha, alpha_rows, penalty, strengths,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Curves float32 (3, B, M), greedy int64 (B, M), rows float32 (6, B), status (B,).
 

@@ -11,6 +11,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import svdk
+from svdk.ops import schema
 
 OPS = ("steered_sample", "steered_logprob", "extract")
 
@@ -32,18 +33,16 @@ def main(folder: str) -> None:
     with FakeTensorMode():
         warm = torch.empty(3, 50, device="cuda", dtype=torch.bfloat16)
         token, info = svdk.steered_sample(warm, warm, return_info=True, backend="reference")
-        flat = (warm, warm, None, None, None)
-        token, floats, ints = torch.ops.svdk.steered_sample(
-            *flat, None, 50, 0, 0, -math.inf, 1.0, None, 0.1, None, 1.0, None,
-            0, None, 1.0, None, 0.0, None, 7, None, 0, None, True,
-        )  # fmt: skip
+        rows = schema.Operands(warm, warm, None, None, None, 50, schema.KL_GRADIENT)
+        given = {p.name: schema.PerRow(p.default) for p in schema.PARAMETERS} | {"penalty": -math.inf}
+        given |= {"labels": None, "mode": schema.CONSTANT, "info": True}
+        token, floats, ints = torch.ops.svdk.steered_sample(*schema.STEERED_SAMPLE.flatten(rows, given))
         assert (token.shape, token.dtype, token.device.type) == ((3,), torch.int64, "cuda")
         assert (floats.shape, ints.shape) == ((5, 3), (2, 3))
         assert info.kl.shape == (3,)
         grid = torch.empty(4, device="cuda")
-        curves, greedy, *_ = torch.ops.svdk.steered_logprob(
-            *flat, token, 50, 0, 0.0, 0.1, None, 1.0, None, grid
-        )
+        given |= {"labels": token, "strengths": grid}
+        curves, greedy, *_ = torch.ops.svdk.steered_logprob(*schema.STEERED_LOGPROB.flatten(rows, given))
         assert (curves.shape, greedy.shape) == ((3, 3, 4), (3, 4))
     status = svdk.backends.status()["cuda"]
     assert status == "available" or "device" in status, status

@@ -146,8 +146,8 @@ class Shim:
             raise ShimError(error.decode())
 
     def steered_sample(
-        self, warm, base, vector, warm_rows, base_rows, labels, vocab, direction, mode, penalty,
-        strength, strength_rows, alpha, alpha_rows, temperature, temperature_rows,
+        self, warm, base, vector, warm_rows, base_rows, vocab, direction, labels, mode,
+        strength, strength_rows, alpha, alpha_rows, penalty, temperature, temperature_rows,
         top_k, top_k_rows, top_p, top_p_rows, min_p, min_p_rows, seed, seed_rows, offset, offset_rows, info,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         """As ``svdk.reference.steered_sample``."""
@@ -169,8 +169,8 @@ class Shim:
         return token, floats, ints
 
     def steered_logprob(
-        self, warm, base, vector, warm_rows, base_rows, labels, vocab, direction, penalty,
-        alpha, alpha_rows, strength, strength_rows, strengths,
+        self, warm, base, vector, warm_rows, base_rows, vocab, direction, labels,
+        strength, strength_rows, alpha, alpha_rows, penalty, strengths,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
         """As ``svdk.reference.steered_logprob``."""
         batch, count = labels.shape[0], 1 if strengths is None else strengths.shape[0]

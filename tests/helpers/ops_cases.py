@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import svdk
-from svdk.ops import backends, reference
+from svdk.ops import backends, reference, schema
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 VOCABS = (1, 31, 32, 999, 32000, 49152, 128256, 151936)
@@ -95,6 +95,25 @@ def operands(case: Case, warm: Tensor, base: Tensor) -> tuple[tuple[Tensor, ...]
         generator = torch.Generator().manual_seed(9)
         kwargs["vector"] = torch.randn(warm.shape[1], generator=generator).to(warm.device)
     return ((warm, base) if case.uses == "base" else (warm,)), kwargs
+
+
+def flat(op: schema.Op, warm: Tensor, base: Tensor | None, **given: Any) -> list[Any]:
+    """The flat arguments of a raw call, the table's defaults where nothing is given.
+
+    ``given``: operands and parameters by name; a parameter is a number or a (B,) tensor.
+    """
+    fields = {name: given.pop(name, None) for name in ("vector", "warm_rows", "base_rows")}
+    vocab = given.pop("vocab", warm.shape[1])
+    direction = given.pop("direction", schema.KL_GRADIENT if base is not None else schema.PLAIN)
+    operands = schema.Operands(warm, base, **fields, vocab=vocab, direction=direction)
+    values: dict[str, Any] = {"labels": None, "mode": schema.CONSTANT, "strengths": None, "info": False}
+    for parameter in schema.PARAMETERS:
+        value = given.pop(parameter.name, parameter.default)
+        rows = value if isinstance(value, Tensor) else None
+        per_row = schema.PerRow(parameter.default if rows is not None else value, rows)
+        values[parameter.name] = value if parameter.kind == "scalar" else per_row
+    assert not set(given) - set(values), given
+    return op.flatten(operands, values | given)
 
 
 def flat_arguments(args, kwargs) -> tuple:

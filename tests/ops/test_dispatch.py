@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import subprocess
 import sys
 
@@ -10,6 +9,7 @@ import pytest
 import torch
 
 import svdk
+from svdk.ops import schema
 from tests.helpers import ops_cases as oc
 
 pytestmark = pytest.mark.skipif(svdk.backends.status()["cpu"] != "available", reason="svdk._C was not built")
@@ -17,32 +17,29 @@ pytestmark = pytest.mark.skipif(svdk.backends.status()["cpu"] != "available", re
 W, B = oc.logits(3, 200)
 LABELS = torch.tensor([1, 5, 7])
 ROWS = torch.tensor([2, 0, 1])
-SAMPLE = (
-    W, B, None, None, None, None, 200, 0, 0, -math.inf, 1.0, None, 0.1, None, 1.0, None,
-    0, None, 1.0, None, 0.0, None, 7, None, 0, None,
-)  # fmt: skip
 
 
 @pytest.mark.parametrize("info", [False, True])
 def test_opcheck_sample(info):
-    torch.library.opcheck(torch.ops.svdk.steered_sample.default, (*SAMPLE, info))
+    arguments = oc.flat(schema.STEERED_SAMPLE, W, B, seed=7, info=info)
+    torch.library.opcheck(torch.ops.svdk.steered_sample.default, arguments)
 
 
 def test_opcheck_sample_with_rows():
-    args = list(SAMPLE)
-    args[3], args[4], args[5], args[8] = ROWS, ROWS, LABELS, 1
-    args[11] = torch.ones(3)
-    torch.library.opcheck(torch.ops.svdk.steered_sample.default, (*args, True))
+    rows = {"warm_rows": ROWS, "base_rows": ROWS, "strength": torch.ones(3)}
+    label = {"labels": LABELS, "mode": schema.LABEL}
+    arguments = oc.flat(schema.STEERED_SAMPLE, W, B, **rows, **label, seed=7, info=True)
+    torch.library.opcheck(torch.ops.svdk.steered_sample.default, arguments)
 
 
 @pytest.mark.parametrize("strengths", [None, torch.tensor([0.0, 1.0, 2.0])])
 def test_opcheck_logprob(strengths):
-    args = (W, B, None, None, None, LABELS, 200, 0, 0.0, 0.1, None, 1.0, None, strengths)
-    torch.library.opcheck(torch.ops.svdk.steered_logprob.default, args)
+    arguments = oc.flat(schema.STEERED_LOGPROB, W, B, labels=LABELS, penalty=0.0, strengths=strengths)
+    torch.library.opcheck(torch.ops.svdk.steered_logprob.default, arguments)
 
 
 def test_opcheck_extract():
-    torch.library.opcheck(torch.ops.svdk.extract.default, (W, B, None, None, None, 200, 0, 0.1, None))
+    torch.library.opcheck(torch.ops.svdk.extract.default, oc.flat(schema.EXTRACT, W, B))
 
 
 def test_compiled_function_equals_eager():
@@ -80,8 +77,9 @@ def test_compiled_scoring_equals_eager():
 def test_wrong_calls_of_the_raw_op_are_refused():
     """The wrapper checks first; a direct call of the op must not read out of bounds either."""
     with pytest.raises(RuntimeError, match="vocab_size"):
-        torch.ops.svdk.extract(W, B, None, None, None, 201, 0, 0.1, None)
+        torch.ops.svdk.extract(*oc.flat(schema.EXTRACT, W, B, vocab=201))
     with pytest.raises(RuntimeError, match="warm_rows was 9"):
-        torch.ops.svdk.extract(W, B, None, torch.tensor([9]), torch.tensor([0]), 200, 0, 0.1, None)
+        rows = {"warm_rows": torch.tensor([9]), "base_rows": torch.tensor([0])}
+        torch.ops.svdk.extract(*oc.flat(schema.EXTRACT, W, B, **rows))
     with pytest.raises(RuntimeError, match="base_logits"):
-        torch.ops.svdk.extract(W, B.bfloat16(), None, None, None, 200, 0, 0.1, None)
+        torch.ops.svdk.extract(*oc.flat(schema.EXTRACT, W, B.bfloat16()))

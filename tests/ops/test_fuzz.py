@@ -217,7 +217,7 @@ def check_draw(row: int, got: int, flat) -> None:
         assert not kept(token, -1), f"row {row}: token {got} scored {score[got]}, {token} {score[token]}"
 
 
-ARGUMENTS = [part.split()[-1] for part in schema.STEERED_SAMPLE.split(")")[0][1:].split(",")]
+ARGUMENTS = schema.STEERED_SAMPLE.names
 
 
 def check_sample(backend: str, call) -> None:

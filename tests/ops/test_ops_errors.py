@@ -9,6 +9,8 @@ import torch
 
 import svdk
 from svdk.errors import BackendError, InputError
+from svdk.ops import schema
+from tests.helpers import ops_cases as oc
 
 W, B = torch.randn(3, 10), torch.randn(3, 10)
 LABELS = torch.tensor([0, 1, 2])
@@ -100,9 +102,7 @@ def test_rows_of_device_side_parameters_out_of_range_are_invalid():
     """Inside a compiled or device-side call nothing can be raised: such rows come back INVALID."""
     flat_row = torch.tensor([0.1, 5.0, 0.1])
     for namespace in (torch.ops.svdk, svdk.reference):
-        token, _, ints = namespace.steered_sample(
-            W, B, None, None, None, None, 10, 0, 0, -math.inf, 1.0, None, 0.0, flat_row, 1.0, None,
-            0, None, 1.0, None, 0.0, None, 0, None, 0, None, True,
-        )  # fmt: skip
+        arguments = oc.flat(schema.STEERED_SAMPLE, W, B, alpha=flat_row, info=True)
+        token, _, ints = namespace.steered_sample(*arguments)
         assert ints[1].tolist() == [0, 1, 0]
         assert int(token[1]) == int(W[1].argmax())
