@@ -68,8 +68,8 @@ def warm_start(
     (model, tokenizer); a loaded model comes back as it was. ``train`` and ``calibration`` are what
     :func:`svdk.warmstart.data.load_examples` takes; without ``calibration``, the part
     ``calibration_fraction`` of ``train`` is held out (deterministic in ``seed``). Only completion tokens
-    carry loss. ``max_length`` counts tokens of prompt and completion; examples beyond it are an error, or left
-    out with ``too_long="skip"``. ``max_steps`` above 0 overrides ``epochs``. ``peft_options`` go to
+    carry loss. ``max_length`` counts tokens of prompt and completion; examples beyond it are an error, or
+    left out with ``too_long="skip"``. ``max_steps`` above 0 overrides ``epochs``. ``peft_options`` go to
     :func:`svdk.warmstart.peft_configs.make_config`.
 
     The folder is an ordinary PEFT adapter with ``calibration.jsonl`` and ``warmstart.json`` (base model,
