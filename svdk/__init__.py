@@ -18,6 +18,8 @@ _EXPORTS = {
     "LogprobInfo": "svdk.ops.results",
     "SteeringBatch": "svdk.ops.results",
     "Status": "svdk.ops.results",
+    "SteeringConfig": "svdk.ops.configs",
+    "SamplingConfig": "svdk.ops.configs",
     "Steering": "svdk.calibration.artifact",
     "warm_start": "svdk.warmstart.api",
     "extract_steering": "svdk.calibration.sweep",

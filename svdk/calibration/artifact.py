@@ -26,6 +26,7 @@ from torch import Tensor
 
 from svdk import __version__
 from svdk.errors import ArtifactError, InputError
+from svdk.ops.configs import SteeringConfig, is_number
 
 FORMAT = "svdk-steering"
 FORMAT_VERSION = 1
@@ -33,20 +34,11 @@ JSON_NAME = "steering.json"
 TENSORS_NAME = "steering.safetensors"
 STAGED_NAME = TENSORS_NAME + ".new"
 LOCK_NAME = ".steering.lock"
-DIRECTIONS = ("kl_gradient", "log_ratio", "vector")
-STRENGTH_MODES = ("constant", "kl_budget")
 MAX_JSON_BYTES = 1 << 20
 MAX_TENSORS_BYTES = 1 << 31
 """Far more than any calibration keeps; a file is read into memory before its checksum can be known."""
 _TENSOR_FIELDS = ("vector", "statistics")
 _STATISTICS = "statistics."
-
-
-def is_number(value: object) -> bool:
-    """True for a real int or float (NaN included), not for a bool or an int that no float can hold."""
-    if isinstance(value, int):
-        return not isinstance(value, bool) and value.bit_length() < 1024
-    return isinstance(value, float)
 
 
 def check_alpha(alpha: float) -> float:
@@ -63,20 +55,15 @@ def check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
 
 
 @dataclass(frozen=True, eq=False)
-class Steering:
-    """What decoding needs to steer, and what the calibration that chose it has seen.
+class Steering(SteeringConfig):
+    """A :class:`svdk.SteeringConfig`, and what the calibration that chose it has seen.
 
     Fingerprints that are None are not checked by :meth:`load` (a hand-made ``Steering`` has none).
     Raises ``InputError`` when a value is out of range.
     """
 
-    strength: float
-    """mu for ``constant``; kappa in nats for ``kl_budget``."""
-    direction: str = "kl_gradient"
+    strength: float = 1.0
     alpha: float = 0.1
-    penalty: float = -math.inf
-    """lambda: finite, or -inf (tokens outside C are never drawn)."""
-    strength_mode: str = "constant"
     estimator: str | None = None
     objective: str | None = None
     gain: float | None = None
@@ -102,15 +89,10 @@ class Steering:
 
     def __post_init__(self) -> None:
         """Check every field; ``InputError`` names the first bad one."""
-        if not is_number(self.strength) or not math.isfinite(self.strength):
-            raise InputError(f"strength was {self.strength!r}; allowed: a finite number")
-        check_choice("direction", self.direction, DIRECTIONS)
-        check_choice("strength_mode", self.strength_mode, STRENGTH_MODES)
-        if self.strength_mode == "kl_budget" and self.strength < 0:
-            raise InputError(f"strength was {self.strength}; allowed for kl_budget: a number >= 0 (nats)")
-        check_alpha(self.alpha)
-        if not is_number(self.penalty) or not self.penalty < math.inf:
-            raise InputError(f"penalty was {self.penalty!r}; allowed: a finite number or -inf")
+        for name in ("strength", "alpha"):
+            if isinstance(getattr(self, name), Tensor):
+                raise InputError(f"{name} was a tensor; allowed in an artifact: a number")
+        super().__post_init__()
         if self.gain is not None and not is_number(self.gain):
             raise InputError(f"gain was {self.gain!r}; allowed: a number or None")
         interval = self.confidence_interval
@@ -240,8 +222,9 @@ class Steering:
                 _compare("base model", self.base_model_fingerprint, model_fingerprint(model))
         if tokenizer is not None and self.tokenizer_fingerprint is not None:
             _compare("tokenizer", self.tokenizer_fingerprint, tokenizer_fingerprint(tokenizer))
-        has_adapter = adapter is not None and Path(adapter, "adapter_config.json").exists()
-        if has_adapter and self.adapter_fingerprint is not None:
+        if adapter is None or not Path(adapter, "adapter_config.json").exists():
+            return
+        if self.adapter_fingerprint is not None:
             _compare("adapter", self.adapter_fingerprint, adapter_fingerprint(adapter))
 
 

@@ -18,8 +18,7 @@ from svdk.calibration.artifact import JSON_NAME, Steering, check_choice
 from svdk.calibration.sweep import MAX_OP
 from svdk.errors import InputError, InvalidLogitsError
 from svdk.generation.generate import decode
-from svdk.generation.logits_processor import steered_logits
-from svdk.generation.sampler import Sampler, make_sampler
+from svdk.generation.sampler import FIELDS, Sampler, make_sampler
 from svdk.models.loading import load_adapter, load_model
 from svdk.models.pair import ModelPair
 
@@ -166,10 +165,7 @@ class SteeredLM(HFLM):
         step = max(1, MAX_OP // shape[-1])
         for start in range(0, len(warm), step):
             span = slice(start, start + step)
-            out[span] = steered_logits(
-                warm[span], None if base is None else base[span], vector=sampler.vector,
-                check=sampler.check, backend=sampler.backend, **sampler.steering,
-            )  # fmt: skip
+            out[span] = sampler.steered(warm[span], None if base is None else base[span])
         return out.view(shape)
 
     def _model_generate(
@@ -208,12 +204,10 @@ class SteeredLM(HFLM):
         if self._sampler is None:
             return info
         generating = make_sampler(self.pair, 1, **self._generation)
-        steering = dict(self._sampler.steering)
-        if self._sampler.vector is not None:
-            steering["direction"] = "vector"
+        steering = {name: getattr(self._sampler.steering, name) for name in FIELDS}
         del steering["penalty"]
-        steering["scoring_penalty"] = _finite(self._sampler.steering["penalty"])
-        steering["generation_penalty"] = _finite(generating.steering["penalty"])
+        steering["scoring_penalty"] = _finite(self._sampler.steering.penalty)
+        steering["generation_penalty"] = _finite(generating.steering.penalty)
         return info | {"steering": steering}
 
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers.generation import (
     EosTokenCriteria,
-    GenerateDecoderOnlyOutput,
     GenerationConfig,
     LogitsProcessorList,
     MaxLengthCriteria,
@@ -19,27 +19,15 @@ from transformers.generation import (
 from transformers.generation.configuration_utils import GenerationMode
 
 from svdk.errors import InputError
-from svdk.generation.sampler import Sampler, make_sampler, process, split_processors, spread_artifacts
-from svdk.models.pair import ModelPair, ViewCache, check_inputs, row_positions
-from svdk.models.paired_forward import PairedForward, choose_forward
-from svdk.ops.results import SampleInfo
+from svdk.generation.loop import Call, ForwardOptions, SteeredOutput, run
+from svdk.generation.processors import split_processors
+from svdk.generation.sampler import SteeringOptions, make_sampler
+from svdk.models.pair import ModelPair, check_inputs, row_positions
 
 if TYPE_CHECKING:
     from transformers.generation.streamers import BaseStreamer
 
-    from svdk.calibration.artifact import Steering
-
-
-@dataclass
-class SteeredOutput(GenerateDecoderOnlyOutput):
-    """transformers' output with one more field; ``past_key_values`` stays None (there are two caches).
-
-    ``scores``: steered logits after temperature and filters, (B, V) a step. ``logits``: the warm
-    model's, unprocessed.
-    """
-
-    steering_info: tuple[SampleInfo, ...] | None = None
-    """A :class:`svdk.SampleInfo` a step; rows that had already ended have meaningless entries."""
+    from svdk.ops.configs import SteeringConfig
 
 
 def generate(
@@ -49,7 +37,7 @@ def generate(
     stopping_criteria: StoppingCriteriaList | None = None,
     generation_config: GenerationConfig | None = None,
     *,
-    steering: Steering | Mapping[str, Steering] | None = None,
+    steering: SteeringConfig | Mapping[str, SteeringConfig] | None = None,
     strength: float | Tensor | None = None,
     strength_mode: str | None = None,
     direction: str | None = None,
@@ -87,8 +75,8 @@ def generate(
         logits_processor: as prepared by transformers.
         stopping_criteria: as prepared by transformers.
         generation_config: as prepared by transformers.
-        steering: a calibrated artifact; the next six override its fields one by one. With ``row_adapters``
-            also one artifact an adapter, by name.
+        steering: a calibrated artifact or a :class:`svdk.SteeringConfig`; the next six override its fields.
+            With ``row_adapters`` also one artifact an adapter, by name.
         strength: mu (default 1), or the budget in nats for ``strength_mode="kl_budget"``; (B,) allowed.
         strength_mode: "constant" or "kl_budget".
         direction: "kl_gradient" (default), "log_ratio" or "vector".
@@ -118,25 +106,55 @@ def generate(
         ArtifactError: ``steering`` was made for another kind of model.
 
     """
-    options = {
-        "steering": steering,
-        "strength": strength,
-        "strength_mode": strength_mode,
-        "direction": direction,
-        "alpha": alpha,
-        "penalty": penalty,
-        "vector": vector,
-        "seed": seed,
-        "check": check,
-        "backend": backend,
-    }
-    paths = {"forward": forward, "row_adapters": row_adapters, "verify_forward": verify_forward}
-    if not hasattr(generation_config, "_eos_token_tensor"):  # called directly: let transformers prepare
-        return model.generate(
-            input_ids, generation_config=generation_config, logits_processor=logits_processor,
-            stopping_criteria=stopping_criteria, custom_generate=generate, text_streamer=text_streamer,
-            output_steering=output_steering, **options, **paths, **model_kwargs,
-        )  # fmt: skip
+    options = SteeringOptions(
+        steering,
+        strength,
+        strength_mode,
+        direction,
+        alpha,
+        penalty,
+        vector,
+        seed,
+        check=check,
+        backend=backend,
+    )
+    paths = ForwardOptions(forward, row_adapters, verify_forward)
+    prepared = functools.partial(
+        _generate_prepared,
+        options=options,
+        paths=paths,
+        text_streamer=text_streamer,
+        output_steering=output_steering,
+    )
+    criteria = stopping_criteria if stopping_criteria is not None else StoppingCriteriaList()
+    ends = any(isinstance(criterion, MaxLengthCriteria) for criterion in criteria)
+    if input_ids is None or logits_processor is None or generation_config is None or not ends:
+        # Called directly: transformers prepares the arguments, and calls the other function.
+        return cast("Any", model).generate(
+            input_ids,
+            generation_config=generation_config,
+            logits_processor=logits_processor,
+            stopping_criteria=stopping_criteria,
+            custom_generate=prepared,
+            **model_kwargs,
+        )
+    return prepared(model, input_ids, logits_processor, criteria, generation_config, **model_kwargs)
+
+
+def _generate_prepared(
+    model: nn.Module,
+    input_ids: Tensor,
+    logits_processor: LogitsProcessorList,
+    stopping_criteria: StoppingCriteriaList,
+    generation_config: GenerationConfig,
+    *,
+    options: SteeringOptions,
+    paths: ForwardOptions,
+    text_streamer: BaseStreamer | None = None,
+    output_steering: bool = False,
+    **model_kwargs: Any,
+) -> Tensor | SteeredOutput:
+    """:func:`generate` with the arguments that transformers has prepared: processors, criteria, config."""
     config = generation_config
     _check_mode(config, model_kwargs)
     pair = ModelPair(model)
@@ -144,38 +162,35 @@ def generate(
     mask = model_kwargs.get("attention_mask")
     mask = check_inputs(input_ids, None if mask is None else mask.to(pair.device))
     _check_positions(model_kwargs.get("position_ids"), input_ids, mask)
-    options = spread_artifacts(pair, options, row_adapters)
+    copies = config.num_return_sequences or 1
     sampler = make_sampler(
         pair,
         input_ids.shape[0],
+        copies,
         do_sample=config.do_sample,
         temperature=_default(config.temperature, 1.0),
         top_k=_default(config.top_k, 0),
         top_p=_default(config.top_p, 1.0),
         min_p=_default(config.min_p, 0.0),
-        copies=config.num_return_sequences,
-        **options,
+        **options.spread(pair, paths.row_adapters).fields(),
     )
-    if row_adapters is not None:
-        paths["row_adapters"] = [name for name in row_adapters for _ in range(config.num_return_sequences)]
+    if paths.row_adapters is not None:
+        names = [name for name in paths.row_adapters for _ in range(copies)]
+        paths = dataclasses.replace(paths, row_adapters=names)
     in_dict = bool(config.return_dict_in_generate)
-    output = _decode(
-        pair,
-        input_ids,
-        mask,
-        sampler,
-        stopping_criteria,
+    call = Call(
+        criteria=stopping_criteria,
         processors=split_processors(logits_processor, config),
-        pad_token_id=config._pad_token_tensor,
+        pad_token_id=config.pad_token_id,
         streamer=text_streamer,
         cache_implementation=config.cache_implementation,
         use_cache=config.use_cache is not False,
         max_length=config.max_length,
-        output_scores=in_dict and bool(config.output_scores),
-        output_logits=in_dict and bool(config.output_logits),
-        output_steering=in_dict and output_steering,
-        **paths,
+        scores=in_dict and bool(config.output_scores),
+        logits=in_dict and bool(config.output_logits),
+        steering=in_dict and output_steering,
     )
+    output = run(pair, input_ids, mask, sampler, call, paths)
     return output if in_dict else output.sequences
 
 
@@ -214,7 +229,7 @@ def decode(
         text_streamer: gets the prompt, then each token.
         cache_implementation: "dynamic" (default) or "static".
         use_cache: False runs every token of the row again at each step.
-        output_scores: steered logits a step, float32 (B, V); slow, computed by the reference.
+        output_scores: steered logits a step, float32 (B, V).
         output_logits: the warm model's (or the chosen view's) logits a step, float32 (B, V).
         output_steering: :class:`svdk.SampleInfo` a step.
         forward: "auto", "paired" or "two_pass", as in :func:`generate`.
@@ -235,132 +250,31 @@ def decode(
     mask = check_inputs(input_ids, attention_mask)
     input_ids = input_ids.to(pair.device)
     mask = None if mask is None else mask.to(pair.device)
-    options = spread_artifacts(pair, options, row_adapters)
+    paths = ForwardOptions(forward, row_adapters, verify_forward)
+    if isinstance(options.get("steering"), Mapping):
+        names = {entry.name for entry in dataclasses.fields(SteeringOptions)} & set(options)
+        given = SteeringOptions(**{name: options[name] for name in names})
+        options = options | given.spread(pair, row_adapters).fields()
     sampler = make_sampler(pair, input_ids.shape[0], **options)
     max_length = input_ids.shape[1] + max_new_tokens
     criteria = StoppingCriteriaList([MaxLengthCriteria(max_length)])
     eos = [] if eos_token_id is None else [eos_token_id] if isinstance(eos_token_id, int) else eos_token_id
     if eos:
         criteria.append(EosTokenCriteria(torch.tensor(eos, device=pair.device)))
-        pad_token_id = eos[0] if pad_token_id is None else pad_token_id
     processors = logits_processor if logits_processor is not None else LogitsProcessorList()
-    return _decode(
-        pair,
-        input_ids,
-        mask,
-        sampler,
-        StoppingCriteriaList([*criteria, *(stopping_criteria or ())]),
+    call = Call(
+        criteria=StoppingCriteriaList([*criteria, *(stopping_criteria or ())]),
         processors=split_processors(processors, GenerationConfig(do_sample=False)),
         pad_token_id=pad_token_id,
         streamer=text_streamer,
         cache_implementation=cache_implementation,
         use_cache=use_cache,
         max_length=max_length,
-        output_scores=output_scores,
-        output_logits=output_logits,
-        output_steering=output_steering,
-        forward=forward,
-        row_adapters=row_adapters,
-        verify_forward=verify_forward,
+        scores=output_scores,
+        logits=output_logits,
+        steering=output_steering,
     )
-
-
-@torch.no_grad()
-def _decode(
-    pair: ModelPair,
-    input_ids: Tensor,
-    mask: Tensor | None,
-    sampler: Sampler,
-    criteria: Callable[..., Tensor],
-    *,
-    processors: LogitsProcessorList,
-    pad_token_id: int | Tensor | None,
-    streamer: BaseStreamer | None,
-    cache_implementation: str | None,
-    use_cache: bool,
-    max_length: int,
-    output_scores: bool,
-    output_logits: bool,
-    output_steering: bool,
-    forward: str,
-    row_adapters: Sequence[str] | None,
-    verify_forward: bool,
-) -> SteeredOutput:
-    batch = input_ids.shape[0]
-    ends = any(hasattr(criterion, "eos_token_id") for criterion in criteria)
-    if ends and pad_token_id is None:
-        raise InputError("pad_token_id was None; allowed with an EOS criterion: the id that fills ended rows")
-    unfinished = torch.ones(batch, dtype=torch.bool, device=input_ids.device)
-    step_forward = _step_forward(pair, sampler, forward, row_adapters)
-    cache = None
-    scores, logits, infos = [], [], []
-    pending, step = input_ids, 0
-    if streamer is not None:
-        streamer.put(input_ids.cpu())
-    with pair.evaluating():
-        if use_cache:
-            cache = step_forward.new_cache(batch, cache_implementation, max_length)
-        while True:
-            rows = step_forward(pending, mask, cache=cache)
-            if verify_forward and step == 0 and isinstance(step_forward, PairedForward):
-                step_forward.verify(input_ids, mask, rows)
-            first, *second = (view[:, -1] for view in rows)
-            if output_logits:
-                logits.append(first.float().clone())
-            warm, base = process(processors, input_ids, first, *second)
-            token, info = sampler.draw(warm, base, step, output_steering or output_scores)
-            if output_scores:
-                scores.append(sampler.scores(warm, base, info))
-            if output_steering:
-                infos.append(info)
-            if ends:
-                token = torch.where(unfinished, token, pad_token_id)
-            input_ids = torch.cat([input_ids, token[:, None]], dim=1)
-            if mask is not None:
-                mask = torch.cat([mask, mask.new_ones(batch, 1)], dim=1)
-            unfinished = unfinished & ~criteria(input_ids, tuple(scores) if output_scores else None)
-            if streamer is not None:
-                streamer.put(token.cpu())
-            if not unfinished.any():
-                break
-            pending, step = token[:, None] if use_cache else input_ids, step + 1
-    if streamer is not None:
-        streamer.end()
-    return SteeredOutput(
-        sequences=input_ids,
-        scores=tuple(scores) if output_scores else None,
-        logits=tuple(logits) if output_logits else None,
-        steering_info=tuple(infos) if output_steering else None,
-    )
-
-
-class _Views:
-    """The views that a step needs, one forward each, each with its own cache."""
-
-    def __init__(self, pair: ModelPair, names: tuple[str, ...]) -> None:
-        self._pair = pair
-        self._names = names
-
-    def new_cache(
-        self, batch_size: int, implementation: str | None, max_length: int
-    ) -> tuple[ViewCache, ...]:
-        return tuple(self._pair.new_cache(v, batch_size, implementation, max_length) for v in self._names)
-
-    def __call__(
-        self, input_ids: Tensor, mask: Tensor | None, *, cache: tuple[ViewCache, ...] | None
-    ) -> tuple[Tensor, ...]:
-        caches = cache or (None,) * len(self._names)
-        views = (getattr(self._pair, name) for name in self._names)
-        return tuple(view(input_ids, mask, cache=c) for view, c in zip(views, caches, strict=True))
-
-
-def _step_forward(
-    pair: ModelPair, sampler: Sampler, forward: str, row_adapters: Sequence[str] | None
-) -> PairedForward | _Views:
-    if row_adapters is not None and len(sampler.views) != 2:
-        raise InputError("row_adapters was given; allowed: None where a single model is run")
-    paired = choose_forward(pair, forward, row_adapters)
-    return _Views(pair, sampler.views) if paired is None or len(sampler.views) != 2 else paired
+    return run(pair, input_ids, mask, sampler, call, paths)
 
 
 def _check_mode(config: GenerationConfig, model_kwargs: dict[str, Any]) -> None:

@@ -8,15 +8,12 @@ import torch
 from torch import Tensor, nn
 from transformers.generation import LogitsProcessor
 
-from svdk import ops
 from svdk.errors import InputError
-from svdk.generation.sampler import make_sampler
+from svdk.generation.sampler import SteeringOptions, make_sampler
 from svdk.models.pair import ModelPair, ViewCache, check_inputs
-from svdk.ops.reference import EPS
-from svdk.ops.results import Status
 
 if TYPE_CHECKING:
-    from svdk.calibration.artifact import Steering
+    from svdk.ops.configs import SteeringConfig
 
 
 class SteeringLogitsProcessor(LogitsProcessor):
@@ -33,7 +30,7 @@ class SteeringLogitsProcessor(LogitsProcessor):
 
     Args:
         model: the PEFT model that generates.
-        steering: a calibrated artifact; the next six override its fields.
+        steering: a calibrated artifact or a :class:`svdk.SteeringConfig`; the next six override its fields.
         strength, strength_mode, direction, alpha, penalty, vector: as in :func:`svdk.generate`, numbers
             only (a (V,) tensor for ``vector``).
         attention_mask: (B, T) of the prompts, as given to ``generate``. Needed with padding where the padding
@@ -50,7 +47,7 @@ class SteeringLogitsProcessor(LogitsProcessor):
     def __init__(
         self,
         model: nn.Module,
-        steering: Steering | None = None,
+        steering: SteeringConfig | None = None,
         *,
         strength: float | None = None,
         strength_mode: str | None = None,
@@ -64,10 +61,10 @@ class SteeringLogitsProcessor(LogitsProcessor):
     ) -> None:
         """Check everything; nothing runs yet."""
         self._pair = ModelPair(model)
-        self._sampler = make_sampler(
-            self._pair, 1, steering=steering, strength=strength, strength_mode=strength_mode,
-            direction=direction, alpha=alpha, penalty=penalty, vector=vector, backend=backend, check=check,
-        )  # fmt: skip
+        given = SteeringOptions(
+            steering, strength, strength_mode, direction, alpha, penalty, vector, check=check, backend=backend
+        )
+        self._sampler = make_sampler(self._pair, 1, **given.fields())
         self._given_mask = attention_mask
         self._eos = _token_ids(self._pair, "eos_token_id")
         self._pad = _token_ids(self._pair, "pad_token_id")
@@ -86,21 +83,18 @@ class SteeringLogitsProcessor(LogitsProcessor):
         if "base" in self._sampler.views:
             base = self._base(input_ids.to(self._pair.device)).to(scores.device, torch.float32)
         sampler = self._sampler
-        steered = steered_logits(
-            scores.float(), base, vector=sampler.vector, check=sampler.check, backend=sampler.backend,
-            **sampler.steering,
-        )  # fmt: skip
-        return steered.log_softmax(-1)
+        return sampler.steered(scores.float(), base).log_softmax(-1)
 
     def _base(self, ids: Tensor) -> Tensor:
         """Base logits (N, V) at the last position."""
-        if self._cache is None:
+        if self._cache is None or self._ids is None:
             return self._prefill(ids)
         rows, length = self._ids.shape
         if ids.shape != (rows, length + 1):
             raise _not_a_step(f"shape {tuple(ids.shape)}", f"({rows}, {length + 1})")
         if not torch.equal(ids[:, :-1], self._ids):
-            self._cache.kv.reorder_cache(self._parents(ids))
+            parents = self._parents(ids, self._ids)
+            self._cache.kv.reorder_cache(parents)  # type: ignore[arg-type]
         self._ids = ids
         if self._mask is not None:
             self._mask = torch.cat([self._mask, self._mask.new_ones(rows, 1)], dim=1)
@@ -137,57 +131,14 @@ class SteeringLogitsProcessor(LogitsProcessor):
             )
         return None
 
-    def _parents(self, ids: Tensor) -> Tensor:
-        """For each row (N,) the row of the last step that it continues."""
-        same = (ids[:, None, :-1] == self._ids).all(-1)
+    def _parents(self, ids: Tensor, last: Tensor) -> Tensor:
+        """For each row (N,) the row of the ``last`` step that it continues."""
+        same = torch.eq(ids[:, None, :-1], last).all(-1)
         if self._mask is not None:  # equal tokens behind different padding are different rows
-            same &= (self._mask[:, None] == self._mask).all(-1)
+            same &= torch.eq(self._mask[:, None], self._mask).all(-1)
         if not bool(same.any(1).all()):
             raise _not_a_step("rows that continue none of the last step's", "rows that do")
         return same.int().argmax(1)
-
-
-def steered_logits(
-    warm: Tensor,
-    base: Tensor | None = None,
-    *,
-    vector: Tensor | None = None,
-    strength: float | Tensor = 1.0,
-    strength_mode: str = "constant",
-    direction: str = "kl_gradient",
-    alpha: float | Tensor = 0.1,
-    penalty: float = -torch.inf,
-    check: bool = False,
-    backend: str = "auto",
-) -> Tensor:
-    """The whole rows of steered logits, float32 (B, V), that :func:`svdk.steered_sample` draws from.
-
-    Arguments and errors as there. For processors and analysis: decoding never needs these rows. A row with
-    status ``INVALID`` is NaN.
-    """
-    found = ops.extract(
-        warm, base, vector=vector, direction=direction, alpha=alpha, check=check, backend=backend
-    )
-    batch = warm.shape[0]
-    rows = torch.repeat_interleave(found.row_ptr.diff())
-    mu = torch.as_tensor(strength, dtype=torch.float32, device=warm.device).expand(batch)
-    if strength_mode == "kl_budget":
-        mean = _sum_rows(found.p * found.delta, rows, batch)
-        outside = 1 - _sum_rows(found.p, rows, batch)  # delta is 0 there
-        spread = found.p * (found.delta - mean[rows]) ** 2
-        variance = _sum_rows(spread, rows, batch) + outside.clamp(min=0) * mean**2
-        mu = torch.where(variance < EPS, 0.0, (2 * mu / variance).sqrt())
-    warm = warm.float()
-    masked = penalty == -torch.inf  # whatever mu is, 0 and negative too
-    steered = torch.full_like(warm, -torch.inf) if masked else warm + mu[:, None] * penalty
-    at = (rows, found.token_ids)
-    steered[at] = warm[at] + mu[rows] * found.delta
-    steered[(found.status & int(Status.INVALID)) != 0] = torch.nan
-    return steered
-
-
-def _sum_rows(values: Tensor, rows: Tensor, batch: int) -> Tensor:
-    return values.new_zeros(batch).index_add(0, rows, values)
 
 
 def _token_ids(pair: ModelPair, name: str) -> list[int]:

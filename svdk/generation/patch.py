@@ -21,9 +21,10 @@ from transformers.generation import (
     TopPLogitsWarper,
 )
 
-from svdk import ops
 from svdk.errors import BackendError
 from svdk.generation.sampler import row_seeds
+from svdk.ops import api, arguments, backends
+from svdk.ops.configs import SamplingConfig, SteeringConfig
 
 _FILTERS = (
     (TemperatureLogitsWarper, "temperature"),
@@ -41,7 +42,7 @@ class Patch:
         """Put ``replacement`` in place."""
         self._original = original
         self._replacement = replacement
-        GenerationMixin._sample = replacement
+        _replace(replacement)
 
     def undo(self) -> None:
         """Put transformers' own sampling back; a second time does nothing.
@@ -54,7 +55,7 @@ class Patch:
             return
         if GenerationMixin._sample is not self._replacement:
             raise BackendError("GenerationMixin._sample was replaced by another patch since; undo that first")
-        GenerationMixin._sample = self._original
+        _replace(self._original)
 
     def __enter__(self) -> Patch:
         """The handle itself."""
@@ -63,6 +64,10 @@ class Patch:
     def __exit__(self, *exc: object) -> None:
         """Undo."""
         self.undo()
+
+
+def _replace(sample: Callable[..., Any]) -> None:
+    setattr(GenerationMixin, "_sample", sample)  # noqa: B010 - to type checkers a method is not assigned to
 
 
 def patch_transformers(backend: str = "auto") -> Patch:
@@ -83,8 +88,6 @@ def patch_transformers(backend: str = "auto") -> Patch:
         BackendError: this version of transformers has another sampling loop, or the backend cannot run.
 
     """
-    from svdk.ops import backends
-
     backends.resolve(backend, torch.empty(0))
     current = GenerationMixin._sample
     original = getattr(current, "_svdk_original", current)
@@ -110,15 +113,15 @@ def patch_transformers(backend: str = "auto") -> Patch:
             given["generation_config"].do_sample = False
         return original(*call.args, **call.kwargs)
 
-    sample._svdk_original = original
+    vars(sample)["_svdk_original"] = original
     return Patch(original, sample)
 
 
 class _Drawn(LogitsProcessor):
     """Filters, draws, and returns scores that only the drawn token survives."""
 
-    def __init__(self, filters: dict[str, float], backend: str) -> None:
-        self._filters = filters
+    def __init__(self, filters: dict[str, Any], backend: str) -> None:
+        self._sampling = SamplingConfig(**filters)
         self._backend = backend
         self._seeds: Tensor | None = None
         self._step = 0
@@ -126,21 +129,24 @@ class _Drawn(LogitsProcessor):
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         if self._seeds is None:
             self._seeds = row_seeds(None, scores.shape[0]).to(scores.device)
-        token = ops.steered_sample(
-            scores, seed=self._seeds, offset=self._step, backend=self._backend, **self._filters
-        )
+        rows = arguments.operands(scores)
+        values = SteeringConfig().values() | self._sampling.values()
+        values |= {"seed": self._seeds, "offset": self._step}
+        token, _ = api.sample(rows, values, backend=self._backend)
         self._step += 1
         return torch.full_like(scores, -torch.inf).scatter_(1, token[:, None], 0.0)
 
 
 def _split(
     processors: LogitsProcessorList, config: GenerationConfig
-) -> tuple[list[LogitsProcessor], dict[str, float]] | None:
+) -> tuple[list[LogitsProcessor], dict[str, Any]] | None:
     """What stays before the kernel and the kernel's filters; None to leave this call alone."""
     scores_wanted = config.return_dict_in_generate and config.output_scores
     if not config.do_sample or scores_wanted or config.is_assistant:
         return None
-    kept, filters, reached = [], {}, -1
+    kept: list[LogitsProcessor] = []
+    filters: dict[str, Any] = {}
+    reached = -1
     for processor in processors:
         found = [i for i, (kind, _) in enumerate(_FILTERS) if type(processor) is kind]
         if not found:

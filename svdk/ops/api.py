@@ -3,13 +3,28 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from svdk.errors import InvalidLogitsError
 from svdk.ops import arguments, backends
+from svdk.ops.reference import EPS
 from svdk.ops.results import LogprobInfo, SampleInfo, Status, SteeringBatch
-from svdk.ops.schema import CONSTANT, EXTRACT, LABEL, PLAIN, STEERED_LOGPROB, STEERED_SAMPLE, STRENGTH_MODES
+from svdk.ops.schema import (
+    CONSTANT,
+    EXTRACT,
+    LABEL,
+    PLAIN,
+    STEERED_LOGPROB,
+    STEERED_SAMPLE,
+    STRENGTH_MODES,
+    Operands,
+)
+
+_PER_ROW = tuple(p.name for p in STEERED_SAMPLE.parameters if p.name not in ("strength", "penalty"))
 
 
 def _raise_invalid(status: Tensor) -> None:
@@ -91,34 +106,53 @@ def steered_sample(
         BackendError: the named backend cannot run.
     """
     rows = arguments.operands(warm_logits, base_logits, vector, direction, warm_rows, base_rows, vocab_size)
-    warm, batch = rows.warm, rows.batch
-    mode = STRENGTH_MODES[arguments.choice("strength_mode", strength_mode, STRENGTH_MODES)]
+    values = {
+        "strength": strength,
+        "strength_mode": strength_mode,
+        "labels": labels,
+        "alpha": alpha,
+        "penalty": penalty,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "min_p": min_p,
+        "seed": seed,
+        "offset": offset,
+    }
+    token, info = sample(rows, values, check=check, return_info=return_info, backend=backend)
+    return token if info is None else (token, info)
+
+
+def sample(
+    rows: Operands,
+    values: Mapping[str, Any],
+    *,
+    check: bool = False,
+    return_info: bool = False,
+    backend: str = "auto",
+) -> tuple[Tensor, SampleInfo | None]:
+    """:func:`steered_sample` for the operands of a call and its other arguments by name."""
+    warm, batch, labels = rows.warm, rows.batch, values.get("labels")
+    mode = STRENGTH_MODES[arguments.choice("strength_mode", values["strength_mode"], STRENGTH_MODES)]
     if mode != CONSTANT and rows.direction == PLAIN:
-        raise arguments.fail("strength_mode", repr(strength_mode), "'constant' without base_logits or vector")
+        name = repr(values["strength_mode"])
+        raise arguments.fail("strength_mode", name, "'constant' without base_logits or vector")
     if mode == LABEL:
-        labels, strength = arguments.label_ids(labels, batch, rows.vocab, warm), 0.0
+        labels = arguments.label_ids(labels, batch, rows.vocab, warm)
     elif labels is not None:
         raise arguments.fail("labels", "given", "None unless strength_mode='label'")
+    given = {name: arguments.checked(name, values[name], batch, warm) for name in _PER_ROW}
     low = -math.inf if mode == CONSTANT else 0.0
-    given = {
-        "labels": labels,
-        "mode": mode,
-        "strength": arguments.parameter("strength", strength, batch, warm, low),
-        "alpha": arguments.checked("alpha", alpha, batch, warm),
-        "penalty": arguments.penalty_value(penalty),
-        "temperature": arguments.checked("temperature", temperature, batch, warm),
-        "top_k": arguments.checked("top_k", top_k, batch, warm),
-        "top_p": arguments.checked("top_p", top_p, batch, warm),
-        "min_p": arguments.checked("min_p", min_p, batch, warm),
-        "seed": arguments.checked("seed", seed, batch, warm),
-        "offset": arguments.checked("offset", offset, batch, warm),
-        "info": return_info or check,
-    }
-    op = backends.resolve(backend, warm).steered_sample
-    token, floats, ints = op(*STEERED_SAMPLE.flatten(rows, given))
+    strength = 0.0 if mode == LABEL else values["strength"]
+    given["strength"] = arguments.parameter("strength", strength, batch, warm, low)
+    penalty, info = arguments.penalty_value(values["penalty"]), return_info or check
+    flat = STEERED_SAMPLE.flatten(
+        rows, given | {"labels": labels, "mode": mode, "penalty": penalty, "info": info}
+    )
+    token, floats, ints = backends.resolve(backend, warm).steered_sample(*flat)
     if check:
         _raise_invalid(ints[1])
-    return (token, SampleInfo(*floats.unbind(0), *ints.unbind(0))) if return_info else token
+    return token, SampleInfo(*floats.unbind(0), *ints.unbind(0)) if return_info else None
 
 
 def steered_logprob(
@@ -174,7 +208,8 @@ def steered_logprob(
         _raise_invalid(status)
     if strengths is None:
         curves, greedy = curves[..., 0], greedy[:, 0]
-    return LogprobInfo(*curves.unbind(0), greedy, *stats.unbind(0), status)
+    fields = (*curves.unbind(0), greedy, *stats.unbind(0), status)
+    return LogprobInfo(*fields)
 
 
 def extract(
@@ -203,7 +238,49 @@ def extract(
     row_ptr, ids, p, delta, stats, status = op(*EXTRACT.flatten(rows, given))
     if check:
         _raise_invalid(status)
-    return SteeringBatch(row_ptr, ids, p, delta, *stats.unbind(0), status)
+    kl, max_logit, lse = stats.unbind(0)
+    return SteeringBatch(row_ptr, ids, p, delta, kl, max_logit, lse, status)
+
+
+def steered_logits(
+    warm: Tensor,
+    base: Tensor | None = None,
+    *,
+    vector: Tensor | None = None,
+    strength: float | Tensor = 1.0,
+    strength_mode: str = "constant",
+    direction: str = "kl_gradient",
+    alpha: float | Tensor = 0.1,
+    penalty: float = -math.inf,
+    check: bool = False,
+    backend: str = "auto",
+) -> Tensor:
+    """The whole rows of steered logits, float32 (B, V), that :func:`svdk.steered_sample` draws from.
+
+    Arguments and errors as there. For processors and analysis: decoding never needs these rows. A row with
+    status ``INVALID`` is NaN.
+    """
+    found = extract(warm, base, vector=vector, direction=direction, alpha=alpha, check=check, backend=backend)
+    batch = warm.shape[0]
+    rows = torch.repeat_interleave(found.row_ptr.diff())
+    mu = torch.as_tensor(strength, dtype=torch.float32, device=warm.device).expand(batch)
+    if strength_mode == "kl_budget":
+        mean = _sum_rows(found.p * found.delta, rows, batch)
+        outside = 1 - _sum_rows(found.p, rows, batch)  # delta is 0 there
+        spread = found.p * (found.delta - mean[rows]) ** 2
+        variance = _sum_rows(spread, rows, batch) + outside.clamp(min=0) * mean**2
+        mu = torch.where(variance < EPS, 0.0, (2 * mu / variance).sqrt())
+    warm = warm.float()
+    masked = penalty == -math.inf  # whatever mu is, 0 and negative too
+    steered = torch.full_like(warm, -math.inf) if masked else warm + mu[:, None] * penalty
+    at = (rows, found.token_ids)
+    steered[at] = warm[at] + mu[rows] * found.delta
+    steered[(found.status & int(Status.INVALID)) != 0] = math.nan
+    return steered
+
+
+def _sum_rows(values: Tensor, rows: Tensor, batch: int) -> Tensor:
+    return values.new_zeros(batch).index_add(0, rows, values)
 
 
 __all__ = ["extract", "steered_logprob", "steered_sample"]

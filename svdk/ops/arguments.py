@@ -18,6 +18,8 @@ from svdk.ops.schema import DIRECTIONS, PARAMETER, PLAIN, VECTOR, Operands, PerR
 
 LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TWO64 = 1 << 64
+GOLDEN = 0x9E3779B97F4A7C15
+"""2**64 / golden ratio, odd: its multiples are far apart, so rows of one seed get far-apart seeds."""
 MAX_VOCAB = 1 << 30
 """Token ids are 32-bit integers in the kernels, with room to step past the end."""
 LARGEST = torch.finfo(torch.float32).max
@@ -99,12 +101,12 @@ def logits(name: str, x: Any) -> Tensor:
 
 def operands(
     warm: Tensor,
-    base: Tensor | None,
-    vector: Tensor | None,
-    direction: str,
-    warm_rows: Tensor | None,
-    base_rows: Tensor | None,
-    vocab_size: int | None,
+    base: Tensor | None = None,
+    vector: Tensor | None = None,
+    direction: str = "kl_gradient",
+    warm_rows: Tensor | None = None,
+    base_rows: Tensor | None = None,
+    vocab_size: int | None = None,
 ) -> Operands:
     """The rows of a call as backends take them."""
     logits("warm_logits", warm)
@@ -137,8 +139,8 @@ def operands(
         if base_rows is not None:
             base_rows = index_rows("base_rows", base_rows, base.shape[0], warm)
         if (base.shape[0] if base_rows is None else base_rows.shape[0]) != batch:
-            name, was = ("base_logits", base) if base_rows is None else ("base_rows", base_rows)
-            raise fail(name, shape(was), f"{batch} rows, as many as the warm rows")
+            name, given = ("base_logits", base) if base_rows is None else ("base_rows", base_rows)
+            raise fail(name, shape(given), f"{batch} rows, as many as the warm rows")
     if vector is not None:
         if not dense(vector) or vector.shape not in ((vocab,), (batch, vocab), (width,), (batch, width)):
             raise fail("vector", shape(vector), f"({width},) or ({batch}, {width})")

@@ -44,7 +44,7 @@ class Backend:
 
 def _constant(function: Callable[..., Any]) -> Callable[..., Any]:
     """``torch.compiler.assume_constant_result``, which takes a second to import what sets this mark."""
-    function._dynamo_marked_constant = True
+    vars(function)["_dynamo_marked_constant"] = True
     return function
 
 

@@ -14,15 +14,16 @@ Sources: the public interface of flashinfer.sampling; see there for each argumen
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from svdk.errors import InputError
 from svdk.ops import api, arguments
+from svdk.ops.configs import SamplingConfig, SteeringConfig
 from svdk.ops.results import Status
 
-GOLDEN = 0x9E3779B97F4A7C15
-"""2**64 / golden ratio: its multiples are far apart."""
 ORDERS = ("top_k_first", "joint")
 
 Samples = Tensor | tuple[Tensor, Tensor]
@@ -196,20 +197,17 @@ def _draw(
     seed: int | Tensor | None,
     offset: int | Tensor | None,
     return_valid: bool = False,
-    **filters: Tensor | float,
-) -> Samples:
+    **filters: Any,
+) -> Any:
     _refuse_nan("logits", logits, check_nan)
     arguments.logits("logits", logits)
     rows = logits.shape[0] if indices is None else indices.shape[0]
     seeds, offset = _seeds(seed, offset, rows, generator, logits.device)
-    drawn = api.steered_sample(
-        logits, warm_rows=indices, seed=seeds, offset=offset, return_info=return_valid, **filters
-    )
-    dtype = torch.int32 if indices is None else indices.dtype
-    if not return_valid:
-        return drawn.to(dtype)
-    token, info = drawn
-    return token.to(dtype), (info.status & int(Status.INVALID)) == 0
+    values = SteeringConfig().values() | SamplingConfig(**filters).values()
+    values |= {"seed": seeds, "offset": offset}
+    token, info = api.sample(arguments.operands(logits, warm_rows=indices), values, return_info=return_valid)
+    token = token.to(torch.int32 if indices is None else indices.dtype)
+    return token if info is None else (token, (info.status & int(Status.INVALID)) == 0)
 
 
 def _seeds(
@@ -238,7 +236,7 @@ def _seeds(
     else:
         number, _ = arguments.word64("seed", seed, rows, torch.empty(0))
         first = torch.tensor([number], device=device)
-    jump = torch.arange(rows, device=device) * (GOLDEN - (1 << 64))  # int64 wraps around, as wanted
+    jump = torch.arange(rows, device=device) * (arguments.GOLDEN - (1 << 64))  # int64 wraps around, as wanted
     return first + jump, offset
 
 
@@ -264,7 +262,7 @@ def _in_top_k(x: Tensor, top_k: Tensor | int) -> Tensor:
     vocab = x.shape[1]
     number, rows = arguments.parameter("top_k", top_k, x.shape[0], x, 0, integer=True)
     if rows is None:
-        kth = x.topk(min(number, vocab) or vocab, dim=1).values[:, -1:]
+        kth = x.topk(min(int(number), vocab) or vocab, dim=1).values[:, -1:]
     else:
         k = torch.where(rows > 0, rows.clamp(max=vocab), vocab)
         kth = x.sort(dim=1, descending=True).values.gather(1, (k - 1)[:, None])

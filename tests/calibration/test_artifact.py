@@ -78,7 +78,7 @@ def test_json_is_strict(tmp_path):
         ({"alpha": 1.5}, r"alpha was 1.5; allowed: a number in \[0, 1\]"),
         ({"alpha": math.nan}, "alpha was nan"),
         ({"penalty": math.inf}, "penalty was inf"),
-        ({"direction": "sideways"}, "direction was 'sideways'; allowed: kl_gradient"),
+        ({"direction": "sideways"}, "direction was 'sideways'; allowed: 'kl_gradient'"),
         ({"strength_mode": "label"}, "strength_mode was 'label'"),
         ({"direction": "vector"}, "vector was absent"),
         ({"vector": torch.zeros(3)}, "vector was given"),

@@ -320,7 +320,7 @@ def test_absurd_sizes_are_refused_in_little_memory(adapters, artifact, tmp_path)
 
 
 def torture(what: str, folder: Path) -> str:
-    command = [sys.executable, "-W", "ignore", "-m", "tests.artifact_torture", what, str(folder)]
+    command = [sys.executable, "-W", "ignore", "-m", "tests.helpers.artifact_torture", what, str(folder)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False

@@ -244,6 +244,22 @@ def test_artifact_is_used_and_overridden(lora):
         generate(tiny.tiny_peft("ia3"), ids, mask, steering=steering)
 
 
+def test_a_config_works_where_an_artifact_does(lora):
+    ids, mask, _ = left_padded()
+    config = svdk.SteeringConfig(strength=2.0, direction="log_ratio", alpha=0.3)
+    want = generate(lora, ids, mask, strength=2.0, direction="log_ratio", alpha=0.3)
+    assert torch.equal(generate(lora, ids, mask, steering=config, strength=None), want)
+    direct = svdk.generate(
+        lora, ids, attention_mask=mask, steering=config, max_new_tokens=STEPS, eos_token_id=None
+    )
+    assert torch.equal(direct, want)
+    processor = svdk.SteeringLogitsProcessor(lora, config, attention_mask=mask)
+    options = {"max_new_tokens": STEPS, "eos_token_id": None, "logits_processor": [processor]}
+    assert torch.equal(lora.generate(input_ids=ids, attention_mask=mask, **options), want)
+    rows = svdk.SteeringConfig(strength=torch.tensor([2.0] * len(ids)), direction="log_ratio", alpha=0.3)
+    assert torch.equal(generate(lora, ids, mask, steering=rows, strength=None), want)
+
+
 def test_fixed_vector_needs_no_base_forward(lora, monkeypatch):
     ids, mask, _ = left_padded()
     vector = torch.zeros(tiny.VOCAB_SIZE)

@@ -12,7 +12,7 @@ from transformers.generation import LogitsProcessor
 import svdk
 from svdk import SteeringLogitsProcessor
 from svdk.errors import InputError, InvalidLogitsError
-from svdk.generation.logits_processor import steered_logits
+from svdk.ops.api import steered_logits
 from tests.helpers import tiny
 from tests.models.test_pair import left_padded
 

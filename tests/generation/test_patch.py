@@ -22,15 +22,15 @@ def model():
 
 @pytest.fixture
 def calls(monkeypatch):
-    """The keyword arguments of every draw that svdk made."""
+    """The arguments of every draw that svdk made, by name."""
     seen = []
-    draw = patching.ops.steered_sample
+    draw = patching.api.sample
 
-    def record(*args, **kwargs):
-        seen.append(kwargs)
-        return draw(*args, **kwargs)
+    def record(rows, values, **kwargs):
+        seen.append(dict(values) | kwargs)
+        return draw(rows, values, **kwargs)
 
-    monkeypatch.setattr(patching.ops, "steered_sample", record)
+    monkeypatch.setattr(patching.api, "sample", record)
     return seen
 
 

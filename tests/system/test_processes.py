@@ -119,7 +119,7 @@ def strength_of(steering: Steering) -> tuple[float, list[float]]:
 
 
 def warmstart_kills(folder: Path, *options: str) -> dict:
-    command = [sys.executable, "-W", "ignore", "-m", "tests.warmstart_kills", str(folder), *options]
+    command = [sys.executable, "-W", "ignore", "-m", "tests.helpers.warmstart_kills", str(folder), *options]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500, check=False

@@ -1,0 +1,98 @@
+"""How a row is steered and how it is sampled, as objects: what decoding carries from call to call."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from svdk.errors import InputError
+from svdk.ops.arguments import choice, fail
+
+DIRECTIONS = ("kl_gradient", "log_ratio", "vector")
+STRENGTH_MODES = ("constant", "kl_budget")
+
+
+def is_number(value: object) -> bool:
+    """True for a real int or float (NaN included), not for a bool or an int that no float can hold."""
+    if isinstance(value, int):
+        return not isinstance(value, bool) and value.bit_length() < 1024
+    return isinstance(value, float)
+
+
+@dataclass(frozen=True, eq=False)
+class SteeringConfig:
+    """How logits are steered (design section 2; SVDecode, arXiv 2509.15888); :class:`svdk.Steering` is one.
+
+    Raises:
+        InputError: a value out of range.
+
+    """
+
+    strength: float | Tensor = 1.0
+    """mu for ``constant``; kappa in nats for ``kl_budget``. A number, or one a row (B,)."""
+    strength_mode: str = "constant"
+    """``"constant"`` or ``"kl_budget"``."""
+    direction: str = "kl_gradient"
+    """``"kl_gradient"``, ``"log_ratio"``, or ``"vector"``: a vector of its own beside it."""
+    alpha: float | Tensor = 0.1
+    """Threshold of the confidence set C in [0, 1]; 0 keeps every token. A number, or one a row (B,)."""
+    penalty: float = -math.inf
+    """lambda: finite, or -inf (tokens outside C are never drawn)."""
+
+    def __post_init__(self) -> None:
+        """Check every field; ``InputError`` names the first bad one."""
+        strength, alpha, penalty = self.strength, self.alpha, self.penalty
+        if not isinstance(strength, Tensor) and not (is_number(strength) and math.isfinite(strength)):
+            raise fail("strength", repr(strength), "a finite number")
+        choice("direction", self.direction, DIRECTIONS)
+        choice("strength_mode", self.strength_mode, STRENGTH_MODES)
+        if self.strength_mode == "kl_budget" and not isinstance(strength, Tensor) and strength < 0:
+            raise InputError(f"strength was {strength}; allowed for kl_budget: a number >= 0 (nats)")
+        if not isinstance(alpha, Tensor) and not (is_number(alpha) and 0 <= alpha <= 1):
+            raise fail("alpha", repr(alpha), "a number in [0, 1]")
+        if not is_number(penalty) or not penalty < math.inf:
+            raise fail("penalty", repr(penalty), "a finite number or -inf")
+
+    def values(self) -> dict[str, Any]:
+        """The fields as arguments of the ops; a fixed vector takes the place of a direction there."""
+        direction = "kl_gradient" if self.direction == "vector" else self.direction
+        names = {name: getattr(self, name) for name in ("strength", "strength_mode", "alpha", "penalty")}
+        return names | {"direction": direction}
+
+    def override(self, **changes: Any) -> SteeringConfig:
+        """A plain config with ``changes``; those that are None stay as they are."""
+        kept = {entry.name: getattr(self, entry.name) for entry in dataclasses.fields(SteeringConfig)}
+        return SteeringConfig(**kept | {name: x for name, x in changes.items() if x is not None})
+
+
+@dataclass(frozen=True, eq=False)
+class SamplingConfig:
+    """How a token is drawn from steered logits, in transformers' order: temperature, top-k, top-p, min-p.
+
+    Each a number or one a row (B,); ranges as in :func:`svdk.steered_sample`, which checks them.
+    """
+
+    temperature: float | Tensor = 1.0
+    """0 is greedy."""
+    top_k: int | Tensor = 0
+    """0 is off."""
+    top_p: float | Tensor = 1.0
+    """1 is off."""
+    min_p: float | Tensor = 0.0
+    """0 is off."""
+    seed: int | Tensor = 0
+    """The 64-bit Philox key."""
+
+    def values(self) -> dict[str, Any]:
+        """The fields as arguments of the ops."""
+        return {entry.name: getattr(self, entry.name) for entry in dataclasses.fields(self)}
+
+    @property
+    def filters(self) -> bool:
+        """Whether some row may be cut by top-k, top-p or min-p."""
+        off = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}
+        return any(isinstance(x := getattr(self, name), Tensor) or x != value for name, value in off.items())
