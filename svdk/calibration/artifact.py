@@ -16,8 +16,9 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import safetensors.torch
 import torch
@@ -27,6 +28,9 @@ from torch import Tensor
 from svdk import __version__
 from svdk.errors import ArtifactError, InputError
 from svdk.ops.configs import SteeringConfig, is_number
+
+if TYPE_CHECKING:
+    from svdk.calibration.report import Report
 
 FORMAT = "svdk-steering"
 FORMAT_VERSION = 1
@@ -147,6 +151,19 @@ class Steering(SteeringConfig):
         if self.helps:
             return f"steering helps: {setting}: {expected}"
         return f"steering does not help on this data: {setting}: {expected}"
+
+    def report(self) -> Report:
+        """Every estimator on the calibration data, from the statistics kept; made once.
+
+        Raises ``ArtifactError`` for a steering that was not calibrated.
+        """
+        return self._report
+
+    @cached_property
+    def _report(self) -> Report:
+        from svdk.calibration.report import CalibrationConfig, make_report, saved_statistics
+
+        return make_report(saved_statistics(self), CalibrationConfig.of(self))
 
     def save(self, folder: str | Path) -> Path:
         """Write both files into ``folder`` (made if absent) and return the path of ``steering.json``.

@@ -1,30 +1,15 @@
-"""From a base model, an adapter and labelled data to a :class:`svdk.Steering`, and its report."""
+"""From a base model, an adapter and labelled data to a calibrated :class:`svdk.Steering`."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
-import torch
-
-from svdk.calibration.artifact import Steering, check_alpha, check_choice, is_number
-from svdk.calibration.estimators import (
-    ESTIMATORS,
-    OBJECTIVES,
-    Setting,
-    bootstrap,
-    fit,
-    gains_at,
-    out_of_fold,
-    per_token_optimum,
-    select,
-)
-from svdk.calibration.kept_statistics import Statistics, View
-from svdk.calibration.sweep import DIRECTIONS, extract_steering
+from svdk.calibration.artifact import Steering
+from svdk.calibration.report import CalibrationConfig, make_report, saved_statistics
+from svdk.calibration.sweep import extract_steering
 from svdk.errors import ArtifactError, DataError, InputError
 from svdk.warmstart.data import Example, data_hash, load_examples
 
@@ -34,102 +19,6 @@ if TYPE_CHECKING:
     from svdk.models.pair import ModelPair
 
 CALIBRATION_FILE = "calibration.jsonl"
-
-
-@dataclass(frozen=True)
-class Row:
-    """One estimator in one setting."""
-
-    direction: str
-    alpha: float
-    estimator: str
-    strength: float
-    nll: float
-    """Nats a token at ``strength``, on the same data."""
-    accuracy: float
-    """Share of labels that are the greedy token at ``strength``."""
-    gain: float
-    """Out-of-fold gain in the objective: nats a token, or share of tokens."""
-    interval: tuple[float, float]
-    at_bound: bool
-
-
-@dataclass(frozen=True)
-class Report:
-    """What a calibration found."""
-
-    direction: str
-    alpha: float
-    estimator: str
-    objective: str
-    gain: float
-    """Expected gain of the whole procedure, the choice of the setting included; out of fold."""
-    interval: tuple[float, float]
-    rows: tuple[Row, ...]
-    """Every estimator in the chosen setting."""
-    settings: tuple[Row, ...]
-    """The chosen estimator in every setting that was compared."""
-    metrics: Mapping[str, float]
-    view: View
-
-    @property
-    def chosen(self) -> Row:
-        """The row of the result."""
-        return next(row for row in self.rows if row.estimator == self.estimator)
-
-    def steering(self, **origin: Any) -> Steering:
-        """The result; ``origin`` are the fields of :class:`svdk.Steering` that say what it was made from."""
-        row = self.chosen
-        return Steering(
-            strength=row.strength,
-            direction=self.direction,
-            alpha=self.alpha,
-            estimator=self.estimator,
-            objective=self.objective,
-            gain=self.gain,
-            confidence_interval=self.interval,
-            at_bound=row.at_bound,
-            metrics=self.metrics,
-            **origin,
-        )
-
-    def table(self) -> str:
-        """The report as text: the data, the settings (when several were compared), the estimators."""
-        m = self.metrics
-        unit = "accuracy" if self.objective == "accuracy" else "nats a token"
-        lines = [
-            f"{m['examples']:.0f} examples, {m['tokens']:.0f} tokens; NLL (nats a token): base "
-            f"{m['nll_base']:.4f}, warm start {m['nll_warm']:.4f}; token accuracy: warm start "
-            f"{m['accuracy_warm']:.1%}",
-            f"per-token optimum: mean {m['per_token_mean']:.4g}, standard deviation {m['per_token_std']:.4g} "
-            f"over {m['per_token_count']:.0f} tokens",
-        ]
-        if m["excluded"]:
-            lines.append(
-                f"{m['excluded']:.0f} tokens left out: the warm start gives their label probability 0"
-            )
-        head = f"{'direction':<12} {'alpha':>5}  {'estimator':<13} {'mu':>10} {'NLL':>8} {'accuracy':>9}"
-        head += f"  out-of-fold gain, {unit} (95 % interval)"
-        if len(self.settings) > 1:
-            lines += ["", "settings compared:", head, *map(self._line, self.settings)]
-        lines += ["", "estimators:", head, *map(self._line, self.rows)]
-        if any(row.at_bound for row in (*self.rows, *self.settings)):
-            lines.append(">  at or beyond the end of the range that was measured")
-        return "\n".join(lines)
-
-    def _line(self, row: Row) -> str:
-        mine = (self.direction, self.alpha, self.estimator) == (row.direction, row.alpha, row.estimator)
-        low, high = row.interval
-        name = f"{row.direction:<12} {row.alpha:>5g}  {row.estimator:<13}"
-        mu = f"{'>' if row.at_bound else ''}{row.strength:.4g}"
-        gain = f"{row.gain:+.4f} ({low:+.4f} to {high:+.4f})"
-        return f"{name} {mu:>10} {row.nll:>8.4f} {row.accuracy:>9.1%}  {gain}{'  <- chosen' if mine else ''}"
-
-    def curve(self, strengths: Sequence[float]) -> tuple[list[float], list[float]]:
-        """NLL (nats a token) and token accuracy at each strength."""
-        tokens = float(self.view.tokens.sum())
-        nll = [float(self.view.evaluate(mu).nll.sum()) / tokens for mu in strengths]
-        return nll, [float(self.view.correct(mu).sum()) / tokens for mu in strengths]
 
 
 def calibrate(
@@ -183,7 +72,7 @@ def calibrate(
         InputError, DataError, ArtifactError, InvalidLogitsError: naming the argument, example or file.
 
     """
-    check_arguments(direction, alpha, estimator, objective, seed, folds, resamples)
+    config = CalibrationConfig(direction, alpha, estimator, objective, seed, folds, resamples)
     # Before a large model is loaded: what can be seen without it.
     if not Path(adapter, "adapter_config.json").is_file():
         raise ArtifactError(f"adapter {adapter} has no adapter_config.json; allowed: a PEFT adapter folder")
@@ -194,8 +83,6 @@ def calibrate(
     elif isinstance(data, (str, Path)) and not Path(data).is_file():
         raise DataError(f"data file {data} does not exist")
     with attached_pair(model, adapter, tokenizer) as (pair, peft_model, tokenizer):
-        from svdk.models.loading import adapter_fingerprint, model_fingerprint, tokenizer_fingerprint
-
         examples = load_examples(data, tokenizer)
         if len(examples) < 2:
             raise DataError(f"calibration data held {len(examples)} example; allowed: at least 2")
@@ -203,18 +90,8 @@ def calibrate(
             pair, examples, tokenizer=tokenizer, direction=direction, alpha=alpha, max_length=max_length,
             too_long=too_long, batch_size=batch_size, backend=backend, progress=progress,
         )  # fmt: skip
-        origin = {
-            "peft_type": pair.peft_type,
-            "base_model_fingerprint": model_fingerprint(peft_model),
-            "adapter_fingerprint": adapter_fingerprint(adapter),
-            "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer),
-            "vocab_size": pair.vocab_size,
-            "data_hash": data_hash(examples),
-        }
-    report = make_report(
-        statistics, direction, alpha, estimator, objective, seed=seed, folds=folds, resamples=resamples
-    )
-    return report.steering(statistics=statistics.tensors(), **origin)
+        origin = origin_of(pair, peft_model, adapter, tokenizer, examples)
+    return make_report(statistics, config).steering(statistics=statistics.tensors(), **origin)
 
 
 def recalibrate(
@@ -234,109 +111,34 @@ def recalibrate(
     ``ArtifactError`` when the artifact is damaged or has no statistics.
     """
     old = Steering.load(folder)
-    statistics = saved_statistics(old)
-    direction, alpha = direction or old.direction, old.alpha if alpha is None else alpha
-    estimator, objective = estimator or old.estimator, objective or old.objective
-    check_arguments(direction, alpha, estimator, objective, seed, folds, resamples)
-    report = make_report(
-        statistics, direction, alpha, estimator, objective, seed=seed, folds=folds, resamples=resamples
+    statistics, saved = saved_statistics(old), CalibrationConfig.of(old)
+    config = saved.override(direction=direction or old.direction, alpha=alpha)
+    config = config.override(
+        estimator=estimator, objective=objective, seed=seed, folds=folds, resamples=resamples
     )
     names = ("peft_type", "base_model_fingerprint", "adapter_fingerprint", "tokenizer_fingerprint")
     origin = {name: getattr(old, name) for name in (*names, "vocab_size", "data_hash", "statistics")}
-    return report.steering(**origin)
+    return make_report(statistics, config).steering(**origin)
 
 
-def report_of(steering: Steering, *, resamples: int = 2000) -> Report:
-    """The report of a calibrated ``steering``, made again from its statistics."""
-    m = steering.metrics
-    direction = "auto" if m.get("settings", 1) > 1 else steering.direction
-    return make_report(
-        saved_statistics(steering), direction, steering.alpha, steering.estimator, steering.objective,
-        seed=int(m.get("seed", 0)), folds=int(m.get("folds", 5)), resamples=resamples,
-    )  # fmt: skip
+def origin_of(
+    pair: ModelPair,
+    peft_model: Any,
+    adapter: str | Path,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: list[Example],
+) -> dict[str, Any]:
+    """The fields of :class:`svdk.Steering` that say what it was made from."""
+    from svdk.models.loading import adapter_fingerprint, model_fingerprint, tokenizer_fingerprint
 
-
-def saved_statistics(steering: Steering) -> Statistics:
-    """The calibration statistics that ``steering`` carries; ``ArtifactError`` if it has none."""
-    if steering.statistics is None or steering.estimator is None or steering.objective is None:
-        raise ArtifactError("this steering holds no calibration statistics; needed: one made by calibrate")
-    return Statistics.from_tensors(steering.statistics)
-
-
-def make_report(
-    statistics: Statistics,
-    direction: str = "kl_gradient",
-    alpha: float = 0.1,
-    estimator: str = "optimum",
-    objective: str = "nll",
-    *,
-    seed: int = 0,
-    folds: int = 5,
-    resamples: int = 2000,
-) -> Report:
-    """Fit and judge every estimator on ``statistics``; ``direction="auto"`` compares all they hold."""
-    settings = statistics.settings() if direction == "auto" else [(direction, float(alpha))]
-    views: dict[Setting, View] = {setting: statistics.view(*setting) for setting in settings}
-    everything = torch.ones(statistics.examples, dtype=torch.bool)
-    best = select(views, estimator, objective, everything, folds, seed)
-    view = views[best]
-
-    def judged(candidates: Mapping[Setting, View], name: str) -> tuple[float, tuple[float, float]]:
-        gains = out_of_fold(candidates, name, objective, folds=folds, seed=seed)
-        return bootstrap(gains.of(objective), view.tokens, resamples=resamples, seed=seed)
-
-    def row(setting: Setting, name: str) -> Row:
-        fitted, one = fit(views[setting], name, objective), views[setting]
-        tokens = float(one.tokens.sum())
-        return Row(
-            *setting, name, fitted.strength,
-            float(one.evaluate(fitted.strength).nll.sum()) / tokens,
-            float(one.correct(fitted.strength).sum()) / tokens,
-            *judged({setting: one}, name), fitted.at_bound,
-        )  # fmt: skip
-
-    rows = tuple(row(best, name) for name in ESTIMATORS)
-    gain, interval = judged(views, estimator)
-    compared = tuple(row(setting, estimator) for setting in settings)
-    strength = next(r.strength for r in rows if r.estimator == estimator)
-    metrics = metrics_of(statistics, view, strength) | {
-        "seed": seed,
-        "folds": folds,
-        "settings": len(settings),
-    }
-    return Report(*best, estimator, objective, gain, interval, rows, compared, metrics, view)
-
-
-def metrics_of(statistics: Statistics, view: View, strength: float) -> dict[str, float]:
-    """What an artifact records of its calibration data: losses, accuracies, the per-token optima."""
-    tokens = float(view.tokens.sum())
-    optima = per_token_optimum(view)
-    gains = gains_at(view, strength)
-    nll, correct = float(view.evaluate(0.0).nll.sum()), float(view.correct(0.0).sum())
     return {
-        "examples": statistics.examples,
-        "tokens": int(tokens),
-        "excluded": statistics.excluded,
-        "nll_base": -float(statistics.logprob_base.double().mean()),
-        "nll_warm": nll / tokens,
-        "nll_steered": (nll - float(gains.nll.sum())) / tokens,
-        "accuracy_warm": correct / tokens,
-        "accuracy_steered": (correct + float(gains.correct.sum())) / tokens,
-        "per_token_mean": float(optima.mean()) if len(optima) else math.nan,
-        "per_token_std": float(optima.std()) if len(optima) > 1 else math.nan,
-        "per_token_count": len(optima),
+        "peft_type": pair.peft_type,
+        "base_model_fingerprint": model_fingerprint(peft_model),
+        "adapter_fingerprint": adapter_fingerprint(adapter),
+        "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer),
+        "vocab_size": pair.vocab_size,
+        "data_hash": data_hash(examples),
     }
-
-
-def check_arguments(direction, alpha, estimator, objective, seed, folds, resamples) -> None:
-    """``InputError`` naming the first argument of a calibration that is not allowed."""
-    check_choice("direction", direction, (*DIRECTIONS, "auto"))
-    check_alpha(alpha)
-    check_choice("estimator", estimator, ESTIMATORS)
-    check_choice("objective", objective, OBJECTIVES)
-    for name, value, least in (("seed", seed, 0), ("folds", folds, 2), ("resamples", resamples, 1)):
-        if not is_number(value) or not isinstance(value, int) or value < least:
-            raise InputError(f"{name} was {value!r}; allowed: an integer of at least {least}")
 
 
 @contextmanager
@@ -376,14 +178,14 @@ def _check_attached(model: Any, adapter: str | Path) -> None:
         saved = load_file(path)
     except (OSError, SafetensorError) as error:
         raise ArtifactError(f"adapter {path} cannot be read: {error}") from error
-    attached = get_peft_model_state_dict(
+    attached: dict[str, Any] = get_peft_model_state_dict(
         model, adapter_name=model.active_adapter, save_embedding_layers=False
     )
     for name in sorted(saved.keys() | attached.keys()):
-        ours, theirs = attached.get(name), saved.get(name)
+        ours, theirs = cast("Any", attached.get(name)), cast("Any", saved.get(name))
         same = ours is not None and theirs is not None and ours.shape == theirs.shape
         # Not exact: the model may have been loaded in another dtype than the adapter was saved in.
-        if not same or not torch.allclose(ours.float().cpu(), theirs.float(), rtol=1e-2, atol=1e-3):
+        if not same or not ours.float().cpu().allclose(theirs.float(), rtol=1e-2, atol=1e-3):
             raise ArtifactError(
                 f"model had another adapter attached than the one in {adapter} (tensor {name} differs); "
                 "allowed: that adapter, or the base model alone"

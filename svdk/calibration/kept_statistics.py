@@ -332,16 +332,16 @@ class Statistics:
         example = torch.repeat_interleave(torch.arange(self.examples), self.tokens)
         if alpha == 0.0 and direction in self.full:
             sums = self.full[direction]
-            return GridView(
-                example, self.tokens.double(), *sums.moments.double(), self.grid, *sums.curves,
-                sums.counts.double(),
-            )  # fmt: skip
-        sizes = self.sizes.long()
-        p, delta = self.p.double(), self.ratio.double()
+            tokens, (gain, norm2, variance) = self.tokens.double(), sums.moments.double()
+            grid, (nll, slope, curvature) = _there(self.grid), sums.curves
+            counts = sums.counts.double()
+            return GridView(example, tokens, gain, norm2, variance, grid, nll, slope, curvature, counts)
+        sizes, at = _there(self.sizes).long(), _there(self.label)
+        p, delta = _there(self.p).double(), _there(self.ratio).double()
         if direction == "kl_gradient":
             delta = p * delta
         start = sizes.cumsum(0) - sizes
-        label = torch.where(self.label >= 0, start + self.label, -1)
+        label = torch.where(at >= 0, start + at, -1)
         row = torch.repeat_interleave(torch.arange(len(sizes)), sizes)
         return MaskedView(example, self.examples, self.logprob_warm.double(), row, p, delta, label, penalty)
 
@@ -368,7 +368,7 @@ class Statistics:
                         *(parts.pop(f"full.{direction}.{name}") for name in ("moments", "curves", "counts"))
                     )
             excluded, alpha = int(parts.pop("excluded")), float(parts.pop("alpha"))
-            result = cls(**parts, excluded=excluded, alpha=alpha, full=full)
+            result = cls(excluded=excluded, alpha=alpha, full=full, **parts)
             problem = result._problem()
         except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
             raise ArtifactError(f"the calibration statistics are incomplete: {error}") from error
@@ -383,19 +383,27 @@ class Statistics:
         if self.logprob_warm.shape != (tokens,) or self.logprob_base.shape != (tokens,):
             return f"log-probabilities must have shape ({tokens},)"
         if self.sizes is not None:
-            if self.sizes.shape != (tokens,) or self.label.shape != (tokens,):
+            sizes, label = self.sizes, _there(self.label)
+            if sizes.shape != (tokens,) or label.shape != (tokens,):
                 return f"sizes and label must have shape ({tokens},)"
-            candidates = int(self.sizes.sum())
-            if self.p.shape != (candidates,) or self.ratio.shape != (candidates,):
+            candidates = int(sizes.sum())
+            if _there(self.p).shape != (candidates,) or _there(self.ratio).shape != (candidates,):
                 return f"p and ratio must have shape ({candidates},)"
-            if bool(((self.sizes < 0) | (self.label < -1) | (self.label >= self.sizes)).any()):
+            if bool(((sizes < 0) | (label < -1) | (label >= sizes)).any()):
                 return "a label points outside its candidates"
         if self.full:
-            points = len(self.grid)
+            grid = _there(self.grid)
+            points = len(grid)
             for sums in self.full.values():
                 shapes = tuple(tuple(x.shape) for x in (sums.moments, sums.curves, sums.counts))
                 if shapes != ((3, tokens), (3, examples, points), (examples, points)):
                     return f"grid sums had shapes {shapes}"
-            if points < 3 or bool((self.grid.diff() <= 0).any()) or not bool((self.grid == 0).any()):
+            if points < 3 or bool((grid.diff() <= 0).any()) or not bool((grid == 0).any()):
                 return "the grid must ascend through 0"
         return None
+
+
+def _there(tensor: Tensor | None) -> Tensor:
+    if tensor is None:
+        raise ValueError("a tensor that belongs to the others is absent")
+    return tensor

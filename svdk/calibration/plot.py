@@ -12,7 +12,7 @@ from svdk.calibration.artifact import replace_file
 from svdk.errors import InputError
 
 if TYPE_CHECKING:
-    from svdk.calibration.calibrate import Report
+    from svdk.calibration.report import Report
 
 MARKERS = {"mean": "s", "median": "D", "trimmed_mean": "v", "ratio": "^", "newton": "P", "optimum": "o"}
 COLOURS = {

@@ -14,15 +14,16 @@ import torch
 from torch import Tensor
 
 from svdk.calibration.artifact import Steering, check_alpha, check_choice, is_number
-from svdk.calibration.calibrate import CALIBRATION_FILE, attached_pair, check_arguments, metrics_of
+from svdk.calibration.calibrate import CALIBRATION_FILE, attached_pair, origin_of
 from svdk.calibration.estimators import Gains, bootstrap, fit, gains_at, split_folds
 from svdk.calibration.kept_statistics import View, default_grid
-from svdk.calibration.sweep import DIRECTIONS, MAX_OP, Part, Sweep, add_rows, assemble, labelled_rows
+from svdk.calibration.report import DIRECTIONS, CalibrationConfig, metrics_of
+from svdk.calibration.sweep import MAX_OP, Part, Sweep, add_rows, assemble, labelled_rows
 from svdk.errors import DataError, InputError, InvalidLogitsError
 from svdk.models.pair import ModelPair
 from svdk.ops.api import extract
 from svdk.ops.results import Status
-from svdk.warmstart.data import Encoded, Example, data_hash, encode_all, load_examples
+from svdk.warmstart.data import Encoded, Example, encode_all, load_examples
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -79,7 +80,7 @@ def static_vector(
     _check_vector(direction, alpha, weighting, batch_size)
     pair = model if isinstance(model, ModelPair) else ModelPair(model)
     encoded, _ = encode_all(tokenizer, load_examples(data, tokenizer), max_length, too_long)
-    rows = _Rows(pair, encoded, batch_size, progress)
+    rows = LabelledRows(pair, encoded, batch_size, progress)
     everything = torch.ones(len(encoded), dtype=torch.bool)
     return _average(rows, [everything], direction, alpha, weighting, backend)[0]
 
@@ -127,11 +128,9 @@ def static_steering(
 
     """
     _check_vector(direction, alpha, weighting, batch_size)
-    check_arguments("log_ratio", alpha, estimator, objective, seed, folds, resamples)
+    CalibrationConfig("log_ratio", alpha, estimator, objective, seed, folds, resamples)
     data = Path(adapter) / CALIBRATION_FILE if data is None else data
     with attached_pair(model, adapter, tokenizer) as (pair, peft_model, tokenizer):
-        from svdk.models.loading import adapter_fingerprint, model_fingerprint, tokenizer_fingerprint
-
         examples = load_examples(data, tokenizer)
         encoded, _ = encode_all(tokenizer, examples, max_length, too_long)
         if len(encoded) < 2:
@@ -139,7 +138,7 @@ def static_steering(
         fold = split_folds(len(encoded), folds, seed)
         # The last one is the result; the others leave a fold out each.
         groups = [fold != k for k in range(int(fold.max()) + 1)] + [torch.ones_like(fold, dtype=torch.bool)]
-        rows = _Rows(pair, encoded, batch_size, progress)
+        rows = LabelledRows(pair, encoded, batch_size, progress)
         vectors = [_unit(v) for v in _average(rows, groups, direction, alpha, weighting, backend)]
         sweeps = [Sweep(0.0, ("vector",), default_grid(), backend, v.to(pair.device)) for v in vectors]
         parts = [[Part() for _ in encoded] for _ in sweeps]
@@ -147,14 +146,7 @@ def static_steering(
             for sweep, found in zip(sweeps, parts, strict=True):
                 add_rows(found[index], sweep, warm, base, labels, places, f"calibration example {index}")
         statistics = [assemble(sweep, found) for sweep, found in zip(sweeps, parts, strict=True)]
-        origin = {
-            "peft_type": pair.peft_type,
-            "base_model_fingerprint": model_fingerprint(peft_model),
-            "adapter_fingerprint": adapter_fingerprint(adapter),
-            "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer),
-            "vocab_size": pair.vocab_size,
-            "data_hash": data_hash(examples),
-        }
+        origin = origin_of(pair, peft_model, adapter, tokenizer, examples)
     views = [one.view("vector", 0.0) for one in statistics]
     gains = _out_of_fold(views[:-1], groups[:-1], estimator, objective)
     gain, interval = bootstrap(gains.of(objective), views[-1].tokens, resamples=resamples, seed=seed)
@@ -220,10 +212,11 @@ def logit_bias(
     return result
 
 
-class _Rows:
+class LabelledRows:
     """The logits of the labelled positions, example by example; each iteration runs both models anew."""
 
     def __init__(self, pair: ModelPair, encoded: list[Encoded], batch_size: int, progress: bool) -> None:
+        """Nothing runs yet."""
         self.pair, self.encoded = pair, encoded
         self._batch_size, self._progress = batch_size, progress
 
@@ -233,7 +226,7 @@ class _Rows:
 
 
 def _average(
-    rows: _Rows, groups: list[Tensor], direction: str, alpha: float, weighting: str, backend: str
+    rows: LabelledRows, groups: list[Tensor], direction: str, alpha: float, weighting: str, backend: str
 ) -> list[Tensor]:
     """The average vector, float32 (V,) on the CPU, of each group of examples (E,) bool, in one run."""
     # Sums over disjoint cells, the examples that belong to the same groups, so that each row is added once.

@@ -13,6 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from svdk.calibration.artifact import check_alpha, check_choice
 from svdk.calibration.kept_statistics import GridSums, Statistics, default_grid
+from svdk.calibration.report import DIRECTIONS
 from svdk.errors import DataError, InputError, InvalidLogitsError
 from svdk.ops.api import extract, steered_logprob
 from svdk.ops.results import Status
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
 
     from svdk.models.pair import ModelPair
 
-DIRECTIONS = ("kl_gradient", "log_ratio")
 MAX_FORWARD = 1 << 25
 """Logits of one model held at once (128 MiB in float32)."""
 MAX_OP = 1 << 22
@@ -189,19 +189,11 @@ def _add_chunk(
     warm: Tensor,
     base: Tensor,
     labels: Tensor,
-    where: dict[str, Tensor],
+    where: dict[str, Any],
     name: str,
 ) -> None:
-    info = steered_logprob(
-        warm,
-        base,
-        labels,
-        strength=0.0,
-        direction="log_ratio",
-        alpha=sweep.alpha,
-        backend=sweep.backend,
-        **where,
-    )
+    setting: dict[str, Any] = {"direction": "log_ratio", "alpha": sweep.alpha, "backend": sweep.backend}
+    info = steered_logprob(warm, base, labels, strength=0.0, **setting, **where)
     bad = int((info.status & Status.INVALID).ne(0).sum())
     if bad:
         raise InvalidLogitsError(
@@ -217,7 +209,7 @@ def _add_chunk(
     if not len(labels):
         return
     if sweep.alpha > 0:
-        batch = extract(warm, base, direction="log_ratio", alpha=sweep.alpha, backend=sweep.backend, **where)
+        batch = extract(warm, base, **setting, **where)
         sizes = batch.row_ptr.diff()
         row = torch.repeat_interleave(torch.arange(len(labels), device=labels.device), sizes)
         hit = (batch.token_ids == labels[row]).nonzero()[:, 0]
@@ -227,14 +219,13 @@ def _add_chunk(
         part.entries.append(torch.stack([batch.p, batch.delta]).cpu())
         part.labels.append(place.int().cpu())
     for direction in sweep.full:
+        steering: dict[str, Any] = {"alpha": 0.0, "backend": sweep.backend}
         if direction == "vector":
-            steering = {"vector": sweep.vector, "warm_rows": where["warm_rows"]}
+            steering |= {"vector": sweep.vector, "warm_rows": where["warm_rows"]}
         else:
-            steering = {"base_logits": base, "direction": direction, **where}
-        info = steered_logprob(
-            warm, labels=labels, strengths=sweep.grid.float().to(warm.device), alpha=0.0,
-            backend=sweep.backend, **steering,
-        )  # fmt: skip
+            steering |= {"base_logits": base, "direction": direction, **where}
+        strengths = sweep.grid.float().to(warm.device)
+        info = steered_logprob(warm, labels=labels, strengths=strengths, **steering)
         moments = torch.stack([info.gain, info.norm2, info.variance]).cpu()
         part.moments.setdefault(direction, []).append(moments)
         curves = torch.stack([-info.logprob, -info.slope, info.curvature]).double().sum(1).cpu()

@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
         from svdk.calibration.plot import check_matplotlib
 
         check_matplotlib()
-    from svdk.calibration.calibrate import calibrate, recalibrate, report_of
+    from svdk.calibration.calibrate import calibrate, recalibrate
 
     chosen = {name: getattr(args, name) for name in ("direction", "alpha", "estimator", "objective")}
     chosen = {name: value for name, value in chosen.items() if value is not None}
@@ -77,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
             args.model, args.adapter, args.data, max_length=args.max_length, too_long=args.too_long,
             batch_size=args.batch_size, backend=args.backend, progress=True, **chosen,
         )  # fmt: skip
-    report = report_of(steering)
+    report = steering.report()
     path = steering.save(args.adapter)
     print(report.table(), steering.verdict(), sep="\n\n")
     print(f"wrote {path}")

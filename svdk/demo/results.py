@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
 
-from svdk.calibration.calibrate import Report
+from svdk.calibration.report import Report
 from svdk.demo.evaluate import WARM, Interval, Outcome, System, difference, mean_of
 from svdk.warmstart.data import Example
 

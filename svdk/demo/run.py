@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from svdk.calibration.artifact import Steering, replace_file
-from svdk.calibration.calibrate import calibrate, recalibrate, report_of
+from svdk.calibration.calibrate import calibrate, recalibrate
 from svdk.calibration.plot import check_matplotlib
 from svdk.demo.evaluate import BASE, WARM, Outcome, System, answer, completion_nll, seconds_per_token
 from svdk.demo.report import examples, table, write_html
@@ -139,7 +139,7 @@ def run_demo(
             settings=asdict(settings),
             held_out=task.held_out,
             outcomes=outcomes,
-            calibrations={key: report_of(steering) for key, steering in steerings.items()},
+            calibrations={key: steering.report() for key, steering in steerings.items()},
             seconds=stages.seconds,
             resamples=settings.resamples,
         )
@@ -180,7 +180,7 @@ def _calibrate(
         TUNED: recalibrate(folder, estimator="optimum", **paper),
         AUTO: auto,
     }
-    print(report_of(auto).table())
+    print(auto.report().table())
     for key, steering in steerings.items():
         print(f"{LABELS[key]}: {steering.verdict()}")
     return steerings

@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from svdk.calibration.artifact import Steering, replace_file
-from svdk.calibration.calibrate import saved_statistics
 from svdk.calibration.estimators import (
     bootstrap,
     fit,
@@ -29,6 +28,7 @@ from svdk.calibration.estimators import (
     per_token_optimum,
 )
 from svdk.calibration.kept_statistics import Statistics, View
+from svdk.calibration.report import saved_statistics
 from svdk.eval.answers import kept_answers
 from svdk.eval.generation import score_answers
 from svdk.eval.metrics import score

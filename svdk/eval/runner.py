@@ -20,9 +20,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from svdk.calibration.artifact import Steering, replace_file
-from svdk.calibration.calibrate import CALIBRATION_FILE, calibrate, saved_statistics
+from svdk.calibration.calibrate import CALIBRATION_FILE, calibrate
 from svdk.calibration.estimators import ESTIMATORS, OBJECTIVES, fit
 from svdk.calibration.kept_statistics import default_grid
+from svdk.calibration.report import saved_statistics
 from svdk.calibration.static_vector import static_steering
 from svdk.errors import ArtifactError, DataError
 from svdk.eval.answers import answered, run_answers

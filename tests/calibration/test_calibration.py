@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from svdk import ModelPair, Steering, calibrate, extract_steering
-from svdk.calibration.calibrate import make_report, recalibrate, report_of
+from svdk.calibration.calibrate import recalibrate
 from svdk.calibration.kept_statistics import default_grid
+from svdk.calibration.report import CalibrationConfig, make_report, saved_statistics
 from svdk.cli import calibrate as command
 from svdk.errors import ArtifactError, DataError, InputError, InvalidLogitsError, SvdkError
 from svdk.warmstart.data import encode, load_examples
@@ -110,7 +111,8 @@ def test_calibrate_chooses_and_judges(folders):
     after = model.state_dict()  # the adapter is taken out again
     assert before.keys() == after.keys() and all(torch.equal(before[n], after[n]) for n in before)
 
-    report = report_of(steering)
+    report = steering.report()
+    assert steering.report() is report, "made once"
     assert len(report.settings) == 4
     best = max(report.settings, key=lambda row: row.gain)
     assert (steering.direction, steering.alpha) == (best.direction, best.alpha)
@@ -119,6 +121,16 @@ def test_calibrate_chooses_and_judges(folders):
     assert steering.metrics["nll_steered"] < steering.metrics["nll_warm"]
     assert steering.metrics["tokens"] == int(steering.statistics["tokens"].sum())
     assert steering.helps == ("does not help" not in steering.verdict())
+
+
+def test_calibrate_keeps_the_report_that_it_made(folders, monkeypatch):
+    steering = calibrate(tiny.tiny_model(), folders / "adapter", EXAMPLES, tokenizer=TOKENIZER, resamples=50)
+    again = Steering(**{f.name: getattr(steering, f.name) for f in dataclasses.fields(steering)})
+    assert again.report().rows[0].gain == steering.report().rows[0].gain
+    monkeypatch.setattr("svdk.calibration.report.make_report", lambda *_: pytest.fail("made again"))
+    assert steering.report().gain == steering.gain
+    with pytest.raises(ArtifactError, match="holds no calibration statistics"):
+        Steering(strength=1.0).report()
 
 
 def test_the_default_is_the_papers_direction(folders):
@@ -133,7 +145,7 @@ def test_recalibrate_runs_no_model(folders, adapter, monkeypatch):
     original.save(adapter)
     monkeypatch.setattr(ModelPair, "teacher_forced", None)
     mean = recalibrate(adapter, estimator="mean", direction="kl_gradient", alpha=0.1)
-    direct = make_report(report_statistics(original), "kl_gradient", 0.1, "mean")
+    direct = make_report(saved_statistics(original), CalibrationConfig(estimator="mean"))
     assert mean.strength == direct.chosen.strength != original.strength
     assert recalibrate(adapter, objective="accuracy").objective == "accuracy"
     again = recalibrate(adapter, direction="auto")
@@ -142,15 +154,9 @@ def test_recalibrate_runs_no_model(folders, adapter, monkeypatch):
         recalibrate(adapter, direction="kl_gradient", alpha=0.5)
 
 
-def report_statistics(steering):
-    from svdk.calibration.calibrate import saved_statistics
-
-    return saved_statistics(steering)
-
-
 def test_accuracy_objective_finds_the_best_accuracy(folders):
     steering = calibrate(tiny.tiny_model(), folders / "adapter", tokenizer=TOKENIZER, objective="accuracy")
-    report = report_of(steering)
+    report = steering.report()
     _, accuracy = report.curve(torch.linspace(-5, 5, 401).tolist())
     assert steering.metrics["accuracy_steered"] >= max(accuracy)
 
@@ -186,7 +192,7 @@ def test_impossible_labels_are_left_out_and_counted(monkeypatch, direction):
     plain = extract_steering(model, EXAMPLES, tokenizer=TOKENIZER, direction=direction)
     assert (odd.excluded, plain.excluded) == (1, 0)
     assert (plain.tokens - odd.tokens).tolist() == [0, 0, 0, 0, 1, 0, 0, 0]
-    report = make_report(odd, direction)
+    report = make_report(odd, CalibrationConfig(direction))
     assert math.isfinite(report.gain)
     assert "1 tokens left out" in report.table()
 

@@ -1,0 +1,230 @@
+"""What a calibration asks for and what it found: every estimator fitted and judged on the same statistics."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from svdk.calibration.artifact import Steering, check_alpha, check_choice
+from svdk.calibration.estimators import (
+    ESTIMATORS,
+    OBJECTIVES,
+    Setting,
+    bootstrap,
+    fit,
+    gains_at,
+    out_of_fold,
+    per_token_optimum,
+    select,
+)
+from svdk.calibration.kept_statistics import Statistics, View
+from svdk.errors import ArtifactError, InputError
+from svdk.ops.configs import is_number
+
+DIRECTIONS = ("kl_gradient", "log_ratio")
+NO_STATISTICS = "this steering holds no calibration statistics; needed: one made by calibrate"
+
+
+@dataclass(frozen=True)
+class CalibrationConfig:
+    """What to fit and how to judge it; the arguments of :func:`svdk.calibrate`.
+
+    Raises:
+        InputError: naming the first value that is not allowed.
+
+    """
+
+    direction: str = "kl_gradient"
+    alpha: float = 0.1
+    estimator: str = "optimum"
+    objective: str = "nll"
+    seed: int = 0
+    folds: int = 5
+    resamples: int = 2000
+
+    def __post_init__(self) -> None:
+        """Check every field."""
+        check_choice("direction", self.direction, (*DIRECTIONS, "auto"))
+        check_alpha(self.alpha)
+        check_choice("estimator", self.estimator, ESTIMATORS)
+        check_choice("objective", self.objective, OBJECTIVES)
+        for name, least in (("seed", 0), ("folds", 2), ("resamples", 1)):
+            value = getattr(self, name)
+            if not is_number(value) or not isinstance(value, int) or value < least:
+                raise InputError(f"{name} was {value!r}; allowed: an integer of at least {least}")
+
+    @classmethod
+    def of(cls, steering: Steering) -> CalibrationConfig:
+        """What a calibrated ``steering`` was made with; ``ArtifactError`` if it was not calibrated."""
+        if steering.estimator is None or steering.objective is None:
+            raise ArtifactError(NO_STATISTICS)
+        m = steering.metrics
+        direction = "auto" if m.get("settings", 1) > 1 else steering.direction
+        seed, folds = int(m.get("seed", 0)), int(m.get("folds", 5))
+        return cls(direction, steering.alpha, steering.estimator, steering.objective, seed, folds)
+
+    def override(self, **changes: Any) -> CalibrationConfig:
+        """A copy with ``changes``; those that are None stay as they are."""
+        return dataclasses.replace(self, **{name: x for name, x in changes.items() if x is not None})
+
+
+@dataclass(frozen=True)
+class EstimatorRow:
+    """One estimator in one setting."""
+
+    direction: str
+    alpha: float
+    estimator: str
+    strength: float
+    nll: float
+    """Nats a token at ``strength``, on the same data."""
+    accuracy: float
+    """Share of labels that are the greedy token at ``strength``."""
+    gain: float
+    """Out-of-fold gain in the objective: nats a token, or share of tokens."""
+    interval: tuple[float, float]
+    at_bound: bool
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a calibration found."""
+
+    direction: str
+    alpha: float
+    estimator: str
+    objective: str
+    gain: float
+    """Expected gain of the whole procedure, the choice of the setting included; out of fold."""
+    interval: tuple[float, float]
+    rows: tuple[EstimatorRow, ...]
+    """Every estimator in the chosen setting."""
+    settings: tuple[EstimatorRow, ...]
+    """The chosen estimator in every setting that was compared."""
+    metrics: Mapping[str, float]
+    view: View
+
+    @property
+    def chosen(self) -> EstimatorRow:
+        """The row of the result."""
+        return next(row for row in self.rows if row.estimator == self.estimator)
+
+    def steering(self, **origin: Any) -> Steering:
+        """The result; ``origin`` are the fields of :class:`svdk.Steering` that say what it was made from."""
+        row = self.chosen
+        steering = Steering(
+            strength=row.strength,
+            direction=self.direction,
+            alpha=self.alpha,
+            estimator=self.estimator,
+            objective=self.objective,
+            gain=self.gain,
+            confidence_interval=self.interval,
+            at_bound=row.at_bound,
+            metrics=self.metrics,
+            **origin,
+        )
+        vars(steering)["_report"] = self  # what Steering.report() would have to work out again
+        return steering
+
+    def table(self) -> str:
+        """The report as text: the data, the settings (when several were compared), the estimators."""
+        m = self.metrics
+        unit = "accuracy" if self.objective == "accuracy" else "nats a token"
+        lines = [
+            f"{m['examples']:.0f} examples, {m['tokens']:.0f} tokens; NLL (nats a token): base "
+            f"{m['nll_base']:.4f}, warm start {m['nll_warm']:.4f}; token accuracy: warm start "
+            f"{m['accuracy_warm']:.1%}",
+            f"per-token optimum: mean {m['per_token_mean']:.4g}, standard deviation {m['per_token_std']:.4g} "
+            f"over {m['per_token_count']:.0f} tokens",
+        ]
+        if m["excluded"]:
+            lines.append(
+                f"{m['excluded']:.0f} tokens left out: the warm start gives their label probability 0"
+            )
+        head = f"{'direction':<12} {'alpha':>5}  {'estimator':<13} {'mu':>10} {'NLL':>8} {'accuracy':>9}"
+        head += f"  out-of-fold gain, {unit} (95 % interval)"
+        if len(self.settings) > 1:
+            lines += ["", "settings compared:", head, *map(self._line, self.settings)]
+        lines += ["", "estimators:", head, *map(self._line, self.rows)]
+        if any(row.at_bound for row in (*self.rows, *self.settings)):
+            lines.append(">  at or beyond the end of the range that was measured")
+        return "\n".join(lines)
+
+    def _line(self, row: EstimatorRow) -> str:
+        mine = (self.direction, self.alpha, self.estimator) == (row.direction, row.alpha, row.estimator)
+        low, high = row.interval
+        name = f"{row.direction:<12} {row.alpha:>5g}  {row.estimator:<13}"
+        mu = f"{'>' if row.at_bound else ''}{row.strength:.4g}"
+        gain = f"{row.gain:+.4f} ({low:+.4f} to {high:+.4f})"
+        return f"{name} {mu:>10} {row.nll:>8.4f} {row.accuracy:>9.1%}  {gain}{'  <- chosen' if mine else ''}"
+
+    def curve(self, strengths: Sequence[float]) -> tuple[list[float], list[float]]:
+        """NLL (nats a token) and token accuracy at each strength."""
+        tokens = float(self.view.tokens.sum())
+        nll = [float(self.view.evaluate(mu).nll.sum()) / tokens for mu in strengths]
+        return nll, [float(self.view.correct(mu).sum()) / tokens for mu in strengths]
+
+
+def saved_statistics(steering: Steering) -> Statistics:
+    """The calibration statistics that ``steering`` carries; ``ArtifactError`` if it has none."""
+    if steering.statistics is None:
+        raise ArtifactError(NO_STATISTICS)
+    return Statistics.from_tensors(steering.statistics)
+
+
+def make_report(statistics: Statistics, config: CalibrationConfig) -> Report:
+    """Fit and judge every estimator on ``statistics``; direction ``auto`` compares all they hold."""
+    estimator, objective, seed, folds = config.estimator, config.objective, config.seed, config.folds
+    auto = config.direction == "auto"
+    settings = statistics.settings() if auto else [(config.direction, float(config.alpha))]
+    views: dict[Setting, View] = {setting: statistics.view(*setting) for setting in settings}
+    everything = torch.ones(statistics.examples, dtype=torch.bool)
+    best = select(views, estimator, objective, everything, folds, seed)
+    view = views[best]
+
+    def judged(candidates: Mapping[Setting, View], name: str) -> tuple[float, tuple[float, float]]:
+        gains = out_of_fold(candidates, name, objective, folds=folds, seed=seed)
+        return bootstrap(gains.of(objective), view.tokens, resamples=config.resamples, seed=seed)
+
+    def row(setting: Setting, name: str) -> EstimatorRow:
+        one = views[setting]
+        fitted, tokens = fit(one, name, objective), float(one.tokens.sum())
+        nll = float(one.evaluate(fitted.strength).nll.sum()) / tokens
+        accuracy = float(one.correct(fitted.strength).sum()) / tokens
+        gain, interval = judged({setting: one}, name)
+        return EstimatorRow(*setting, name, fitted.strength, nll, accuracy, gain, interval, fitted.at_bound)
+
+    rows = tuple(row(best, name) for name in ESTIMATORS)
+    gain, interval = judged(views, estimator)
+    compared = tuple(row(setting, estimator) for setting in settings)
+    strength = next(r.strength for r in rows if r.estimator == estimator)
+    metrics = metrics_of(statistics, view, strength)
+    metrics |= {"seed": seed, "folds": folds, "settings": len(settings)}
+    return Report(*best, estimator, objective, gain, interval, rows, compared, metrics, view)
+
+
+def metrics_of(statistics: Statistics, view: View, strength: float) -> dict[str, float]:
+    """What an artifact records of its calibration data: losses, accuracies, the per-token optima."""
+    tokens = float(view.tokens.sum())
+    optima = per_token_optimum(view)
+    gains = gains_at(view, strength)
+    nll, correct = float(view.evaluate(0.0).nll.sum()), float(view.correct(0.0).sum())
+    return {
+        "examples": statistics.examples,
+        "tokens": int(tokens),
+        "excluded": statistics.excluded,
+        "nll_base": -float(statistics.logprob_base.double().mean()),
+        "nll_warm": nll / tokens,
+        "nll_steered": (nll - float(gains.nll.sum())) / tokens,
+        "accuracy_warm": correct / tokens,
+        "accuracy_steered": (correct + float(gains.correct.sum())) / tokens,
+        "per_token_mean": float(optima.mean()) if len(optima) else math.nan,
+        "per_token_std": float(optima.std()) if len(optima) > 1 else math.nan,
+        "per_token_count": len(optima),
+    }
