@@ -1,6 +1,7 @@
 """Extraction and calibration on tiny models: against plain forward passes, through Python and the CLI."""
 
 import argparse
+import dataclasses
 import json
 import math
 import shutil
