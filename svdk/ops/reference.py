@@ -124,7 +124,7 @@ def steer(rows: Rows, strength: Tensor, penalty: float) -> Tensor:
     return torch.where(rows.inside, rows.z + mu * rows.delta, outside)
 
 
-def keep_top(z: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
+def filter_row(z: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
     """Top-k, top-p and min-p in that order, as transformers do, as a (B, V) mask of what may be drawn."""
     vocab = z.shape[1]
     order = torch.sort(z, dim=1, descending=True, stable=True)  # ties: the lower id first
@@ -179,7 +179,7 @@ def steered_rows(
     z = steer(rows, strength, penalty)
     greedy = rows.invalid | (temperature == 0)
     t = torch.where(greedy, 1.0, temperature)
-    keep = keep_top(z, t, top_k, top_p, torch.where(rows.invalid, 0.0, min_p))
+    keep = filter_row(z, t, top_k, top_p, torch.where(rows.invalid, 0.0, min_p))
     seeds = torch.full(like.shape, seed, device=z.device) if seed_rows is None else seed_rows
     offsets = torch.full(like.shape, offset, device=z.device) if offset_rows is None else offset_rows
     noisy = torch.where(keep, z / t[:, None] + gumbel(random_bits(seeds, offsets, vocab)), -math.inf)

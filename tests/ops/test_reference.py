@@ -180,7 +180,7 @@ def test_filters_are_those_of_transformers(seed, temperature, top_k, top_p, min_
     if min_p:
         scores = warpers.MinPLogitsWarper(min_p)(None, scores)
     columns = [torch.full((2,), float(x), dtype=torch.float64) for x in (temperature, top_k, top_p, min_p)]
-    keep = reference.keep_top(z, *columns)
+    keep = reference.filter_row(z, *columns)
     assert torch.equal(keep, torch.isfinite(scores))
 
 
