@@ -137,7 +137,7 @@ class Sampler:
         temperature = torch.where(greedy, 1.0, temperature)
         if sampling.filters:
             cuts = (row * sampling.top_k, row * sampling.top_p, row * sampling.min_p)
-            keep = reference.keep_top(z.double(), temperature, *cuts) | greedy[:, None]
+            keep = reference.filter_row(z.double(), temperature, *cuts) | greedy[:, None]
             z = torch.where(keep, z, -math.inf)
         return torch.where(invalid[:, None], math.nan, z / temperature[:, None]).float()
 

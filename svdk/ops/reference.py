@@ -1,71 +1,27 @@
-"""The specification: the three operations in plain PyTorch, float64, written to be read.
+"""The specification: the operations in plain PyTorch, float64, in the twelve steps of ``docs/algorithm.md``.
 
-Every formula is from design section 2 (SVDecode, arXiv 2509.15888, and the exact step-size theory
-beside it). Kernels are tested against this file; it allocates freely and is slow on purpose. The
-functions take the flat arguments of the dispatcher's ops (see ``svdk/ops/schema.py``); call them
-through ``svdk.steered_sample(..., backend="reference")`` and its siblings.
+Every formula is from SVDecode (arXiv 2509.15888) and the exact step-size theory beside it. Kernels are tested
+against this file, which goes by the definitions, looks at a row as often as it likes and is slow on purpose.
+The operations take the flat arguments of ``svdk/ops/schema.py``; call them through
+``svdk.steered_sample(..., backend="reference")`` and its siblings.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from svdk.ops import schema
 from svdk.ops.philox import gumbel, random_bits
 from svdk.ops.results import Status
-from svdk.ops.schema import KL_BUDGET, LABEL, LOG_RATIO, PLAIN, VECTOR
+from svdk.ops.schema import CONSTANT, KL_BUDGET, LABEL, LOG_RATIO, PLAIN, VECTOR, Operands, PerRow
 
 EPS = 1e-12
 """A squared norm or variance below this means: the warm start changed nothing here."""
-
-
-@dataclass
-class Rows:
-    """What every operation needs of a batch of rows; all (B, V) float64 or bool, or (B,)."""
-
-    z: Tensor  # (B, V) warm logits; zeros on invalid rows
-    log_p: Tensor  # (B, V)
-    p: Tensor  # (B, V)
-    log_q: Tensor | None  # (B, V)
-    delta: Tensor  # (B, V) direction on C, 0 outside
-    inside: Tensor  # (B, V) bool: the confidence set C
-    kl: Tensor  # (B,)
-    max_logit: Tensor  # (B,)
-    lse: Tensor  # (B,)
-    invalid: Tensor  # (B,) bool
-    fallback: Tensor  # (B,) int64: argmax over the finite warm logits, 0 if there is none
-    base_masked: Tensor  # (B,) bool
-
-    @property
-    def status(self) -> Tensor:
-        """int32 (B,) bits of :class:`svdk.Status`."""
-        masked = self.base_masked & ~self.invalid
-        return (self.invalid * Status.INVALID + masked * Status.BASE_MASKED).int()
-
-    def moments(self) -> tuple[Tensor, Tensor, Tensor]:
-        """``sum p delta``, ``||delta||^2`` and ``Var_p(delta)``, each (B,)."""
-        mean = (self.p * self.delta).sum(1)
-        return mean, (self.delta**2).sum(1), (self.p * (self.delta - mean[:, None]) ** 2).sum(1)
-
-    def nan_if_invalid(self, x: Tensor) -> Tensor:
-        """Float32 (B,) with NaN on invalid rows."""
-        return torch.where(self.invalid, math.nan, x).float()
-
-
-def per_row(scalar: float, rows: Tensor | None, like: Tensor) -> Tensor:
-    """A parameter as float64 (B,)."""
-    if rows is None:
-        return torch.full((like.shape[0],), scalar, dtype=torch.float64, device=like.device)
-    return rows.double()
-
-
-def take_rows(x: Tensor, rows: Tensor | None, vocab: int) -> Tensor:
-    """The (B, vocab) part of a logits tensor, in float64."""
-    x = x if rows is None else x.index_select(0, rows)
-    return x[:, :vocab].double()
 
 
 def argmax_lowest(x: Tensor) -> Tensor:
@@ -75,56 +31,208 @@ def argmax_lowest(x: Tensor) -> Tensor:
     return torch.where(x == best, ids, x.shape[1]).min(dim=1).values
 
 
-def steering_rows(warm, base, vector, warm_rows, base_rows, vocab, direction, alpha, bad) -> Rows:
-    """Softmax of both rows, K, the direction and the confidence set. ``bad`` (B,): rows to refuse."""
-    z = take_rows(warm, warm_rows, vocab)
-    others = [take_rows(base, base_rows, vocab)] if base is not None else []
-    if vector is not None:
-        others.append(vector[..., :vocab].double().expand(z.shape))
+def at(x: Tensor, token: Tensor) -> Tensor:
+    """The entry (B,) of x (B, V) at one token a row."""
+    return x.gather(1, token[:, None])[:, 0]
 
-    finite = torch.isfinite(z)
-    invalid = bad | (torch.isnan(z) | (z == math.inf)).any(1) | ~finite.any(1)
-    for x in others:
-        refused = ~torch.isfinite(x) if vector is not None else torch.isnan(x) | (x == math.inf)
-        invalid = invalid | refused.any(1)
-    fallback = argmax_lowest(torch.where(finite, z, -math.inf))
-    z, *others = (torch.where(invalid[:, None], 0.0, x) for x in (z, *others))
-    finite = finite | invalid[:, None]
 
-    max_logit, lse = z.max(1).values, z.logsumexp(1)
-    log_p = z.log_softmax(1)  # not z - lse, which rounds log(sum) away next to a maximum of 1e16
-    p = log_p.exp()
-    log_alpha = torch.where(invalid, 0.0, alpha).log()
-    inside = finite & (z - max_logit[:, None] >= log_alpha[:, None])
+# Step 1: validate.
+def unpack(op: schema.Op, flat: tuple) -> tuple[Operands, Any]:
+    """A call's operands, and what else was given by name, one a row as (B,): float64, but int64 seeds."""
+    operands, given = op.unpack(flat)
+    for name, value in vars(given).items():
+        if isinstance(value, PerRow):
+            dtype = torch.int64 if name in ("seed", "offset") else torch.float64
+            same = torch.full((operands.batch,), value.scalar, dtype=dtype, device=operands.warm.device)
+            setattr(given, name, same if value.rows is None else value.rows.to(dtype))
+    if operands.direction == PLAIN:
+        given.alpha = torch.zeros_like(given.alpha)
+    return operands, given
 
-    log_q, kl = None, torch.full_like(lse, math.nan)
-    base_masked = torch.zeros_like(invalid)
+
+def valid_parameters(given: Any, vocab: int) -> Tensor:
+    """Rows (B,) whose parameters are in range; those in tensors on a device get this far unchecked."""
+    valid = torch.ones_like(given.alpha, dtype=torch.bool)
+    for name, x in vars(given).items():
+        if name in schema.PARAMETER and isinstance(x, Tensor):
+            bounds = schema.PARAMETER[name]
+            within = torch.isfinite(x) & (x >= bounds.low) & (x <= bounds.high)
+            valid &= within if x.dim() == 1 else within.all(1)
+    if getattr(given, "mode", CONSTANT) == KL_BUDGET:
+        valid &= given.strength >= 0
+    if getattr(given, "labels", None) is not None:
+        valid &= (given.labels >= 0) & (given.labels < vocab)
+    return valid
+
+
+def fallback_token(w: Tensor) -> Tensor:
+    """The token of an invalid row: argmax over its finite warm logits, 0 if there is none."""
+    return argmax_lowest(torch.where(torch.isfinite(w), w, -math.inf))
+
+
+def take_rows(x: Tensor, rows: Tensor | None, vocab: int) -> Tensor:
+    """The (B, vocab) part of a logits tensor, in float64."""
+    x = x if rows is None else x.index_select(0, rows)
+    return x[:, :vocab].double()
+
+
+# Steps 2 and 3: first sweep, merge. A kernel adds up slice by slice, relative to the maxima so far, and takes
+# the sums for K along (`usable`, `cross`). Here a row is one slice, and K gets a look of its own.
+class Sums(NamedTuple):
+    """Maxima and log sum exp(x - maximum) of both rows, (B, 1)."""
+
+    max_w: Tensor
+    log_zw: Tensor
+    max_b: Tensor
+    log_zb: Tensor
+
+
+def first_sweep(w: Tensor, b: Tensor) -> Sums:
+    """The sums of a warm and a base row: the likeliest token has the log-probability -log_z."""
+    log_zw, log_zb = (-x.log_softmax(1).max(1, keepdim=True).values for x in (w, b))
+    return Sums(w.max(1, keepdim=True).values, log_zw, b.max(1, keepdim=True).values, log_zb)
+
+
+# Step 4: constants.
+class Constants(NamedTuple):
+    """What the formulas of a single token need to know of its row, (B, 1)."""
+
+    direction: int
+    log_alpha: Tensor
+    sums: Sums
+    kl: Tensor  # NaN without a base
+
+
+def log_p_of(sums: Sums, w: Tensor) -> Tensor:
+    """Warm log-probabilities; the two numbers apart, or a maximum of 1e16 would round log_zw away."""
+    return (w - sums.max_w) - sums.log_zw
+
+
+def log_q_of(sums: Sums, b: Tensor) -> Tensor:
+    """Base log-probabilities."""
+    return torch.where(b > -math.inf, (b - sums.max_b) - sums.log_zb, -math.inf)
+
+
+def kl_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """K = sum p (log p - log q) over the usable tokens: those with a finite logit in both rows."""
+    usable = (log_p > -math.inf) & (log_q > -math.inf)
+    ratio = torch.where(usable, log_p - log_q, 0.0)
+    return (torch.where(usable, log_p.exp(), 0.0) * ratio).sum(1, keepdim=True)
+
+
+def make_constants(direction: int, alpha: Tensor, w: Tensor, base: Tensor | None) -> Constants:
+    """Steps 2 to 4."""
+    sums = first_sweep(w, w if base is None else base)
+    kl = torch.full_like(sums.max_w, math.nan)
     if base is not None:
-        z_b = others[0]
-        log_q = torch.where(torch.isfinite(z_b), z_b.log_softmax(1), -math.inf)
-        usable = finite & torch.isfinite(log_q)
-        base_masked = (finite & ~usable).any(1)
-        ratio = torch.where(usable, log_p - log_q, 0.0)
-        kl = (torch.where(usable, p, 0.0) * ratio).sum(1)
-        delta = torch.where(usable, ratio - kl[:, None], 0.0)
-        if direction != LOG_RATIO:
-            delta = p * delta
-    elif direction == VECTOR:
-        delta = others[0]
-    else:
-        delta = torch.zeros_like(z)
-    delta = torch.where(inside, delta, 0.0)
-    return Rows(z, log_p, p, log_q, delta, inside, kl, max_logit, lse, invalid, fallback, base_masked)
+        kl = kl_divergence(log_p_of(sums, w), log_q_of(sums, base))
+    return Constants(direction, alpha.log()[:, None], sums, kl)
 
 
-def steer(rows: Rows, strength: Tensor, penalty: float) -> Tensor:
+# Step 5: confidence set.
+def in_confidence_set(c: Constants, w: Tensor) -> Tensor:
+    """Membership of C = {p >= alpha max p}."""
+    return (w > -math.inf) & (w - c.sums.max_w >= c.log_alpha)
+
+
+# Step 6: direction.
+def delta_of(c: Constants, w: Tensor, other: Tensor | None) -> Tensor:
+    """The steering vector, in C and elsewhere."""
+    if other is None:
+        return torch.zeros_like(w)
+    if c.direction == VECTOR:
+        return other
+    log_p, log_q = log_p_of(c.sums, w), log_q_of(c.sums, other)
+    delta = torch.where((log_p > -math.inf) & (log_q > -math.inf), log_p - log_q - c.kl, 0.0)
+    return delta if c.direction == LOG_RATIO else log_p.exp() * delta
+
+
+@dataclass
+class Rows:
+    """What steps 1 to 6 make of a batch of rows: (B, V) in float64 or bool, and (B,)."""
+
+    w: Tensor  # (B, V) warm logits; zeros on invalid rows
+    log_p: Tensor  # (B, V)
+    log_q: Tensor  # (B, V), NaN without a base
+    delta: Tensor  # (B, V) steering vector on C, 0 outside
+    inside: Tensor  # (B, V) bool: C
+    c: Constants
+    invalid: Tensor  # (B,) bool
+    fallback: Tensor  # (B,) int64
+
+    @property
+    def status(self) -> Tensor:
+        """int32 (B,) bits of :class:`svdk.Status`."""
+        base_masked = ((self.w > -math.inf) & (self.log_q == -math.inf)).any(1)
+        return (self.invalid * Status.INVALID + base_masked * Status.BASE_MASKED).int()
+
+    def nan_if_invalid(self, x: Tensor) -> Tensor:
+        """Float32 (B,) with NaN on invalid rows."""
+        return torch.where(self.invalid, math.nan, x).float()
+
+
+def open_rows(operands: Operands, given: Any) -> Rows:
+    """Steps 1 to 6."""
+    vocab, direction, other = operands.vocab, operands.direction, None
+    w = take_rows(operands.warm, operands.warm_rows, vocab)
+    valid = valid_parameters(given, vocab) & torch.isfinite(w).any(1)
+    valid &= (w < math.inf).all(1)  # NaN compares false
+    if operands.base is not None:
+        other = take_rows(operands.base, operands.base_rows, vocab)
+        valid &= (other < math.inf).all(1)
+    elif operands.vector is not None:
+        other = operands.vector[..., :vocab].double().expand(w.shape)
+        valid &= torch.isfinite(other).all(1)
+    fallback = fallback_token(w)
+    w = torch.where(valid[:, None], w, 0.0)
+    other = None if other is None else torch.where(valid[:, None], other, 0.0)
+
+    base = other if direction < VECTOR else None
+    c = make_constants(direction, torch.where(valid, given.alpha, 0.0), w, base)
+    log_q = torch.full_like(w, math.nan) if base is None else log_q_of(c.sums, base)
+    inside = in_confidence_set(c, w)
+    delta = torch.where(inside, delta_of(c, w, other), 0.0)
+    return Rows(w, log_p_of(c.sums, w), log_q, delta, inside, c, ~valid, fallback)
+
+
+# Step 7: moments.
+class Moments(NamedTuple):
+    """Of delta under p, (B,)."""
+
+    mean: Tensor
+    norm2: Tensor
+    variance: Tensor
+
+
+def moments_of(rows: Rows) -> Moments:
+    """``sum p delta``, ``||delta||^2`` and ``Var_p(delta)``; delta is 0 outside C."""
+    p, delta = rows.log_p.exp(), rows.delta
+    mean = (p * delta).sum(1)
+    return Moments(mean, (delta**2).sum(1), (p * (delta - mean[:, None]) ** 2).sum(1))
+
+
+# Step 8: strength.
+def strength_of(rows: Rows, given: Any) -> Tensor:
+    """Mu (B,): given, the optimum for a label, or as large as a budget of KL in nats allows."""
+    mu, m = given.strength, moments_of(rows)
+    if given.mode == LABEL:
+        gain = at(rows.delta, given.labels.clamp(0, rows.w.shape[1] - 1)) - m.mean
+        mu = torch.where(m.norm2 < EPS, 0.0, gain / (m.norm2 + EPS))
+    elif given.mode == KL_BUDGET:
+        mu = torch.where(m.variance < EPS, 0.0, (2 * given.strength / m.variance).sqrt())
+    return torch.where(rows.invalid, 0.0, mu)
+
+
+# Step 9: steer.
+def steered_logits(rows: Rows, mu: Tensor, penalty: float) -> Tensor:
     """Steered logits (B, V) for one strength a row (B,)."""
-    mu = strength[:, None]
-    outside = rows.z + mu * penalty if math.isfinite(penalty) else torch.full_like(rows.z, -math.inf)
-    return torch.where(rows.inside, rows.z + mu * rows.delta, outside)
+    mu = mu[:, None]
+    outside = rows.w + mu * penalty if math.isfinite(penalty) else torch.full_like(rows.w, -math.inf)
+    return torch.where(rows.inside, rows.w + mu * rows.delta, outside)
 
 
-def keep_top(z: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
+# Step 10: filters.
+def filter_row(z: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
     """Top-k, top-p and min-p in that order, as transformers do, as a (B, V) mask of what may be drawn."""
     vocab = z.shape[1]
     order = torch.sort(z, dim=1, descending=True, stable=True)  # ties: the lower id first
@@ -140,126 +248,107 @@ def keep_top(z: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p
     return torch.zeros_like(keep).scatter(1, order.indices, keep)
 
 
-def bad_parameters(strength, mode, alpha, temperature, top_k, top_p, min_p, labels, vocab) -> Tensor:
-    """Rows (B,) with a parameter that no formula allows; only device tensors get this far unchecked."""
-    bad = ~torch.isfinite(strength) | ~((alpha >= 0) & (alpha <= 1))
-    bad |= ~(torch.isfinite(temperature) & (temperature >= 0)) | (top_k < 0)
-    bad |= ~((top_p >= 0) & (top_p <= 1)) | ~((min_p >= 0) & (min_p <= 1))
-    if mode == KL_BUDGET:
-        bad |= strength < 0
-    if mode == LABEL:
-        bad |= (labels < 0) | (labels >= vocab)
-    return bad
+# Step 11: draw.
+def scores_of(rows: Rows, z: Tensor, given: Any) -> Tensor:
+    """What a token must have most of, (B, V): filtered logits with Gumbel noise, or z itself if greedy."""
+    greedy = rows.invalid | (given.temperature == 0)
+    temperature = torch.where(greedy, 1.0, given.temperature)
+    keep = filter_row(z, temperature, given.top_k, given.top_p, torch.where(rows.invalid, 0.0, given.min_p))
+    noise = gumbel(random_bits(given.seed, given.offset, z.shape[1]))
+    perturbed = torch.where(keep, z / temperature[:, None] + noise, -math.inf)
+    return torch.where(greedy[:, None], z, perturbed)
 
 
-def steered_rows(
-    warm, base, vector, warm_rows, base_rows, vocab, direction, labels, mode,
-    strength, strength_rows, alpha, alpha_rows, penalty, temperature, temperature_rows,
-    top_k, top_k_rows, top_p, top_p_rows, min_p, min_p_rows, seed, seed_rows, offset, offset_rows, *_,
-) -> tuple[Rows, Tensor, Tensor, Tensor]:  # fmt: skip
-    """The rows, mu (B,), the steered logits (B, V), and the scores (B, V) whose argmax is the token."""
-    like = warm[:, 0] if warm_rows is None else warm_rows
-    plain = direction == PLAIN
-    strength = per_row(strength, strength_rows, like)
-    alpha = per_row(0.0 if plain else alpha, None if plain else alpha_rows, like)
-    temperature = per_row(temperature, temperature_rows, like)
-    top_k, top_p = per_row(top_k, top_k_rows, like), per_row(top_p, top_p_rows, like)
-    min_p = per_row(min_p, min_p_rows, like)
-    bad = bad_parameters(strength, mode, alpha, temperature, top_k, top_p, min_p, labels, vocab)
-    rows = steering_rows(warm, base, vector, warm_rows, base_rows, vocab, direction, alpha, bad)
-
-    mean, norm2, variance = rows.moments()
-    if mode == LABEL:
-        at_label = rows.delta.gather(1, labels.clamp(0, vocab - 1)[:, None])[:, 0]
-        strength = torch.where(norm2 < EPS, 0.0, (at_label - mean) / (norm2 + EPS))
-    elif mode == KL_BUDGET:
-        strength = torch.where(variance < EPS, 0.0, (2 * strength / variance).sqrt())
-    strength = torch.where(rows.invalid, 0.0, strength)
-
-    z = steer(rows, strength, penalty)
-    greedy = rows.invalid | (temperature == 0)
-    t = torch.where(greedy, 1.0, temperature)
-    keep = keep_top(z, t, top_k, top_p, torch.where(rows.invalid, 0.0, min_p))
-    seeds = torch.full(like.shape, seed, device=z.device) if seed_rows is None else seed_rows
-    offsets = torch.full(like.shape, offset, device=z.device) if offset_rows is None else offset_rows
-    noisy = torch.where(keep, z / t[:, None] + gumbel(random_bits(seeds, offsets, vocab)), -math.inf)
-    return rows, strength, z, torch.where(greedy[:, None], z, noisy)
+def draw_row(rows: Rows, scores: Tensor) -> Tensor:
+    """Tokens int64 (B,): the largest score, the lowest id on ties."""
+    return torch.where(rows.invalid, rows.fallback, argmax_lowest(scores))
 
 
-def steered_sample(*arguments) -> tuple[Tensor, Tensor, Tensor]:
+# Step 12: describe.
+def describe(rows: Rows, mu: Tensor, z: Tensor, token: Tensor) -> tuple[Tensor, Tensor]:
+    """Float32 (5, B) and int32 (2, B) in the order of :class:`svdk.SampleInfo`."""
+    floats = (mu, rows.c.kl[:, 0], *(at(x, token) for x in (z.log_softmax(1), rows.log_p, rows.log_q)))
+    candidates = torch.where(rows.invalid, 0, rows.inside.sum(1)).int()
+    return torch.stack([rows.nan_if_invalid(x) for x in floats]), torch.stack([candidates, rows.status])
+
+
+# The operations.
+def steered_rows(*flat: Any) -> tuple[Rows, Tensor, Tensor, Tensor]:
+    """``steered_sample`` up to the draw: the rows, mu (B,), steered logits and scores (B, V)."""
+    operands, given = unpack(schema.STEERED_SAMPLE, flat)
+    rows = open_rows(operands, given)
+    mu = strength_of(rows, given)
+    z = steered_logits(rows, mu, given.penalty)
+    return rows, mu, z, scores_of(rows, z, given)
+
+
+def steered_sample(*flat: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Tokens int64 (B,), diagnostics float32 (5, B) and int32 (2, B); see :class:`svdk.SampleInfo`."""
-    rows, strength, z, score = steered_rows(*arguments)
-    token = torch.where(rows.invalid, rows.fallback, argmax_lowest(score))
-    if not arguments[-1]:
-        return token, z.new_empty(0, dtype=torch.float32), token.new_empty(0, dtype=torch.int32)
-
-    def at(x: Tensor | None) -> Tensor:
-        return torch.full_like(strength, math.nan) if x is None else x.gather(1, token[:, None])[:, 0]
-
-    floats = [strength, rows.kl, at(z.log_softmax(1)), at(rows.log_p), at(rows.log_q)]
-    candidates = torch.where(rows.invalid, 0, rows.inside.sum(1))
-    ints = [candidates.int(), rows.status]
-    return token, torch.stack([rows.nan_if_invalid(x) for x in floats]), torch.stack(ints)
+    rows, mu, z, scores = steered_rows(*flat)
+    token = draw_row(rows, scores)
+    info = flat[-1]
+    empty = z.new_empty(0, dtype=torch.float32), token.new_empty(0, dtype=torch.int32)
+    return token, *(describe(rows, mu, z, token) if info else empty)
 
 
-def steered_logprob(
-    warm, base, vector, warm_rows, base_rows, vocab, direction, labels,
-    strength, strength_rows, alpha, alpha_rows, penalty, strengths,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+class Partition(NamedTuple):
+    """Rows at one strength: log softmax(z), and log sum exp(z) along mu; (B, V) and (B,)."""
+
+    log_shares: Tensor  # (B, V) log softmax(z)
+    moves: Tensor  # (B, V) dz / dmu
+    slope: Tensor  # (B,) of the log-partition
+    curvature: Tensor  # (B,)
+    greedy: Tensor  # (B,) argmax over C
+
+
+def partition_of(rows: Rows, mu: Tensor, penalty: float) -> Partition:
+    """Step 9 for ``steered_logprob``."""
+    z = steered_logits(rows, mu, penalty)
+    moves = torch.where(rows.inside, rows.delta, penalty if math.isfinite(penalty) else 0.0)
+    share = z.softmax(1)
+    slope = (share * moves).sum(1)
+    curvature = (share * (moves - slope[:, None]) ** 2).sum(1)
+    greedy = draw_row(rows, torch.where(rows.inside, z, -math.inf))
+    return Partition(z.log_softmax(1), moves, slope, curvature, greedy)
+
+
+def steered_logprob(*flat: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Curves float32 (3, B, M), greedy int64 (B, M), rows float32 (6, B), status (B,).
 
     Curves: logprob, slope, curvature. Rows: gain, norm2, variance, kl, log p(label), log q(label).
     """
-    alpha = per_row(alpha, alpha_rows, labels)
-    bad = ~((alpha >= 0) & (alpha <= 1)) | (labels < 0) | (labels >= vocab)
-    if strengths is None:
-        grid = per_row(strength, strength_rows, labels)[:, None]
-    else:
-        grid = strengths.double().expand(labels.shape[0], -1)
-    bad |= ~torch.isfinite(grid).all(1)
-    rows = steering_rows(warm, base, vector, warm_rows, base_rows, vocab, direction, alpha, bad)
-    label = labels.clamp(0, vocab - 1)[:, None]
-
-    def at(x: Tensor) -> Tensor:
-        return x.gather(1, label)[:, 0]
-
-    move = torch.where(rows.inside, rows.delta, penalty if math.isfinite(penalty) else 0.0)
+    operands, given = unpack(schema.STEERED_LOGPROB, flat)
+    batch, grid = operands.batch, given.strengths
+    given.strength = given.strength[:, None] if grid is None else grid.double().expand(batch, -1)
+    rows = open_rows(operands, given)
+    label = given.labels.clamp(0, operands.vocab - 1)
     curves, greedy = [], []
-    for mu in torch.where(rows.invalid[:, None], 0.0, grid).T:
-        z = steer(rows, mu, penalty)
-        q = z.softmax(1)
-        logprob = at(z.log_softmax(1))
-        mean = (q * move).sum(1)
-        slope = torch.where(logprob == -math.inf, 0.0, at(move) - mean)
-        curves.append([logprob, slope, (q * (move - mean[:, None]) ** 2).sum(1)])
-        inside = argmax_lowest(torch.where(rows.inside, z, -math.inf))
-        greedy.append(torch.where(rows.invalid, rows.fallback, inside))
-    mean, norm2, variance = rows.moments()
-    no_base = torch.full_like(mean, math.nan)
-    log_q = no_base if rows.log_q is None else at(rows.log_q)
-    stats = [at(rows.delta) - mean, norm2, variance, rows.kl, at(rows.log_p), log_q]
-    columns = [torch.stack([rows.nan_if_invalid(x) for x in triple]) for triple in curves]
-    empty = rows.z.new_empty(3, labels.shape[0], 0, dtype=torch.float32)
+    for mu in torch.where(rows.invalid[:, None], 0.0, given.strength).T:
+        part = partition_of(rows, mu, given.penalty)
+        logprob = at(part.log_shares, label)
+        slope = torch.where(logprob == -math.inf, 0.0, at(part.moves, label) - part.slope)
+        curves.append(torch.stack([rows.nan_if_invalid(x) for x in (logprob, slope, part.curvature)]))
+        greedy.append(part.greedy)
+    m = moments_of(rows)
+    log_p, log_q, delta = (at(x, label) for x in (rows.log_p, rows.log_q, rows.delta))
+    stats = (delta - m.mean, m.norm2, m.variance, rows.c.kl[:, 0], log_p, log_q)
     return (
-        torch.stack(columns, dim=2) if columns else empty,
-        torch.stack(greedy, dim=1) if greedy else labels.new_empty(labels.shape[0], 0),
+        torch.stack(curves, 2) if curves else rows.w.new_empty(3, batch, 0, dtype=torch.float32),
+        torch.stack(greedy, 1) if greedy else label.new_empty(batch, 0),
         torch.stack([rows.nan_if_invalid(x) for x in stats]),
         rows.status,
     )
 
 
-def extract(
-    warm, base, vector, warm_rows, base_rows, vocab, direction, alpha, alpha_rows
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def extract(*flat: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """row_ptr (B + 1,), ids (N,), p (N,), delta (N,), rows float32 (3, B): kl, max, lse; status (B,)."""
-    like = warm[:, 0] if warm_rows is None else warm_rows
-    alpha = per_row(alpha, alpha_rows, like)
-    bad = ~((alpha >= 0) & (alpha <= 1))
-    rows = steering_rows(warm, base, vector, warm_rows, base_rows, vocab, direction, alpha, bad)
+    operands, given = unpack(schema.EXTRACT, flat)
+    rows = open_rows(operands, given)
     inside = rows.inside & ~rows.invalid[:, None]
     row, ids = inside.nonzero(as_tuple=True)
-    row_ptr = torch.zeros(like.shape[0] + 1, dtype=torch.int64, device=like.device)
+    row_ptr = torch.zeros(operands.batch + 1, dtype=torch.int64, device=ids.device)
     row_ptr[1:] = inside.sum(1).cumsum(0)
-    stats = [rows.nan_if_invalid(x) for x in (rows.kl, rows.max_logit, rows.lse)]
-    p, delta = rows.p[row, ids].float(), rows.delta[row, ids].float()
+    max_w, log_zw, _, _ = rows.c.sums
+    stats = [rows.nan_if_invalid(x[:, 0]) for x in (rows.c.kl, max_w, max_w + log_zw)]
+    p, delta = rows.log_p.exp()[row, ids].float(), rows.delta[row, ids].float()
     return row_ptr, ids, p, delta, torch.stack(stats), rows.status

@@ -47,7 +47,7 @@ def test_same_distribution_as_unpatched(model, calls):
     assert len(calls) == ours_start + 1
     want = model(torch.tensor([[9, 70, 33]])).logits[0, -1].detach().double()
     ones = torch.ones(1, dtype=torch.double)
-    keep = svdk.reference.keep_top(want[None], ones * 0.7, ones * 12, ones * 0.9, ones * 0.02)[0]
+    keep = svdk.reference.filter_row(want[None], ones * 0.7, ones * 12, ones * 0.9, ones * 0.02)[0]
     expected = torch.where(keep, want / 0.7, -torch.inf).softmax(0) * DRAWS
     count = torch.bincount(ours, minlength=tiny.VOCAB_SIZE).double()
     assert (count[~keep] == 0).all()

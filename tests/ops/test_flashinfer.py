@@ -29,7 +29,7 @@ def kept(p, top_k=0, top_p=1.0, min_p=0.0):
     """The (B, V) mask of the specification."""
     row = torch.ones(p.shape[0], dtype=torch.double)
     cuts = (row * torch.as_tensor(cut) for cut in (top_k, top_p, min_p))
-    return reference.keep_top(p.double().log(), row, *cuts)
+    return reference.filter_row(p.double().log(), row, *cuts)
 
 
 def joint(p):

@@ -208,7 +208,7 @@ def check_draw(row: int, got: int, flat) -> None:
         moved = z.clone()
         moved[0, token] += shift * 1e-5 * (1 + float(z[finite].abs().max()))
         k, p, m = of("top_k").double(), of("top_p"), of("min_p")
-        return bool(reference.keep_top(moved, t, k, (p + shift * 1e-5).clamp(0, 1), m)[0, token])
+        return bool(reference.filter_row(moved, t, k, (p + shift * 1e-5).clamp(0, 1), m)[0, token])
 
     assert kept(got, 1), f"row {row}: token {got} was filtered out"
     for token in score.argsort(descending=True).tolist():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 import svdk
 from svdk.ops import reference
 from svdk.ops.philox import philox4x32, random_bits, uniforms
-from svdk.ops.schema import KL_GRADIENT, LOG_RATIO
+from svdk.ops.schema import KL_GRADIENT, LOG_RATIO, Operands
 
 SEEDS = st.integers(0, 2**31 - 1)
 VOCABS = st.sampled_from([1, 2, 5, 33, 200])
@@ -29,8 +30,8 @@ def steering(warm, base, direction="kl_gradient", alpha=0.0):
     code = {"kl_gradient": KL_GRADIENT, "log_ratio": LOG_RATIO}[direction]
     batch, vocab = warm.shape
     alphas = torch.full((batch,), alpha, dtype=torch.float64)
-    bad = torch.zeros(batch, dtype=torch.bool)
-    return reference.steering_rows(warm, base, None, None, None, vocab, code, alphas, bad)
+    operands = Operands(warm, base, None, None, None, vocab, code)
+    return reference.open_rows(operands, SimpleNamespace(alpha=alphas))
 
 
 @pytest.mark.parametrize(
@@ -70,10 +71,10 @@ def test_theorem_2_derivative_of_task_kl(seed, vocab, direction):
     rows = steering(warm, base, direction)
     task = torch.softmax(rows_for(seed + 1, vocab)[0], 1)
     mu = torch.zeros(2, dtype=torch.float64, requires_grad=True)
-    log_steered = torch.log_softmax(rows.z + mu[:, None] * rows.delta, 1)
+    log_steered = torch.log_softmax(rows.w + mu[:, None] * rows.delta, 1)
     kl = (task * (task.log() - log_steered)).sum()
     (derivative,) = torch.autograd.grad(kl, mu)
-    torch.testing.assert_close(derivative, ((rows.p - task) * rows.delta).sum(1))
+    torch.testing.assert_close(derivative, ((rows.log_p.exp() - task) * rows.delta).sum(1))
 
 
 @given(SEEDS, VOCABS)
@@ -86,7 +87,7 @@ def test_kl_gradient_is_the_softmax_jacobian_of_the_kl(seed, vocab):
     (gradient,) = torch.autograd.grad(kl, z)
     rows = steering(warm, base)
     torch.testing.assert_close(gradient, rows.delta)
-    torch.testing.assert_close(kl.detach(), rows.kl.sum())
+    torch.testing.assert_close(kl.detach(), rows.c.kl.sum())
 
 
 @given(SEEDS, VOCABS, st.floats(-5, 5), st.sampled_from([0.0, 0.1]))
@@ -146,7 +147,7 @@ def test_gain_and_variance_are_the_derivatives_of_the_nll(seed, vocab, direction
     labels = torch.tensor([0, vocab - 1])
     rows = steering(warm, base, direction, alpha=0.1)
     mu = torch.zeros(2, dtype=torch.float64, requires_grad=True)
-    nll = -torch.log_softmax(rows.z + mu[:, None] * rows.delta, 1).gather(1, labels[:, None]).sum()
+    nll = -torch.log_softmax(rows.w + mu[:, None] * rows.delta, 1).gather(1, labels[:, None]).sum()
     (first,) = torch.autograd.grad(nll, mu, create_graph=True)
     (second,) = torch.autograd.grad(first.sum(), mu)
     got = svdk.steered_logprob(
@@ -163,7 +164,7 @@ def test_kl_budget_spends_its_budget_to_second_order(seed, vocab, direction, kap
     warm, base = rows_for(seed, vocab)
     kwargs = {"strength_mode": "kl_budget", "strength": kappa, "direction": direction, "alpha": 0.0}
     _, info = svdk.steered_sample(warm, base, backend="reference", return_info=True, **kwargs)
-    variance = steering(warm, base, direction).moments()[2]
+    variance = reference.moments_of(steering(warm, base, direction)).variance
     spent = 0.5 * info.strength.double() ** 2 * variance
     torch.testing.assert_close(spent, torch.full_like(spent, kappa), rtol=1e-5, atol=0)
 
@@ -180,7 +181,7 @@ def test_filters_are_those_of_transformers(seed, temperature, top_k, top_p, min_
     if min_p:
         scores = warpers.MinPLogitsWarper(min_p)(None, scores)
     columns = [torch.full((2,), float(x), dtype=torch.float64) for x in (temperature, top_k, top_p, min_p)]
-    keep = reference.keep_top(z, *columns)
+    keep = reference.filter_row(z, *columns)
     assert torch.equal(keep, torch.isfinite(scores))
 
 
@@ -200,6 +201,6 @@ def test_base_masked_token_is_not_steered_and_left_out_of_kl():
     keep = torch.arange(33) != 7
     p, log_q = torch.softmax(warm, 1), torch.log_softmax(base, 1)
     kl = (p * (p.log() - log_q))[:, keep].sum()
-    torch.testing.assert_close(rows.kl[0], kl)
+    torch.testing.assert_close(rows.c.kl[0, 0], kl)
     assert rows.delta[0, 7] == 0
     assert int(rows.status[0]) == svdk.Status.BASE_MASKED
