@@ -16,6 +16,7 @@ from svdk.ops.results import LogprobInfo, SampleInfo, Status, SteeringBatch
 from svdk.ops.schema import (
     CONSTANT,
     EXTRACT,
+    KL_BUDGET,
     LABEL,
     PLAIN,
     STEERED_LOGPROB,
@@ -24,7 +25,7 @@ from svdk.ops.schema import (
     Operands,
 )
 
-_PER_ROW = tuple(p.name for p in STEERED_SAMPLE.parameters if p.name not in ("strength", "penalty"))
+_PER_ROW = tuple(p.name for p in STEERED_SAMPLE.parameters if p.kind != "scalar")
 
 
 def _raise_invalid(status: Tensor) -> None:
@@ -139,16 +140,16 @@ def sample(
         raise arguments.fail("strength_mode", name, "'constant' without base_logits or vector")
     if mode == LABEL:
         labels = arguments.label_ids(labels, batch, rows.vocab, warm)
+        values = {**values, "strength": 0.0}  # it follows from the label
     elif labels is not None:
         raise arguments.fail("labels", "given", "None unless strength_mode='label'")
-    given = {name: arguments.checked(name, values[name], batch, warm) for name in _PER_ROW}
-    low = -math.inf if mode == CONSTANT else 0.0
-    strength = 0.0 if mode == LABEL else values["strength"]
-    given["strength"] = arguments.parameter("strength", strength, batch, warm, low)
-    penalty, info = arguments.penalty_value(values["penalty"]), return_info or check
-    flat = STEERED_SAMPLE.flatten(
-        rows, given | {"labels": labels, "mode": mode, "penalty": penalty, "info": info}
-    )
+    given: dict[str, Any] = {name: arguments.checked(name, values[name], batch, warm) for name in _PER_ROW}
+    if mode == KL_BUDGET:
+        given["strength"] = arguments.parameter("strength", values["strength"], batch, warm, 0.0)
+    given["labels"], given["mode"] = labels, mode
+    given["penalty"] = arguments.penalty_value(values["penalty"])
+    given["info"] = return_info or check
+    flat = STEERED_SAMPLE.flatten(rows, given)
     token, floats, ints = backends.resolve(backend, warm).steered_sample(*flat)
     if check:
         _raise_invalid(ints[1])

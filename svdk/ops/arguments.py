@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from svdk.errors import InputError
-from svdk.ops.schema import DIRECTIONS, PARAMETER, PLAIN, VECTOR, Operands, PerRow
+from svdk.ops.schema import DIRECTIONS, PARAMETER, PLAIN, VECTOR, Operands, Parameter, PerRow
 
 LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TWO64 = 1 << 64
@@ -204,8 +204,22 @@ def _row_parameter(name, value, batch, like, low, high, integer) -> Tensor:
     return value
 
 
-def checked(name: str, value: Any, batch: int, like: Tensor) -> PerRow:
-    """A parameter of the table, within the bounds that it has there."""
+def _usual(entry: Parameter) -> tuple[Any, float, float]:
+    """Type and bounds of the numbers that need no second look."""
+    if entry.kind == "int":
+        return int, max(entry.low, -(TWO64 >> 1)), min(entry.high, (TWO64 >> 1) - 1)
+    low = COLDEST if entry.name == "temperature" else max(entry.low, -LARGEST)
+    return float, low, min(entry.high, LARGEST)
+
+
+_USUAL: dict[str, tuple[Any, float, float]] = {entry.name: _usual(entry) for entry in PARAMETER.values()}
+
+
+def checked(name: str, value: Any, batch: int, like: Tensor) -> tuple[float, Tensor | None]:
+    """A parameter of the table, within the bounds that it has there, as the fields of a :class:`PerRow`."""
+    kind, low, high = _USUAL[name]
+    if type(value) is kind and low <= value <= high:
+        return value, None  # no object for it: this is a good part of what a call costs beside its kernel
     entry = PARAMETER[name]
     if name == "temperature":
         return temperature_value(value, batch, like)
