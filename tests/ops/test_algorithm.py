@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import svdk
+from svdk.ops import arguments, schema
 
 ROOT = next(folder for folder in Path(__file__).resolve().parents if (folder / "pyproject.toml").is_file())
 DOCUMENT = (ROOT / "docs" / "algorithm.md").read_text()
@@ -33,6 +34,8 @@ STEPS = [
     "draw",
     "describe",
 ]
+DEFAULTS = {"direction": "kl_gradient", "label": 0, "mode": "constant"}
+DEFAULTS |= {parameter.name: parameter.default for parameter in schema.PARAMETERS}
 INF, NAN = math.inf, math.nan
 VOCAB = 300  # two slices of the naive row
 
@@ -42,6 +45,13 @@ def naive_row(code: str = NAIVE) -> Callable:
     names: dict[str, Any] = {}
     exec(code, names)
     return names["naive_row"]
+
+
+def solve(row: Callable, problem: Problem) -> list[float]:
+    """What the naive row makes of a problem."""
+    arrays = (None if x is None else x.numpy() for x in problem[:3])
+    with np.errstate(all="ignore"):
+        return [float(x) for x in row(*arrays, tuple((DEFAULTS | problem.options).values()))]
 
 
 def numbered(text: str, pattern: str) -> list[tuple[int, str]]:
@@ -70,6 +80,7 @@ def test_the_naive_row_is_short():
     assert 30 < len(lines) <= 60
     assert max(map(len, lines)) <= 115
     assert not re.search("svdk|torch", NAIVE), "numpy alone"
+    assert f"{', '.join(DEFAULTS)} = given" in NAIVE, "the order of the schema"
 
 
 def logits(kind: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -183,10 +194,7 @@ def reference(problem: Problem) -> list[float]:
 def mismatches(row: Callable, kind: str, use: str) -> Iterator[str]:
     """Every problem that the naive row solves differently."""
     for problem in problems(kind, use):
-        arrays = (None if x is None else x.numpy() for x in problem[:3])
-        with np.errstate(all="ignore"):
-            got = [float(x) for x in row(*arrays, **problem.options)]
-        want = reference(problem)
+        got, want = solve(row, problem), reference(problem)
         if not np.allclose(got, want, rtol=1e-5, atol=1e-6, equal_nan=True):
             yield f"{problem.options}: {got}, the reference: {want}"
 
@@ -195,6 +203,35 @@ def mismatches(row: Callable, kind: str, use: str) -> Iterator[str]:
 @pytest.mark.parametrize("kind", KINDS)
 def test_naive_row_equals_the_reference(kind, use):
     assert list(itertools.islice(mismatches(naive_row(), kind, use), 3)) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("alpha", 2.0),
+        ("alpha", NAN),
+        ("temperature", -1.0),
+        ("temperature", INF),
+        ("top_k", -1),
+        ("top_p", NAN),
+        ("top_p", 1.5),
+        ("min_p", -0.1),
+        ("strength", NAN),
+        ("strength", INF),
+        ("strength", -1.0),
+        ("label", -1),
+        ("label", VOCAB),
+    ],
+)
+def test_parameters_out_of_range(name, value, monkeypatch):
+    monkeypatch.setattr(arguments, "host_values", lambda rows: False)  # as on a device: nobody looks
+    warm, base = logits("ordinary")
+    options = {"mode": "label" if name == "label" else "kl_budget", "strength": 0.1, "label": 0}
+    wrong = torch.tensor([value])
+    want = reference(Problem(warm, base, None, options | {name: value if name == "label" else wrong}))
+    got = solve(naive_row(), Problem(warm, base, None, options | {name: value}))
+    assert got[-1] == svdk.Status.INVALID
+    assert np.array_equal(got, want, equal_nan=True)
 
 
 MUTANTS = (
