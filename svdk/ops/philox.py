@@ -1,4 +1,4 @@
-"""Philox4x32-10 noise keyed by token id, in plain PyTorch integers.
+"""Philox4x32-10 noise keyed by token id, in plain PyTorch integers; step 11 of ``docs/algorithm.md`` uses it.
 
 Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011). Every backend draws
 these bits: key = the row's 64-bit seed, counter = (token id >> 2, offset low, offset high, stream),
