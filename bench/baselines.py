@@ -31,6 +31,8 @@ def steering(
     p = log_p.exp()
     if vector is not None:
         delta, kl = vector.float().expand_as(log_p), torch.zeros_like(log_p[:, :1])
+    elif base is None:
+        raise ValueError("base was None without a vector; allowed: one of them")
     else:
         ratio = log_p - base.float().log_softmax(-1)
         kl = (p * ratio).sum(-1, keepdim=True)
@@ -60,6 +62,8 @@ def steered_logits(
         p = log_p.exp()
         mean = (p * delta).sum(-1, keepdim=True)
         if strength_mode == "label":
+            if labels is None:
+                raise ValueError("labels was None with strength_mode 'label'; allowed: (B,)")
             mu = (delta.gather(1, labels[:, None]) - mean) / ((delta * delta).sum(-1, keepdim=True) + EPS)
         else:
             variance = (p * (delta - mean) ** 2).sum(-1, keepdim=True)
@@ -173,7 +177,8 @@ def logprob(
         curvature = (q * (move - mean) ** 2).sum(-1, keepdim=True)
         greedy = z.masked_fill(~inside, -math.inf).argmax(-1, keepdim=True)
         columns.append((z.gather(1, labels[:, None]), at_label - mean, curvature, greedy))
-    return tuple(torch.cat(parts, 1) for parts in zip(*columns, strict=True))
+    at_labels, slopes, curvatures, tokens = (torch.cat(parts, 1) for parts in zip(*columns, strict=True))
+    return at_labels, slopes, curvatures, tokens
 
 
 def extract(

@@ -13,6 +13,7 @@ from svdk.bench import baselines
 from svdk.bench.logits import Operands
 from svdk.ops import backends
 
+Draw = Callable[..., torch.Tensor]
 GRID = tuple(k / 4 for k in range(16))
 """The strengths of the ``logprob_grid`` setting."""
 
@@ -95,11 +96,11 @@ def baseline_call(setting: Setting, name: str, device: torch.device) -> Callable
     if name == "flashinfer":
         return lambda x: baselines.flashinfer(x.warm, **options)
     if not setting.steered:
-        function = {"race": baselines.exponential_race, "warpers": baselines.warpers}.get(
-            name, baselines.multinomial
-        )
+        plain: dict[str, Draw] = {"race": baselines.exponential_race, "warpers": baselines.warpers}
+        function = plain.get(name, baselines.multinomial)
         return lambda x: function(x.warm, **options)
-    function = {"race": baselines.eager_race, "warpers": baselines.warpers}.get(name, baselines.eager)
+    steered: dict[str, Draw] = {"race": baselines.eager_race, "warpers": baselines.warpers}
+    function = steered.get(name, baselines.eager)
     if options.get("strength_mode") == "label":
         return lambda x: function(x.warm, x.base, labels=x.labels, **options)
     return lambda x: function(x.warm, x.base, **options)
@@ -110,14 +111,13 @@ def compiled(setting: Setting, mode: str, device: torch.device) -> Callable[[Ope
     options = dict(setting.options)
     if setting.op == "steered_logprob":
         strengths = torch.tensor(options.pop("strengths", (1.0,)), device=device)
-        function = torch.compile(baselines.logprob, mode=mode, dynamic=False)
+        function: Callable[..., Any] = torch.compile(baselines.logprob, mode=mode, dynamic=False)
         return lambda x: function(x.warm, x.base, x.labels, strengths=strengths, **options)
     if setting.op == "extract":
         function = torch.compile(baselines.extract, mode=mode, dynamic=False)
         return lambda x: function(x.warm, x.base, **options)
-    function = torch.compile(
-        baselines.eager if setting.steered else baselines.multinomial, mode=mode, dynamic=False
-    )
+    eager: Draw = baselines.eager if setting.steered else baselines.multinomial
+    function = torch.compile(eager, mode=mode, dynamic=False)
     if not setting.steered:
         return lambda x: function(x.warm, **options)
     if options.get("strength_mode") == "label":

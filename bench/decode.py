@@ -11,10 +11,11 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import DynamicCache
 from transformers.generation.streamers import BaseStreamer
 
@@ -22,6 +23,10 @@ from svdk.bench import baselines, machine, models
 from svdk.generation.generate import decode
 from svdk.models import paired_forward
 from svdk.models.pair import ModelPair
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
 
 PROMPT_TOKENS = 16
 Steps = list[float]
@@ -57,7 +62,7 @@ class Clock(BaseStreamer):
         return [b - a for a, b in zip(self.stamps[1:], self.stamps[2:], strict=False)]
 
 
-def forward_only(model: nn.Module, rows: int) -> Contestant:
+def forward_only(model: PreTrainedModel, rows: int) -> Contestant:
     """The model's own forward over ``rows`` rows, and an argmax."""
 
     @torch.inference_mode()
@@ -73,7 +78,7 @@ def forward_only(model: nn.Module, rows: int) -> Contestant:
     return run
 
 
-def peft(model: nn.Module, sample: bool) -> Contestant:
+def peft(model: PeftModel, sample: bool) -> Contestant:
     """The adapted model alone, by PEFT and transformers."""
 
     def run(ids: Tensor, count: int) -> Steps:
@@ -87,7 +92,7 @@ def peft(model: nn.Module, sample: bool) -> Contestant:
     return run
 
 
-def eager(model: nn.Module, sample: bool) -> Contestant:
+def eager(model: PeftModel, sample: bool) -> Contestant:
     """SVDecode as first written: two forwards, PEFT's ``disable_adapter()``, PyTorch's own operations."""
 
     @torch.inference_mode()
@@ -130,7 +135,7 @@ def ablated(run: Contestant) -> Contestant:
     return without
 
 
-def contestants(adapted: nn.Module, plain: nn.Module, batch: int) -> dict[str, Contestant]:
+def contestants(adapted: PeftModel, plain: PreTrainedModel, batch: int) -> dict[str, Contestant]:
     """Name -> function of a prompt (B, T) and a number of steps."""
     pair = ModelPair(adapted)
     found = {f"plain model, {rows} rows": forward_only(plain, rows) for rows in (batch, 2 * batch)}
@@ -146,7 +151,7 @@ def contestants(adapted: nn.Module, plain: nn.Module, batch: int) -> dict[str, C
     return found
 
 
-def same_tokens(adapted: nn.Module, prompt: Tensor, count: int) -> bool:
+def same_tokens(adapted: PeftModel, prompt: Tensor, count: int) -> bool:
     """Whether one forward and two decode to the same tokens, greedy and sampled."""
     pair = ModelPair(adapted)
     pairs = [
@@ -188,7 +193,7 @@ def main() -> None:
 
     device = torch.device("cpu")
     adapted, plain = models.load(args.model, device), load_model(args.model)[0]
-    results = {"machine": machine.describe(device), "model": args.model, "batches": {}}
+    results: dict[str, Any] = {"machine": machine.describe(device), "model": args.model, "batches": {}}
     for batch in args.batch:
         prompt = torch.randint(5, 40000, (batch, PROMPT_TOKENS), generator=torch.Generator().manual_seed(0))
         runs = contestants(adapted, plain, batch)

@@ -6,26 +6,31 @@ import gc
 import importlib.util
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from svdk.bench import baselines, models, timing
 from svdk.bench.machine import free_memory
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 PROMPT_TOKENS = 16
 PROC = Path("/proc/self")
 
 
 @torch.inference_mode()
-def naive(model: nn.Module, input_ids: Tensor, new_tokens: int, **options: Any) -> Tensor:
+def naive(model: PeftModel, input_ids: Tensor, new_tokens: int, **options: Any) -> Tensor:
     """SVDecode as one would first write it: two forwards, PEFT's ``disable_adapter()``, eager steering.
 
     ``options`` as :func:`svdk.bench.baselines.eager`. Returns ``(B, T + new_tokens)``.
     """
-    pending, caches = input_ids, {"warm": None, "base": None}
+    pending = input_ids
+    caches: dict[str, Any] = {"warm": None, "base": None}
     for _ in range(new_tokens):
         warm = model(input_ids=pending, past_key_values=caches["warm"], use_cache=True, logits_to_keep=1)
         with model.disable_adapter():
@@ -36,15 +41,16 @@ def naive(model: nn.Module, input_ids: Tensor, new_tokens: int, **options: Any) 
     return input_ids
 
 
-def plain(model: nn.Module, input_ids: Tensor, new_tokens: int) -> Tensor:
+def plain(model: PeftModel, input_ids: Tensor, new_tokens: int) -> Tensor:
     """Sampling from the adapted model alone, by transformers and PEFT."""
     mask = torch.ones_like(input_ids)
-    return model.generate(
+    tokens: Tensor = model.generate(
         input_ids=input_ids, attention_mask=mask, do_sample=True, top_k=0, max_new_tokens=new_tokens
     )
+    return tokens
 
 
-def contestants(model: nn.Module) -> dict[str, Callable[[Tensor, int], Tensor]]:
+def contestants(model: PeftModel) -> dict[str, Callable[[Tensor, int], Tensor]]:
     """Name -> function of a prompt ``(B, T)`` and a number of tokens."""
     from svdk.generation.generate import decode
     from svdk.models.pair import ModelPair
@@ -115,9 +121,10 @@ def measure(
                 )
                 break
             for run, call in runs.items():
-                seconds, peak = _timed(lambda call=call, ids=prompt: call(ids, new_tokens), device)
+                seconds, peak = _timed(partial(call, prompt, new_tokens), device)
                 samples[run].append([seconds / new_tokens])
-                peaks[run] = peak if run not in peaks or peak is None else max(peak, peaks[run])
+                known = peaks.get(run)
+                peaks[run] = peak if peak is None or known is None else max(peak, known)
         for run in runs:
             t = timing.summarize(samples[run])
             rows.append(

@@ -103,9 +103,9 @@ def speedup(results: Results) -> Any | None:
         for row in rows
         if not row["contestant"].startswith("svdk")
     ]
-    if not bars:
+    if not bars or (shape := main_shape(results)) is None:
         return None
-    batch_size, vocab = main_shape(results)
+    batch_size, vocab = shape
     figure = _figure(
         7.6, 1.2 + 0.26 * len(bars), f"svdk against baselines, B={batch_size}, V={vocab:,}, float32", results
     )

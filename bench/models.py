@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
 
 REAL = "smollm2-135m"
 
@@ -40,7 +44,7 @@ SHAPES = {
 }
 
 
-def load(name: str, device: torch.device) -> nn.Module:
+def load(name: str, device: torch.device) -> PeftModel:
     """A PEFT model (LoRA rank 8 on q, k, v, o, random weights) over ``name``: a shape, or a real model.
 
     Raises:
@@ -68,7 +72,7 @@ def load(name: str, device: torch.device) -> nn.Module:
     return get_peft_model(model, config).eval()
 
 
-def random_model(shape: Shape, device: torch.device) -> nn.Module:
+def random_model(shape: Shape, device: torch.device) -> PreTrainedModel:
     """A Llama model of this shape with random weights: float32 on a CPU, bfloat16 elsewhere."""
     from transformers import AutoModelForCausalLM, LlamaConfig
 

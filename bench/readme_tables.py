@@ -74,8 +74,8 @@ def section(found: results.Results, source: str, links: Iterable[str] = ()) -> s
     others = [
         (p, rows) for p, rows in figures.at_main_shape(found) if p["setting"] not in ("sample", "plain")
     ]
-    if others:
-        batch, vocab = figures.main_shape(found)
+    if others and (shape := figures.main_shape(found)):
+        batch, vocab = shape
         parts.append(f"**The other settings**, B={batch}, V={vocab:,}, float32, {others[0][0]['cache']}:")
         parts.append(_settings(others))
     if found["end_to_end"]:
@@ -111,7 +111,8 @@ def _shapes(found: results.Results, points: list[tuple[Row, list[Row]]]) -> str:
     kind = "copy" if found["machine"]["device"] == "cuda" else "read"
     names = list(dict.fromkeys(figures.family(r["contestant"]) for _, rows in points for r in rows))
     names = [name for name in names if name != "svdk"]
-    head = ["B", "V", "dtype", "logits", "caches", "ms", f"of memory {kind}", *map(figures.NAMES.get, names)]
+    head = ["B", "V", "dtype", "logits", "caches", "ms", f"of memory {kind}"]
+    head += [figures.NAMES[name] for name in names]
     lines = []
     for point, rows in points:
         if (ours := tables.best_of_ours(rows)) is None:

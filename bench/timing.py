@@ -10,6 +10,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -84,7 +85,7 @@ class Contest:
             TooSlowError: with the time that one call took.
         """
         call(self.operands[0])  # compiles, allocates, loads
-        entry = _Entry([lambda x=x: call(x) for x in self.operands])
+        entry = _Entry([partial(call, x) for x in self.operands])
         if capture and self.device.type == "cuda":
             entry = _captured(entry.calls)
         self._sample(entry)

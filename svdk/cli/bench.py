@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from svdk.bench.suite import Options
@@ -134,7 +134,7 @@ def _options(args: argparse.Namespace) -> Options:
         "settings": args.setting, "batches": args.batch, "vocabs": args.vocab,
         "dtypes": args.dtype, "kinds": args.logits, "caches": args.cache,
     }  # fmt: skip
-    given = {name: tuple(values) for name, values in shapes.items() if values}
+    given: dict[str, Any] = {name: tuple(values) for name, values in shapes.items() if values}
     if given:
         block = replace(micro.Block(micro.MAIN, compile=options.with_compile), **given)
         options = replace(options, blocks=(block,))

@@ -165,7 +165,7 @@ def render(tokenizer: PreTrainedTokenizerBase, text: str, system: str | None) ->
     """A prompt as the chat template writes it, up to where the answer starts."""
     turns = [{"role": "system", "content": system}] if system else []
     turns.append({"role": "user", "content": text})
-    return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
 
 
 def eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -183,7 +183,7 @@ def _compare(
         start = time.perf_counter()
         tokens = answer(view)
         times.append(f"{view} {_pace(start, len(tokens))}")
-        answers[view] = tokenizer.decode(tokens, skip_special_tokens=True).strip()
+        answers[view] = tokenizer.batch_decode(tokens[None], skip_special_tokens=True)[0].strip()
     print(columns(answers, shutil.get_terminal_size((96, 24)).columns), flush=True)
     _report(args, ", ".join(times))
 

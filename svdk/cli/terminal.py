@@ -7,12 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+    from transformers.generation.streamers import BaseStreamer
+else:
+    BaseStreamer = object  # transformers asks for no more than its methods, and takes seconds to load
 
 MIN_COLUMN = 24
 """Cells; narrower columns are harder to read than text one below the other."""
 
 
-class Printer:
+class Printer(BaseStreamer):
     """A streamer that writes text the moment it is whole (not half of a multi-byte character)."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -35,7 +38,7 @@ class Printer:
         print(flush=True)
 
     def _write(self, end: bool) -> None:
-        text = self._tokenizer.decode(self._ids or [], skip_special_tokens=True)
+        text = self._tokenizer.batch_decode([self._ids or []], skip_special_tokens=True)[0]
         if end or not text.endswith("\ufffd"):
             print(text[len(self._printed) :], end="", flush=True)
             self._printed = text

@@ -47,7 +47,7 @@ def _draw_matches(axes: Any, results: Results) -> None:
 
 def _draw_curves(axes: Any, results: Results) -> None:
     warm = results.calibrations[AUTO].metrics["nll_warm"]
-    used = {key: results.outcome(key).system.steering.strength for key in (PAPER, TUNED, AUTO)}
+    used = {key: results.strength(key) for key in (PAPER, TUNED, AUTO)}
     floor = warm
     for key in (TUNED, AUTO):
         report = results.calibrations[key]
@@ -60,10 +60,10 @@ def _draw_curves(axes: Any, results: Results) -> None:
         label = f"{SETTING[report.direction]}, α = {report.alpha:g}"
         axes.plot(strengths, nll, color=COLOURS[key], linewidth=2, label=label)
     for key, mu in used.items():
-        (nll,), _ = results.calibrations[key].curve([mu])
+        (there,), _ = results.calibrations[key].curve([mu])
         name = results.outcome(key).system.label.split(", ", 1)[1]
         axes.plot(
-            [mu], [nll], "o", color=COLOURS[key], markersize=9, markeredgecolor="white", zorder=3,
+            [mu], [there], "o", color=COLOURS[key], markersize=9, markeredgecolor="white", zorder=3,
             label=f"{name}: μ = {mu:.2f}",
         )  # fmt: skip
     axes.axhline(warm, color="0.45", linewidth=1, linestyle="--", zorder=1)

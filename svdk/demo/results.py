@@ -74,6 +74,13 @@ class Results:
         """The row of the system ``key``."""
         return next(row for row in self.rows if row.system.key == key)
 
+    def strength(self, key: str) -> float:
+        """The strength of the steered system ``key``."""
+        steering = self.outcome(key).system.steering
+        if steering is None:
+            raise ValueError(f"system {key} is not steered")
+        return steering.strength
+
     @property
     def verdict(self) -> str:
         """``helps``, ``hurts`` or ``does not help``: auto against the warm start, by exact match."""
@@ -96,7 +103,7 @@ class Results:
                 f"{percent(auto.means['right'])}, {points(right)}."
             )
         for key, name in ((PAPER, "the paper's setting"), (TUNED, "the paper's direction and mask")):
-            strength = self.outcome(key).system.steering.strength
+            strength = self.strength(key)
             lines.append(
                 f"With {name} and strength {strength:.2f} ({self._estimator(key)}), SVDecode "
                 f"{self._exact_match(self.row(key))}."

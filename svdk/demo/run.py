@@ -174,7 +174,7 @@ def _calibrate(
     """Three steerings from one sweep over the calibration data; the one that auto chose is saved."""
     auto = calibrate(peft_model, folder, tokenizer=tokenizer, direction="auto", seed=seed, progress=True)
     auto.save(folder)
-    paper = {"direction": "kl_gradient", "alpha": 0.1, "seed": seed}
+    paper: dict[str, Any] = {"direction": "kl_gradient", "alpha": 0.1, "seed": seed}
     steerings = {
         PAPER: recalibrate(folder, estimator="mean", **paper),
         TUNED: recalibrate(folder, estimator="optimum", **paper),

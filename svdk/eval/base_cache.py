@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,18 +24,25 @@ class BaseCache:
     def __init__(self) -> None:
         """Empty; bound to the first model and questions that it is used with."""
         self._hidden: dict[Hashable, Tensor] = {}
-        self._bound: tuple[nn.Module, str] | None = None
+        self._bound: tuple[nn.Linear, str] | None = None
         self.usable = True
         """False when the model's logits do not follow from the output layer alone."""
 
     def bind(self, pair: ModelPair, signature: str) -> None:
         """Claim the cache; ``InputError`` when it already belongs to another model or other questions."""
-        head = pair.module.get_output_embeddings()
+        model: Any = pair.module
+        head = model.get_output_embeddings()
         if self._bound is None:
             self._bound = (head, signature)
         # The output layer's weight stays the same tensor while adapters come and go.
         elif self._bound[0].weight is not head.weight or self._bound[1] != signature:
             raise InputError("base_cache was filled by another model or other questions; allowed: a new one")
+
+    @property
+    def _head(self) -> nn.Linear:
+        if self._bound is None:
+            raise ValueError("the cache was not bound to a model")
+        return self._bound[0]
 
     def __contains__(self, key: Hashable) -> bool:
         """Whether the rows of ``key`` are known."""
@@ -42,7 +50,7 @@ class BaseCache:
 
     def logits(self, key: Hashable) -> Tensor:
         """(..., V): the logits of ``key`` again."""
-        head = self._bound[0]
+        head = self._head
         with torch.no_grad():
             return head(self._hidden[key].to(head.weight.device))
 
@@ -50,7 +58,7 @@ class BaseCache:
         """The base logits that ``run`` computes; their hidden states are kept under ``key``."""
         if not self.usable:
             return run()
-        head = self._bound[0]
+        head = self._head
         seen: list[Tensor] = []
         hook = head.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
         try:
@@ -60,7 +68,7 @@ class BaseCache:
         hidden = seen[-1][:, -logits.shape[1] :] if len(seen) == 1 else None
         with torch.no_grad():
             self.usable = hidden is not None and torch.allclose(head(hidden), logits, rtol=1e-4, atol=1e-4)
-        if self.usable:
+        if hidden is not None and self.usable:
             self._hidden[key] = hidden.cpu().clone()
         else:
             self._hidden.clear()

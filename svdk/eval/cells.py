@@ -27,7 +27,7 @@ from svdk.calibration.estimators import (
     out_of_fold,
     per_token_optimum,
 )
-from svdk.calibration.kept_statistics import Statistics, View
+from svdk.calibration.kept_statistics import MaskedView, Statistics, View
 from svdk.calibration.report import saved_statistics
 from svdk.eval.answers import kept_answers
 from svdk.eval.generation import score_answers
@@ -68,11 +68,17 @@ class Fold:
     def strength(self, system: System) -> float:
         """The strength mu of ``system`` (``kl_budget``: kappa), from the calibration data."""
         if system.direction == "vector":
-            return self.static.strength
-        view = self.calibration.view(system.direction, system.alpha)
+            return self.vector().strength
+        view = self.calibration.view(*system.setting)
         if system.strength_mode == "kl_budget":
-            return fit_kl_budget(view)
-        return fit(view, system.estimator, system.objective).strength
+            return fit_kl_budget(_masked(view))
+        return fit(view, *system.fitting).strength
+
+    def vector(self) -> Steering:
+        """The static vector of a study that compares it."""
+        if self.static is None:
+            raise ValueError("the study has no static vector")
+        return self.static
 
     def scores(self, system: System, strength: float | None) -> dict[str, Tensor]:
         """Each metric of every question, (Q,) float64."""
@@ -81,15 +87,17 @@ class Fold:
             logprobs = self.options.base_logprobs()
             correct = _unmasked(statistics).correct(-1.0)  # log-ratio without mask, mu = -1: the base model
         else:
-            direction, alpha = system.direction, system.alpha
             penalty = -math.inf if system.penalty is None else system.penalty
             view = _unmasked(statistics)
-            if direction is not None:
-                view = statistics.view(direction, alpha, penalty)
-            mu = _on_grid(strength or 0.0)
+            if system.direction is not None:
+                view = statistics.view(*system.setting, penalty)
             if system.strength_mode == "kl_budget":
-                mu = kl_budget_strength(view, strength)
-            logprobs, correct = self.options.logprobs(view, mu), view.correct(mu)
+                view = _masked(view)
+                each = kl_budget_strength(view, strength or 0.0)
+                logprobs, correct = self.options.logprobs(view, each), view.correct(each)
+            else:
+                mu = _on_grid(strength or 0.0)
+                logprobs, correct = self.options.logprobs(view, mu), view.correct(mu)
         return self._metrics(logprobs, correct, gold)
 
     def _metrics(self, logprobs: Tensor, correct: Tensor, gold: Tensor) -> dict[str, Tensor]:
@@ -111,6 +119,12 @@ class Fold:
 def _unmasked(statistics: Statistics) -> View:
     """A view of which mu = 0 is the warm start and mu = -1 the base model."""
     return statistics.view("log_ratio", 0.0)
+
+
+def _masked(view: View) -> MaskedView:
+    if not isinstance(view, MaskedView):
+        raise ValueError("the mode kl_budget has a mask")
+    return view
 
 
 def _on_grid(strength: float) -> float:
@@ -221,8 +235,9 @@ def _cell_id(record: Mapping[str, Any], sources: Sequence[str]) -> str:
 def _score(system: System, folds: Sequence[Fold]) -> dict[str, Any]:
     start = time.perf_counter()
     steered = system.system == "steered"
-    strengths = [fold.strength(system) if steered else None for fold in folds]
-    parts = [fold.scores(system, mu) for fold, mu in zip(folds, strengths, strict=True)]
+    strengths = [fold.strength(system) for fold in folds] if steered else []
+    used: Sequence[float | None] = strengths if steered else [None] * len(folds)
+    parts = [fold.scores(system, mu) for fold, mu in zip(folds, used, strict=True)]
     return {
         "strength": strengths if steered else None,
         **summary(parts),
@@ -270,16 +285,18 @@ def _calibration(system: System, folds: Sequence[Fold], strengths: Sequence[floa
     """The expected gain of every fold, and how much the per-token optima scatter."""
     if system.direction == "vector":
         return {
-            "gain": [fold.static.gain for fold in folds],
-            "interval": [list(fold.static.confidence_interval) for fold in folds],
+            "gain": [fold.vector().gain for fold in folds],
+            "interval": [list(fold.vector().confidence_interval or ()) for fold in folds],
         }
     if system.strength_mode != "constant" or system.penalty != 0:
         return None
-    gains, intervals, spread, nll = [], [], [], {"base": [], "warm": [], "steered": []}
+    gains, intervals, spread = [], [], []
+    nll: dict[str, list[float]] = {"base": [], "warm": [], "steered": []}
+    estimator, objective = system.fitting
     for fold, strength in zip(folds, strengths, strict=True):
-        view = fold.calibration.view(system.direction, system.alpha)
-        found = out_of_fold({(system.direction, system.alpha): view}, system.estimator, system.objective)
-        gain, interval = bootstrap(found.of(system.objective), view.tokens, resamples=RESAMPLES)
+        view = fold.calibration.view(*system.setting)
+        found = out_of_fold({system.setting: view}, estimator, objective)
+        gain, interval = bootstrap(found.of(objective), view.tokens, resamples=RESAMPLES)
         gains.append(gain)
         intervals.append(list(interval))
         optima = per_token_optimum(view)

@@ -9,7 +9,7 @@ cached on disk.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from svdk.errors import InputError
 from svdk.eval import truthfulqa as source
@@ -38,7 +38,7 @@ def choice(*, svdk_task: str, data_dir: str | None = None, seed: int = 0, **_: A
 
 
 def truthfulqa(
-    *, data_dir: str | None = None, fold: int | str = 0, folds: int = 2, seed: int = 0, **_: Any
+    *, data_dir: str | None = None, fold: int | Literal["all"] = 0, folds: int = 2, seed: int = 0, **_: Any
 ) -> dict[str, Dataset]:
     """Split "test" of TruthfulQA in the form of the hub's ``truthful_qa``; ``fold="all"``: all questions.
 

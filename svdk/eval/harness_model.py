@@ -105,7 +105,7 @@ class SteeredLM(HFLM):
         self.system = system
         self.pair = ModelPair(model)
         self.adapter = None if adapter is None else str(adapter)
-        overrides = {
+        overrides: dict[str, Any] = {
             "strength": strength,
             "strength_mode": strength_mode,
             "direction": direction,
@@ -141,12 +141,12 @@ class SteeredLM(HFLM):
         length = inps.shape[1]
         if self._sampler is not None and "base" in self._sampler.views:
             warm, base = self.pair.teacher_forced(inps, None, length)
-            return self._steered(warm, base)
+            return self._steered(self._sampler, warm, base)
         with self.pair.evaluating():
             view = self.pair.base if self.system == "base" else self.pair.warm
             logits = view(inps, keep=length)
         if self._sampler is not None:
-            return self._steered(logits, None)
+            return self._steered(self._sampler, logits, None)
         logits = logits.float()
         highest = logits.amax(-1)  # NaN goes through a maximum
         if not bool(torch.isfinite(highest).all()):
@@ -156,9 +156,9 @@ class SteeredLM(HFLM):
             )
         return logits
 
-    def _steered(self, warm: Tensor, base: Tensor | None) -> Tensor:
+    def _steered(self, sampler: Sampler, warm: Tensor, base: Tensor | None) -> Tensor:
         """Steered logits float32 (B, T, V), some positions at a time: the op's own memory stays small."""
-        shape, sampler = warm.shape, self._sampler
+        shape = warm.shape
         warm = warm.reshape(-1, shape[-1])
         base = None if base is None else base.reshape(-1, shape[-1])
         out = warm if warm.dtype == torch.float32 else torch.empty_like(warm, dtype=torch.float32)

@@ -102,8 +102,8 @@ def render(
     parts += ["## Beside the paper", _PAPER_NOTE, paper_table(results, paper)]
     parts.append("## Tables and figures in the paper's form")
     parts.append(_FORM_NOTE)
-    for title, text in tables(results):
-        parts += [f"### {title}", text or "Left out: the results have no cells for it."]
+    for title, made in tables(results):
+        parts += [f"### {title}", made or "Left out: the results have no cells for it."]
     for name, group in figures.items():
         parts.append(f"### {name}")
         parts += [_image(p) for p in group] or ["Left out: the results have no data for it."]

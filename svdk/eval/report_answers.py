@@ -83,7 +83,7 @@ def warm_pairs(
         for test in results.tests:
             for start in results.starts(test, decoding):
                 warm, cell = (
-                    results.warm(test, start, decoding),
+                    results.listed(test, start, decoding),
                     results.find(test, start, decoding, **headline.pattern),
                 )
                 if cell:
@@ -103,7 +103,7 @@ def help_text(results: Results) -> str | None:
             lines.append(f"- **{headline.name}**: not measured.")
             continue
         example = (scored or written)[0].b
-        name = setting_name(example.setting, example.decoding)
+        name = setting_name(example.steering, example.decoding)
         shown = []
         for pairs, metrics, how in (
             (scored, (ANSWERS, "nll"), "by likelihood"),
@@ -128,7 +128,7 @@ def help_text(results: Results) -> str | None:
 
 def _by_length(results: Results, pairs: Sequence[Pair], found: Sequence[Claim]) -> str:
     """How many warm starts of each length are better or worse; "" where none is, or all have one length."""
-    steps = {f"{results.label(p.a.test)}, {p.context}": p.a.start.steps for p in pairs}
+    steps = {f"{results.label(p.a.test)}, {p.context}": p.a.start.steps for p in pairs if p.a.start}
     counts: dict[int, list[int]] = {}
     for claim in found:
         counts.setdefault(steps[claim.label], []).append(claim.sign)

@@ -78,6 +78,13 @@ class Cell:
     calibration: Calibration | None
     seconds: float
 
+    @property
+    def steering(self) -> Setting:
+        """The setting of a steered cell."""
+        if self.setting is None:
+            raise ValueError(f"cell {self.id} is not steered")
+        return self.setting
+
     def mean(self, metric: str) -> float | None:
         """The mean over questions, or the file's figure where it has no scores; None when not measured."""
         if metric in self.scores:
@@ -146,10 +153,16 @@ class Results:
         wanted = (test, "base", decoding)
         return next((c for c in self.cells if (c.test, c.system, c.decoding) == wanted), None)
 
-    def warm(self, test: Benchmark, start: Start, decoding: str = LIKELIHOOD) -> Cell | None:
+    def warm(self, test: Benchmark, start: Start | None, decoding: str = LIKELIHOOD) -> Cell | None:
         """The cell of a warm start without steering."""
         here = self._places().get((test, start, decoding), [])
         return next((c for c in here if c.system == "warm"), None)
+
+    def listed(self, test: Benchmark, start: Start, decoding: str = LIKELIHOOD) -> Cell:
+        """The cell of a warm start that :meth:`starts` has given, without steering."""
+        if (found := self.warm(test, start, decoding)) is None:
+            raise ValueError(f"{test.task} has no warm start {start}")
+        return found
 
     def steered(self, test: Benchmark, start: Start, decoding: str = LIKELIHOOD) -> list[Cell]:
         """Every steered cell of a warm start."""

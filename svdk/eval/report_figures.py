@@ -59,7 +59,7 @@ def figure_4(results: Results) -> Picture | None:
     points = []
     for test in results.tests:
         for start in shown_starts(results, test):
-            warm, row = results.warm(test, start), f"{results.label(test)}, {results.start_label(start)}"
+            warm, row = results.listed(test, start), f"{results.label(test)}, {results.start_label(start)}"
             cells = {key: (name, _find(results, test, start, like)) for key, (name, like) in kinds.items()}
             budget = _find(
                 results, test, start, {"direction": "kl_gradient", "mode": "kl_budget", "alpha": 0.1}
@@ -118,8 +118,7 @@ def _forest_panel(axes: Any, points: Sequence[Point], rows: list[str], series: l
     drawn = []
     for point in points:
         name = "nll" if kind == "nll" else choice_metric(point.differences)
-        found = point.differences.get(name) if name else None
-        if found is None or not math.isfinite(found.low):
+        if name is None or (found := point.differences.get(name)) is None or not math.isfinite(found.low):
             continue
         known = METRICS[name]
         middle, *ends = (known.better * known.scale * x for x in (found.mean, found.low, found.high))

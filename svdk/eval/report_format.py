@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from svdk.bench.readme_tables import markdown
 from svdk.calibration.kept_statistics import LIMIT
@@ -51,7 +51,7 @@ METRICS: Mapping[str, Metric] = {
 CHOICE = ("mc1", "accuracy", "generated_accuracy", "truthful", "exact")
 """The answer metric of a test is the first of these that it has."""
 
-Pattern = Mapping[str, str | float]
+Pattern = Mapping[str, Any]
 
 
 class Headline(NamedTuple):

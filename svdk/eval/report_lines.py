@@ -27,7 +27,7 @@ def figures_2(results: Results) -> Iterator[Picture]:
 
 def _figure_2(results: Results, test: Benchmark, columns: list[list[Start]]) -> Picture:
     label = results.label(test)
-    answers = choice_metric(results.warm(test, columns[0][0]).scores)
+    answers = choice_metric(results.listed(test, columns[0][0]).scores)
     metrics = [m for m in (answers, "nll") if m]
     title = f"{label}: length of the warm start (n = {results.questions(test):,})"
     figure = new_figure(0.9 + 2.4 * len(metrics), title)
@@ -81,7 +81,7 @@ def _length_panel(
         found = [
             (start, y, cell)
             for start, cell in zip(starts, cells, strict=True)
-            if (y := _shown(cell, metric)) is not None
+            if cell is not None and (y := _shown(cell, metric)) is not None
         ]
         if not found:
             continue
@@ -90,7 +90,7 @@ def _length_panel(
             [start.steps for start, *_ in found], [y for _, y, _ in found], color=COLOURS[key], linewidth=1.5
         )
         for start, y, cell in found:
-            gap = results.differences(results.warm(test, start), cell).get(metric)
+            gap = results.differences(results.listed(test, start), cell).get(metric)
             solid = key == "warm" or (gap is not None and verdict_sign(metric, gap) != 0)
             axes.plot(
                 start.steps, y, marker=MARKERS[key], color=COLOURS[key], markersize=5, zorder=3,

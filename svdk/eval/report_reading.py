@@ -73,7 +73,8 @@ def _lines(path: Path) -> tuple[list[tuple[int, dict[str, Any]]], list[str]]:
         raise DataError(f"results file {path} was not UTF-8 text (byte {error.start})") from None
     except OSError as error:
         raise DataError(f"results file {path} cannot be read: {error.strerror}") from None
-    found, lines = [], text.split("\n")
+    found: list[tuple[int, dict[str, Any]]] = []
+    lines = text.split("\n")
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue

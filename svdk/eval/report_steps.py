@@ -78,7 +78,7 @@ def worths(results: Results) -> list[Worth]:
 
 
 def _of_series(results: Results, test: Benchmark, starts: list[Start]) -> list[Worth]:
-    warm = [results.warm(test, start) for start in starts]
+    warm = [results.listed(test, start) for start in starts]
     lengths = tuple(start.steps for start in starts)
     answers = choice_metric(warm[0].scores)
     found = []

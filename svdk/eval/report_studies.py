@@ -56,15 +56,16 @@ class Study:
         if "penalty" not in self.ignore:
             return found
         # Where it may differ, it has to be the usual one on one side at least.
-        return [p for p in found if p.a.setting.penalty == usual_penalty(p.a.decoding)]
+        return [p for p in found if p.a.steering.penalty == usual_penalty(p.a.decoding)]
 
     def _context(self, a: Cell, b: Cell) -> str:
+        ours, theirs = a.steering, b.steering
         hidden = [name for name in self.a if not isinstance(self.a[name], frozenset)]
-        parts = [setting_name(a.setting, a.decoding, without=hidden)]
+        parts = [setting_name(ours, a.decoding, without=hidden)]
         if isinstance(self.b.get("alpha"), frozenset):
-            parts.append(f"α = {b.setting.alpha:g}")
-        if b.setting.strength is not None and a.setting.strength is None:
-            shown = setting_name(b.setting, b.decoding)
+            parts.append(f"α = {theirs.alpha:g}")
+        if theirs.strength is not None and ours.strength is None:
+            shown = setting_name(theirs, b.decoding)
             parts.append(shown[shown.rindex(", ") + 2 :])
         if a.decoding != LIKELIHOOD:
             parts.append(a.decoding)

@@ -169,12 +169,12 @@ def _commonsense(results: Results, tests: list[Benchmark]) -> str:
 def _average(
     results: Results, mine: Sequence[Cell | None], warm: Sequence[Cell | None], metric: str
 ) -> list[Entry | str]:
-    means = [cell.mean(metric) if cell else None for cell in mine]
-    if None in means:
+    means = [mean for cell in mine if cell and (mean := cell.mean(metric)) is not None]
+    if len(means) < len(mine):
         return ["–"]
     pairs = [Pair(a, b) for a, b in zip(warm, mine, strict=True) if a and b and a is not b]
-    gaps = [mean_gaps([pair]).get(metric) for pair in pairs]
-    complete = len(gaps) == len(mine) and all(gap is not None for gap in gaps)
+    gaps = [gap for pair in pairs if (gap := mean_gaps([pair]).get(metric)) is not None]
+    complete = len(gaps) == len(mine)
     return [
         Entry(metric, sum(means) / len(means), macro(gaps, resamples=results.resamples) if complete else None)
     ]
@@ -280,7 +280,7 @@ def _ours(results: Results, metric: str) -> tuple[str, str]:
         for test, how in product(results.tests, [LIKELIHOOD, *results.decodings()]):
             for start in results.starts(test, how):
                 warm, cell = (
-                    results.warm(test, start, how),
+                    results.listed(test, start, how),
                     results.find(test, start, how, **headline.pattern),
                 )
                 if cell and metric in (found := results.differences(warm, cell)):

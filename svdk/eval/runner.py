@@ -196,7 +196,7 @@ def _calibrate(
 ) -> None:
     data = place.adapter / CALIBRATION_FILE
     check_disjoint([example.prompt for example in load_examples(data)], task.test, "calibration")
-    options = {"tokenizer": tokenizer, "seed": study.seed, "progress": True}
+    options: dict[str, Any] = {"tokenizer": tokenizer, "seed": study.seed, "progress": True}
     calibrate(peft_model, place.adapter, direction="auto", alpha=study.alpha, **options).save(place.adapter)
     if study.static_vector:
         folder = place.adapter / STATIC

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from svdk.calibration.kept_statistics import Statistics, View, default_grid
+from svdk.calibration.kept_statistics import MaskedView, Statistics, View, default_grid
 from svdk.calibration.sweep import DIRECTIONS, MAX_FORWARD, Part, Sweep, add_rows, assemble, check_grid
 from svdk.errors import ArtifactError, DataError
 from svdk.eval.base_cache import BaseCache
@@ -36,8 +36,9 @@ class OptionStatistics:
 
     def logprobs(self, view: View, strength: float | Tensor) -> Tensor:
         """(O,) float64: log-probability of every option (sum over its tokens) at mu = ``strength``."""
-        values = -view.evaluate(strength).nll
-        return torch.where(self.impossible, -torch.inf, values)
+        # One strength a token is for the mode kl_budget, which has a mask.
+        curve = view.evaluate(strength) if isinstance(view, MaskedView) else view.evaluate(float(strength))
+        return torch.where(self.impossible, -torch.inf, -curve.nll)
 
     def base_logprobs(self) -> Tensor:
         """(O,) float64: log-probability of every option under the base model."""

@@ -21,6 +21,20 @@ class System:
     estimator: str | None = None
     objective: str | None = None
 
+    @property
+    def setting(self) -> tuple[str, float]:
+        """(direction, alpha) of a steered system."""
+        if self.direction is None or self.alpha is None:
+            raise ValueError(f"system {self.system} is not steered")
+        return self.direction, self.alpha
+
+    @property
+    def fitting(self) -> tuple[str, str]:
+        """(estimator, objective) of a steered system."""
+        if self.estimator is None or self.objective is None:
+            raise ValueError(f"system {self.system} is not steered")
+        return self.estimator, self.objective
+
 
 BASE = System("base")
 WARM = System("warm")

@@ -110,10 +110,10 @@ def _deal(
     place = [0] * len(questions)
     for rank, index in enumerate(seeded_order(keys, seed, "folds")):
         place[index] = rank % folds
-    parts = [[], []]
+    parts: tuple[list[Question], list[Question]] = ([], [])
     for question, part in zip(questions, place, strict=True):
         parts[part == fold].append(question)
-    return parts[0], parts[1]
+    return parts
 
 
 def _task(
