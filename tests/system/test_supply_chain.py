@@ -32,8 +32,12 @@ ASKED_FOR = {"svdk/eval/judge.py"}
 STRAY = re.compile(r"\.(so|pyc|pyd|o|orig|rej|bak|swp|log)$|__pycache__|\.egg-info/.*\.so|(^|/)\.(?!clang)")
 
 
+def configuration() -> dict:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+
 def project() -> dict:
-    return tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    return configuration()["project"]
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +89,7 @@ def test_the_sdist_holds_all_that_a_build_and_its_tests_need(distributions):
     with tarfile.open(sdist) as archive:
         names = {"/".join(name.split("/")[1:]) for name in archive.getnames()} - {""}
     assert not [name for name in names if STRAY.search(name)]
-    assert {"LICENSE", "README.md", "pyproject.toml", "setup.py", "Makefile", "requirements-ci.txt"} <= names
+    assert {"LICENSE", "README.md", "pyproject.toml", "setup.py", "Makefile", "svdk/py.typed"} <= names
     for folder, pattern in (("csrc", "*.[hc]*"), ("kernels", "*.py"), ("bench", "*.py"), ("tests", "*.py")):
         wanted = {str(p.relative_to(ROOT)) for p in (ROOT / folder).rglob(pattern) if p.is_file()}
         assert wanted and wanted <= names, sorted(wanted - names)
@@ -105,7 +109,7 @@ def test_metadata_says_what_pyproject_says(distributions):
 
 
 def test_twine_finds_nothing_to_say(distributions):
-    pytest.importorskip("twine", reason="twine is not installed (requirements-ci.txt has it)")
+    pytest.importorskip("twine", reason="twine is not installed (pyproject.toml's group ci has it)")
     command = [
         sys.executable,
         "-m",
@@ -123,15 +127,21 @@ def test_twine_finds_nothing_to_say(distributions):
 # --- dependencies
 
 
+def group(name: str) -> list[str]:
+    """The requirements of a dependency group, without markers; those of included groups too."""
+    found: list[str] = []
+    for entry in configuration()["dependency-groups"][name]:
+        found += [entry.split(";")[0].strip()] if isinstance(entry, str) else group(entry["include-group"])
+    return found
+
+
 def test_ci_versions_are_pinned_and_cover_what_is_required():
-    lines = (ROOT / "requirements-ci.txt").read_text().splitlines()
-    pinned = [line.split(";")[0].strip() for line in lines if line and not line.startswith("#")]
-    comments = [
-        match[1] for line in lines if (match := re.match(r"# (?:no-deps|if-absent|cuda|wheel): (.+)", line))
-    ]
-    for line in (*pinned, *comments):
-        assert re.fullmatch(r"[\w.-]+==[\w.+]+", line), f"not pinned: {line}"
-    names = {re.split("==", line)[0].lower().replace("_", "-") for line in pinned}
+    for name in configuration()["dependency-groups"]:
+        for line in group(name):
+            assert re.fullmatch(r"[\w.-]+==[\w.+]+", line), f"not pinned: {line}"
+    makefile = (ROOT / "Makefile").read_text()
+    assert re.search(r"^NEW_PIP = pip==[\d.]+$", makefile, re.M)
+    names = {re.split("==", line)[0].lower().replace("_", "-") for line in group("ci")}
     extras = [line for part in project()["optional-dependencies"].values() for line in part]
     for line in (*project()["dependencies"], *extras):
         name = re.split(r"[<>=!~;\[ ]", line)[0].lower()
@@ -139,13 +149,17 @@ def test_ci_versions_are_pinned_and_cover_what_is_required():
 
 
 def test_the_built_wheel_is_checked_under_the_oldest_torch_that_is_promised():
-    text = (ROOT / "requirements-ci.txt").read_text()
-    checked = re.findall(r"^# wheel: torch==(.+)$", text, re.M)
-    (oldest,) = (line.split(">=")[1] for line in project()["dependencies"] if line.startswith("torch>"))
-    assert checked[0] == f"{oldest}.0"
-    (pinned,) = re.findall(r"^torch==(.+)$", text, re.M)
-    oldest, pinned, newest = ([int(n) for n in v.split(".")] for v in (checked[0], pinned, checked[-1]))
+    (promised,) = (line.split(">=")[1] for line in project()["dependencies"] if line.startswith("torch>"))
+
+    def torch_of(name: str) -> str:
+        (version,) = (line.split("==")[1] for line in group(name) if line.startswith("torch=="))
+        return version
+
+    checked = [torch_of(name) for name in ("torch-oldest", "ci", "torch-newest")]
+    assert checked[0] == f"{promised}.0"
+    oldest, pinned, newest = ([int(n) for n in version.split(".")] for version in checked)
     assert oldest <= pinned <= newest
+    assert "\nTORCH ?= oldest newest\n" in (ROOT / "Makefile").read_text()
     assert "\nmake torch-check\n" in (ROOT / ".ci" / "run").read_text()
 
 
