@@ -8,7 +8,7 @@ VENV ?= .venv
 PIP = $(VENV)/bin/pip install --quiet --disable-pip-version-check
 # What is installed stands in pyproject.toml's dependency groups, which pip reads from 25.1 on; a new
 # environment has the pip of its Python.
-NEW_PIP = pip==26.3
+NEW_PIP = pip==26.1.2
 CXX_FILES = $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu tests/shim/*.h tests/shim/*.cpp tests/fuzz/*.h tests/fuzz/*.cpp)
 SOURCES = setup.py pyproject.toml $(filter csrc/%,$(CXX_FILES))
 
@@ -68,7 +68,8 @@ torch-check: install
 	  $(UNCONFIGURED) $$venv/bin/pip install --quiet '$(NEW_PIP)'; \
 	  $(UNCONFIGURED) $$venv/bin/pip install --quiet --no-compile $$wanted 2>build/wheel/pip.txt || { \
 	    grep -q $(ELSEWHERE) build/wheel/pip.txt || { cat build/wheel/pip.txt >&2; exit 1; }; \
-	    echo "svdk: pip has no torch $$version for this platform; the wheel was not checked under it"; continue; }; \
+	    echo "svdk: pip has no $$(grep -om1 'torch==[0-9.]*' build/wheel/pip.txt) for this platform;" \
+	      "the wheel was not checked under it"; continue; }; \
 	  $$venv/bin/python tests/helpers/built_module.py "$$PWD/build/site"; done
 
 $(CUDA_VENV)/.dependencies: pyproject.toml
