@@ -1,9 +1,11 @@
 """Everything that needs a GPU, in one call under 8 minutes: tests, distributions, graphs, sanitizers, times.
 
 ``python -m svdk.bench.gpu_check`` checks the CUDA and the Triton backend and writes
-``bench/results/gpu_check.json``. Every step is a process of its own with its own time: one that fails, hangs
-or takes the device down with it is recorded, with what it had found so far, and the rest goes on. Exit code:
-0; 1 if a step failed; 2 where nothing can be checked. Missed speed targets are recorded, not failures.
+``bench/results/gpu_check.json`` (outside a checkout ``gpu_check.json``). Every step is a process of its own
+with its own time: one that fails, hangs or takes the device down with it is recorded, with what it had found
+so far, and the rest goes on. The tests are those of a checkout, run on the svdk that is asked, which may be
+an installed one; without them their steps fail. Exit code: 0; 1 if a step failed; 2 where nothing can be
+checked. Missed speed targets are recorded, not failures.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import contextlib
 import importlib.util
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -29,8 +32,6 @@ import torch
 import svdk
 from svdk.bench import gpu_steps, machine, results
 
-ROOT = Path(__file__).resolve().parent.parent
-OUTPUT = ROOT / "bench" / "results" / "gpu_check.json"
 LIMIT = 465
 """Seconds for everything; a step that would begin later is not run, and the results say so."""
 BACKENDS = ("cuda", "triton")
@@ -48,6 +49,8 @@ class Step:
     alone: bool = False
     """Nothing else may run beside it: it measures time."""
     why_not: str | None = None
+    folder: Path | None = None
+    """Where it runs; None: where this runs."""
 
 
 def _on_device(name: str, backend: str, device: str = "cuda") -> Callable[[Path], list[str]]:
@@ -55,13 +58,15 @@ def _on_device(name: str, backend: str, device: str = "cuda") -> Callable[[Path]
     return lambda outcome: [*itself, "--step", name, backend, "--output", str(outcome)]
 
 
-def _pytest(files: Sequence[str], choice: str) -> Callable[[Path], list[str]]:
+def _pytest(root: Path, files: Sequence[str], choice: str, seconds: float) -> Step:
     # Triton compiles hundreds of variants for the tests; several processes share its cache on disk.
     workers = min(8, (os.cpu_count() or 1) // 2)
     parallel = workers > 1 and importlib.util.find_spec("xdist") is not None
     options = ["-n", str(workers), "--dist", "worksteal"] if parallel else []
-    pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *options]
-    return lambda _: [*pytest, *files, "-k", choice]
+    # What is tested is the svdk that runs this, not the one beside the tests.
+    paths = shlex.join([str(Path(svdk.__file__).resolve().parent.parent), str(root)])
+    pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-o", f"pythonpath={paths}"]
+    return Step(lambda _: [*pytest, *options, *files, "-k", choice], seconds, folder=root)
 
 
 def _sanitizer(tool: str, backend: str) -> Step:
@@ -72,19 +77,22 @@ def _sanitizer(tool: str, backend: str) -> Step:
     return Step(lambda outcome: [program or "", *options, *run(outcome)], 150, why_not=missing)
 
 
-def steps(backends: Sequence[str]) -> dict[str, Step]:
-    """The steps for these backends: those that may run side by side first, then those that measure."""
+def steps(backends: Sequence[str], root: Path) -> dict[str, Step]:
+    """The steps for these backends: those that may run side by side first, then those that measure.
+
+    ``root`` is the checkout whose tests are run.
+    """
     found: dict[str, Step] = {}
     for backend in backends:
         for name in ("distributions", "agreement", "graphs"):
             found[f"{name}_{backend}"] = Step(_on_device(name, backend), 60)
     if "cuda" in backends:
-        found["tests_cuda"] = Step(_pytest(SHARED_TESTS, "cuda or dispatch or errors"), 150)
+        found["tests_cuda"] = _pytest(root, SHARED_TESTS, "cuda or dispatch or errors", 150)
         for tool in ("memcheck", "racecheck"):
             found[f"{tool}_cuda"] = _sanitizer(tool, "cuda")
     if "triton" in backends:
         files = (*SHARED_TESTS, "tests/kernels/test_triton.py")
-        found["tests_triton"] = Step(_pytest(files, "triton and not gpus_that_are_not_here"), 170)
+        found["tests_triton"] = _pytest(root, files, "triton and not gpus_that_are_not_here", 170)
         found["memcheck_triton"] = _sanitizer("memcheck", "triton")
     seconds = gpu_steps.SECONDS
     found["times"] = Step(_on_device("times", ",".join(backends)), seconds["times"] + START, alone=True)
@@ -138,7 +146,7 @@ class _Running:
         self.start = time.monotonic()
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
-                step.command(self.result), cwd=ROOT, env=environment,
+                step.command(self.result), cwd=step.folder, env=environment,
                 stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
             )  # fmt: skip
         self.late = False
@@ -217,6 +225,15 @@ def refusals(backends: Sequence[str]) -> dict[str, str]:
     return reasons
 
 
+def untestable(todo: dict[str, Step]) -> dict[str, str]:
+    """Step -> why it cannot run, for those whose tests are not there."""
+    return {
+        name: f"--root was {step.folder}, which has no {SHARED_TESTS[0]}; allowed: a checkout of svdk"
+        for name, step in todo.items()
+        if step.folder is not None and not (step.folder / SHARED_TESTS[0]).is_file()
+    }
+
+
 def _check(options: argparse.Namespace) -> int:
     reasons = refusals(options.backends)
     for name, reason in reasons.items():
@@ -229,11 +246,18 @@ def _check(options: argparse.Namespace) -> int:
         "backends": svdk.backends.status(),
         "steps": {f"backend_{name}": {"ok": False, "detail": reason} for name, reason in reasons.items()},
     }
-    todo = steps(backends)
+    todo = steps(backends, options.root.resolve())
     if unknown := set(options.only or ()) - set(todo):
         print(f"gpu_check: --only was {sorted(unknown)}; allowed: {', '.join(todo)}", file=sys.stderr)
         return 2
     todo = {name: step for name, step in todo.items() if not options.only or name in options.only}
+    absent = untestable(todo)
+    for name, reason in absent.items():
+        print(f"gpu_check: the step {name} cannot run: {reason}", file=sys.stderr)
+        report["steps"][name] = {"ok": False, "detail": reason}
+    todo = {name: step for name, step in todo.items() if name not in absent}
+    if not todo:
+        return 2
 
     def done(name: str, outcome: dict[str, Any]) -> None:
         report["steps"][name] = outcome
@@ -254,9 +278,15 @@ def _check(options: argparse.Namespace) -> int:
 def main(arguments: list[str] | None = None) -> int:
     """The command line; see the module for the exit codes."""
     parser = argparse.ArgumentParser(prog="python -m svdk.bench.gpu_check", description=__doc__)
-    parser.add_argument("--output", type=Path, default=OUTPUT, help="results file (default: %(default)s)")
+    here = machine.checkout()
+    parser.add_argument(
+        "--root", type=Path, default=here or Path.cwd(),
+        help="the checkout whose tests are run (default: the one that svdk runs from, else this folder)",
+    )  # fmt: skip
+    output = here / "bench" / "results" / "gpu_check.json" if here else Path("gpu_check.json")
+    parser.add_argument("--output", type=Path, default=output, help="results file (default: %(default)s)")
     parser.add_argument("--backends", nargs="+", choices=BACKENDS, default=list(BACKENDS))
-    parser.add_argument("--only", nargs="+", metavar="STEP", help=f"of: {', '.join(steps(BACKENDS))}")
+    parser.add_argument("--only", nargs="+", metavar="STEP", help=f"of: {', '.join(steps(BACKENDS, Path()))}")
     parser.add_argument("--limit", type=float, default=LIMIT, help="seconds in all (default: %(default)s)")
     jobs = max(1, min(6, (os.cpu_count() or 1) // 2))
     parser.add_argument("--jobs", type=int, default=jobs, help="steps side by side (default: %(default)s)")

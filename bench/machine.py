@@ -64,10 +64,16 @@ def cpu_name() -> str:
     return found.group(1).strip() if found else platform.processor() or platform.machine()
 
 
+def checkout() -> Path | None:
+    """The source tree that svdk runs from; None for an installed wheel."""
+    root = Path(__file__).resolve().parent.parent
+    return root if (root / "pyproject.toml").exists() else None
+
+
 def commit() -> str | None:
     """The commit of the source tree svdk runs from, with ``-dirty`` after changes; None outside of one."""
-    root = Path(__file__).resolve().parent.parent
-    if not (root / ".git").exists():
+    root = checkout()
+    if root is None or not (root / ".git").exists():
         return None
     try:
         head = subprocess.run(

@@ -43,18 +43,18 @@ def test_help_names_every_step(capsys):
         gpu_check.main(["--help"])
     assert end.value.code == 0
     shown = capsys.readouterr().out
-    assert all(step in shown for step in gpu_check.steps(gpu_check.BACKENDS))
+    assert all(step in shown for step in gpu_check.steps(gpu_check.BACKENDS, ROOT))
 
 
 def test_both_backends_go_through_every_step_within_the_limit():
-    steps = gpu_check.steps(gpu_check.BACKENDS)
+    steps = gpu_check.steps(gpu_check.BACKENDS, ROOT)
     for name in ("distributions", "agreement", "graphs", "tests", "memcheck"):
         assert {f"{name}_cuda", f"{name}_triton"} <= set(steps)
     assert gpu_check.LIMIT < 480
     alone = sum(step.seconds for step in steps.values() if step.alone)
     longest = max(step.seconds for step in steps.values() if not step.alone)
     assert alone + longest <= gpu_check.LIMIT, "the longest step must fit beside those that measure"
-    assert set(gpu_check.steps(["triton"])) < set(steps)
+    assert set(gpu_check.steps(["triton"], ROOT)) < set(steps)
 
 
 # --- the runner
@@ -133,7 +133,7 @@ def test_what_measures_runs_alone(tmp_path):
 def test_an_unavailable_backend_is_a_failure_and_the_other_is_checked(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(gpu_check, "refusals", lambda _: {"cuda": "it was not built"})
     steps = {"times": python(REPORT.format({"ok": True, "rows": []})), "tests": python("print(1)")}
-    monkeypatch.setattr(gpu_check, "steps", lambda _: steps)
+    monkeypatch.setattr(gpu_check, "steps", lambda *_: steps)
     output = tmp_path / "gpu.json"
     assert gpu_check.main(["--output", str(output), "--device", "cpu"]) == 1
     report = json.loads(output.read_text())
@@ -141,6 +141,32 @@ def test_an_unavailable_backend_is_a_failure_and_the_other_is_checked(tmp_path, 
     assert report["steps"]["tests"]["ok"] is True
     assert {target["met"] for target in report["targets"]} == {None}
     assert "it was not built" in capsys.readouterr().err
+
+
+def test_tests_that_are_not_there_are_a_failure_and_the_rest_is_checked(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(gpu_check, "refusals", lambda _: {})
+    every = gpu_check.steps
+
+    def few(backends, root):
+        tests = {name: step for name, step in every(backends, root).items() if name.startswith("tests_")}
+        return {**tests, "times": python(REPORT.format({"ok": True, "rows": []}))}
+
+    monkeypatch.setattr(gpu_check, "steps", few)
+    output = tmp_path / "gpu.json"
+    wanted = ["--output", str(output), "--device", "cpu", "--root", str(tmp_path)]
+    said = f"--root was {tmp_path}, which has no tests/ops/test_ops.py; allowed: a checkout of svdk"
+    assert gpu_check.main([*wanted, "--only", "tests_cuda", "tests_triton"]) == 2
+    assert not output.exists()
+    assert capsys.readouterr().err.count(said) == 2
+    assert gpu_check.main(wanted) == 1
+    steps = json.loads(output.read_text())["steps"]
+    assert steps["tests_cuda"] == steps["tests_triton"] == {"ok": False, "detail": said}
+    assert steps["times"]["ok"] is True
+    assert gpu_check.main([*wanted, "--only", "times"]) == 0
+    assert {name: step.folder for name, step in every(gpu_check.BACKENDS, ROOT).items() if step.folder} == {
+        "tests_cuda": ROOT, "tests_triton": ROOT,
+    }  # fmt: skip
+    assert not gpu_check.untestable(every(gpu_check.BACKENDS, ROOT))
 
 
 # --- the steps, on the CPU
