@@ -161,18 +161,18 @@ inline Oddities classify(const float* w, const float* other, int n, bool other_i
 }
 
 // Constants of steered logits in float, for the vector filter in front of the exact arithmetic.
-struct FloatContext {
-  float mu, inside_from, outside_shift, max_w, log_w, max_b, log_b, kl;
+struct FloatConstants {
+  float mu, inside_from, outside_shift, max_w, log_zw, max_b, log_zb, kl;
   bool drop_outside;
   bool huge;  // a constant that float differences cannot do without overflow
-  explicit FloatContext(const Context& c)
+  explicit FloatConstants(const Constants& c)
       : mu(static_cast<float>(c.mu)),
         inside_from(static_cast<float>(c.max_w + c.log_alpha)),
         outside_shift(c.penalty == -kInf ? 0.0f : static_cast<float>(c.mu * c.penalty)),
         max_w(static_cast<float>(c.max_w)),
-        log_w(static_cast<float>(c.log_w)),
+        log_zw(static_cast<float>(c.log_zw)),
         max_b(static_cast<float>(c.max_b)),
-        log_b(static_cast<float>(c.log_b)),
+        log_zb(static_cast<float>(c.log_zb)),
         kl(static_cast<float>(c.kl)),
         drop_outside(c.penalty == -kInf),
         huge(std::fabs(c.max_w) > kHuge || std::fabs(c.max_b) > kHuge || std::fabs(c.kl) > kHuge ||
@@ -181,13 +181,13 @@ struct FloatContext {
 
 // delta of a block in float; `other` holds base logits or the vector. All finite.
 template <int kDirection>
-inline void delta_block(const float* w, const float* other, int n, const FloatContext& c,
+inline void delta_block(const float* w, const float* other, int n, const FloatConstants& c,
                         float* out) {
   using V = Vec;
-  const V::F max_w = V::set(c.max_w), log_w = V::set(c.log_w);
-  const V::F max_b = V::set(c.max_b), shift = V::set(c.log_b - c.kl);
+  const V::F max_w = V::set(c.max_w), log_zw = V::set(c.log_zw);
+  const V::F max_b = V::set(c.max_b), shift = V::set(c.log_zb - c.kl);
   for (int i = 0; i < n; i += V::N) {
-    const V::F x = (V::load(w + i) - max_w) - log_w;
+    const V::F x = (V::load(w + i) - max_w) - log_zw;
     const V::F d = x - ((V::load(other + i) - max_b) - shift);
     V::store(out + i, kDirection == kLogRatio ? d : exp(x) * d);
   }

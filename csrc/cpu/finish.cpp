@@ -5,17 +5,17 @@
 
 namespace svdk {
 
-double logit(const void* source, DType dtype, int id) {
+float logit(const void* source, DType dtype, int id) {
   if (dtype == DType::kFloat) return static_cast<const float*>(source)[id];
   const uint16_t x = static_cast<const uint16_t*>(source)[id];
   return dtype == DType::kBFloat16 ? bfloat16_to_float(x) : half_to_float(x);
 }
 
 int fallback_token(const Row& row) {
-  double best = -kInf;
+  float best = -kFloatInf;
   int token = 0;
   for (int i = 0; i < row.vocab; ++i) {
-    const double w = warm_at(row, i);
+    const float w = warm_at(row, i);
     if (std::isfinite(w) && w > best) {
       best = w;
       token = i;
@@ -24,46 +24,40 @@ int fallback_token(const Row& row) {
   return token;
 }
 
-Context make_context(const Row& row, const Parameters& p, const Sums& sums) {
-  Context c;
-  c.direction = p.direction;
-  c.penalty = p.penalty;
-  c.log_alpha = p.direction == kPlain ? -kInf : std::log(p.alpha);
-  c.max_w = sums.max_w;
-  c.log_w = std::log(sums.z_w);
-  if (row.base && sums.max_b != -kInf) {
-    c.max_b = sums.max_b;
-    c.log_b = std::log(sums.z_b);
-    if (sums.usable > 0) c.kl = (sums.cross + sums.usable * (c.log_b - c.log_w)) / sums.z_w;
-  }
+Constants make_constants(const Row& row, const Parameters& p, const Sums& sums) {
+  Constants c(
+      make_constants<Math>(sums, p.direction, log_alpha_of(p), p.penalty, row.base != nullptr));
+  c.n_finite = static_cast<int>(sums.n_finite);
   return c;
 }
 
-void restrict_to_c(const Context& context, std::vector<Candidate>& items) {
-  items.erase(std::remove_if(items.begin(), items.end(),
-                             [&](const Candidate& c) { return !context.inside(c.warm); }),
-              items.end());
+void restrict_to_c(const Constants& context, std::vector<Candidate>& items) {
+  items.erase(
+      std::remove_if(items.begin(), items.end(),
+                     [&](const Candidate& c) { return !context.in_confidence_set(c.warm); }),
+      items.end());
 }
 
-double log_outside(const Row& row, const Context& c, double inside) {
+double log_outside(const Row& row, const Constants& c, double inside) {
   const double rest = 1 - inside;
   if (rest > 0.03) return std::log(rest);
-  double top = -kInf, sum = 0;
+  float top = -kFloatInf;
+  double sum = 0;
   for (int i = 0; i < row.vocab; ++i) {
-    const double w = warm_at(row, i);
-    if (!c.inside(w)) top = std::fmax(top, w);
+    const float w = warm_at(row, i);
+    if (!c.in_confidence_set(w)) top = std::fmax(top, w);
   }
-  if (top == -kInf) return -kInf;
+  if (top == -kFloatInf) return -kInf;
   for (int i = 0; i < row.vocab; ++i) {
-    const double w = warm_at(row, i);
-    if (!c.inside(w)) sum += std::exp(w - top);
+    const float w = warm_at(row, i);
+    if (!c.in_confidence_set(w)) sum += std::exp(static_cast<double>(w) - top);
   }
-  return c.log_p(top) + std::log(sum);
+  return c.log_p_of(top) + std::log(sum);
 }
 
-Moments moments_of(const Row& row, const Sweeps& sweeps, Context& context, const Sums& sums,
-                   const CandidateBuffer& buffer) {
-  Moments m;
+RowMoments moments_of(const Row& row, const Sweeps& sweeps, Constants& context, const Sums& sums,
+                      const CandidateBuffer& buffer) {
+  MomentSums m = MomentSums::none();
   const std::vector<Candidate>& items = buffer.items;
   if (context.direction == kVector) {
     const auto lower = [](const Candidate& a, const Candidate& b) { return a.warm < b.warm; };
@@ -74,35 +68,23 @@ Moments moments_of(const Row& row, const Sweeps& sweeps, Context& context, const
     sweeps.moments(row, 0, row.vocab, context, m);
   } else {
     for (const Candidate& c : items) {
-      const double p = std::exp(context.log_p(c.warm)), d = context.delta(c.warm, c.other);
-      const double about = d - context.pivot;
-      m.mass += p;
-      m.first += p * about;
-      m.second += p * about * about;
-      m.norm2 += d * d;
+      m.add(std::exp(context.log_p_of(c.warm)), context.delta_of(c.warm, c.other), context.pivot);
     }
   }
   const bool everything = buffer.overflow ? context.log_alpha == -kInf
-                                          : static_cast<int64_t>(items.size()) == sums.finite;
+                                          : static_cast<int64_t>(items.size()) == sums.n_finite;
   // Without a pivot the mass outside C has no part in the sums.
-  if (context.pivot == 0) {
-    m.close(0, 1 - m.mass);
-  } else {
-    m.close(context.pivot, everything ? 0.0 : std::exp(log_outside(row, context, m.mass)));
-  }
-  return m;
+  const double outside = context.pivot == 0 ? 1 - m.mass
+                         : everything       ? 0.0
+                                            : std::exp(log_outside(row, context, m.mass));
+  return {m.moments(context.pivot, outside, m.mass + outside), m.mass};
 }
 
-double strength_of(const Row& row, const Parameters& p, const Context& context, const Moments& m) {
-  if (p.mode == kConstant) return p.strength;
-  if (p.mode == kKlBudget) {
-    return m.variance < kEps ? 0.0 : std::sqrt(2 * p.strength / m.variance);
-  }
-  if (m.norm2 < kEps) return 0.0;
-  const int label = static_cast<int>(p.label);
-  const double w = warm_at(row, label);
-  const double at_label = context.inside(w) ? context.delta(w, other_at(row, label)) : 0.0;
-  return (at_label - m.mean) / (m.norm2 + kEps);
+double strength_of(const Row& row, const Parameters& p, const Constants& context,
+                   const Moments& m) {
+  const double at_label =
+      p.mode == kLabel ? delta_at(row, context, static_cast<int>(p.label)) : 0.0;
+  return strength_of(p, m, at_label);
 }
 
 Noise noise_of(const Parameters& p) {
@@ -115,14 +97,14 @@ Noise noise_of(const Parameters& p) {
 }
 
 int draw(std::vector<Scored>& set, const Parameters& p, double total) {
-  Best best;
+  Best best = Best::none();
   if (p.temperature == 0) {
     for (const Scored& s : set) best.offer(s.z, s.id);
     return best.id;
   }
   size_t kept = set.size();
   const double inverse = 1.0 / p.temperature;
-  if (has_filters(p)) {
+  if (p.has_filters()) {
     std::sort(set.begin(), set.end(), [](const Scored& a, const Scored& b) {
       return a.z != b.z ? a.z > b.z : a.id < b.id;
     });
@@ -189,7 +171,8 @@ uint32_t walk(const Histogram& h, bool by_mass, double target, Cut& cut) {
 
 class Selector {
  public:
-  Selector(const Row& row, const Sweeps& sweeps, const Context& context, double top, double inverse)
+  Selector(const Row& row, const Sweeps& sweeps, const Constants& context, double top,
+           double inverse)
       : row_(row), sweeps_(sweeps), context_(context), top_(top), inverse_(inverse) {}
 
   void histogram(uint32_t floor_key, int shift, uint32_t prefix) {
@@ -210,18 +193,18 @@ class Selector {
  private:
   const Row& row_;
   const Sweeps& sweeps_;
-  const Context& context_;
+  const Constants& context_;
   double top_, inverse_;
 };
 
 }  // namespace
 
-bool select(const Row& row, const Sweeps& sweeps, const Context& context, const Parameters& p,
-            std::vector<Scored>& set, double& total, Filter& filter) {
-  Best best;
+bool select(const Row& row, const Sweeps& sweeps, const Constants& context, const Parameters& p,
+            std::vector<Scored>& set, double& total, RowFilter& filter) {
+  Best best = Best::none();
   Noise greedy;
   greedy.greedy = true;
-  sweeps.sample(row, 0, row.vocab, context, Filter{}, greedy, nullptr, best);
+  sweeps.sample(row, 0, row.vocab, context, RowFilter(), greedy, nullptr, best);
   const double inverse = 1.0 / p.temperature;
   Selector selector(row, sweeps, context, best.score, inverse);
   selector.histogram(0, 21, 0);
@@ -260,7 +243,7 @@ bool select(const Row& row, const Sweeps& sweeps, const Context& context, const 
     for (uint32_t b = 0; b < floor_key >> 21; ++b) rest += selector.h.mass[b];
     bool has_best = false;
     for (const Candidate& c : items) {
-      set.push_back({context.steered(c.warm, c.other), c.id});
+      set.push_back({context.steered_logit(c.warm, c.other), c.id});
       has_best |= c.id == best.id;
     }
     if (!has_best) set.push_back({best.score, best.id});  // its float fell below the floor

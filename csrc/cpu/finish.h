@@ -8,24 +8,30 @@
 
 namespace svdk {
 
+struct RowMoments : Moments {
+  double mass;  // of C
+};
+
 struct Scored {
   double z;
   int id;
 };
 
-inline bool is_valid(const Parameters& p, int vocab) {
-  const bool unit = p.alpha >= 0 && p.alpha <= 1 && p.top_p >= 0 && p.top_p <= 1 && p.min_p >= 0 &&
-                    p.min_p <= 1 && p.top_k >= 0;
-  const bool label = p.mode != kLabel || (p.label >= 0 && p.label < vocab);
-  return unit && label && std::isfinite(p.strength) && std::isfinite(p.temperature) &&
-         p.temperature >= 0 && (p.mode != kKlBudget || p.strength >= 0);
+// One logit.
+float logit(const void* source, DType dtype, int id);
+inline float warm_at(const Row& row, int id) { return logit(row.warm, row.dtype, id); }
+inline float other_at(const Row& row, int id) {
+  return row.base ? logit(row.base, row.dtype, id) : row.vector ? row.vector[id] : 0.0f;
 }
 
-// One logit, read as double.
-double logit(const void* source, DType dtype, int id);
-inline double warm_at(const Row& row, int id) { return logit(row.warm, row.dtype, id); }
-inline double other_at(const Row& row, int id) {
-  return row.base ? logit(row.base, row.dtype, id) : row.vector ? row.vector[id] : 0.0;
+inline double log_alpha_of(const Parameters& p) {
+  return p.direction == kPlain ? -kInf : std::log(p.alpha);
+}
+
+// The direction at one token, 0 outside C.
+inline double delta_at(const Row& row, const Constants& c, int id) {
+  const float w = warm_at(row, id);
+  return c.in_confidence_set(w) ? c.delta_of(w, other_at(row, id)) : 0.0;
 }
 
 // The token of a row that cannot be sampled: argmax over its finite warm logits, 0 if there is
@@ -33,23 +39,23 @@ inline double other_at(const Row& row, int id) {
 int fallback_token(const Row& row);
 
 // Formulas of a row from its sums; mu is set later.
-Context make_context(const Row& row, const Parameters& p, const Sums& sums);
+Constants make_constants(const Row& row, const Parameters& p, const Sums& sums);
 
 // Keeps the candidates inside C.
-void restrict_to_c(const Context& context, std::vector<Candidate>& items);
+void restrict_to_c(const Constants& context, std::vector<Candidate>& items);
 
 // Sets the pivot and takes the moments of delta, over the candidates or, if they overflowed, the
 // row.
-Moments moments_of(const Row& row, const Sweeps& sweeps, Context& context, const Sums& sums,
-                   const CandidateBuffer& buffer);
+RowMoments moments_of(const Row& row, const Sweeps& sweeps, Constants& context, const Sums& sums,
+                      const CandidateBuffer& buffer);
 
 // Log of the probability outside C. 1 less what is inside is good to float rounding of the whole;
 // when so little is outside that rounding could matter, it is summed on its own, about its maximum:
 // a strength can bring back what would underflow next to the tokens of C.
-double log_outside(const Row& row, const Context& context, double inside);
+double log_outside(const Row& row, const Constants& context, double inside);
 
 // mu for a row's strength mode.
-double strength_of(const Row& row, const Parameters& p, const Context& context, const Moments& m);
+double strength_of(const Row& row, const Parameters& p, const Constants& context, const Moments& m);
 
 Noise noise_of(const Parameters& p);
 
@@ -60,11 +66,7 @@ int draw(std::vector<Scored>& set, const Parameters& p, double total);
 
 // Top-k, top-p and min-p over the whole vocabulary. Either fills `set` (and `total`) with few
 // enough tokens to draw from, or `filter` for a second sweep; true when it filled the set.
-bool select(const Row& row, const Sweeps& sweeps, const Context& context, const Parameters& p,
-            std::vector<Scored>& set, double& total, Filter& filter);
-
-inline bool has_filters(const Parameters& p) {
-  return p.temperature > 0 && (p.top_k > 0 || p.top_p < 1 || p.min_p > 0);
-}
+bool select(const Row& row, const Sweeps& sweeps, const Constants& context, const Parameters& p,
+            std::vector<Scored>& set, double& total, RowFilter& filter);
 
 }  // namespace svdk

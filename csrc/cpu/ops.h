@@ -45,7 +45,7 @@ struct ExtractOutput {
 };
 
 struct ExtractRow {
-  Context context;
+  Constants context;
   std::vector<Candidate> items;  // C, unless it overflowed
   bool overflow = false;
 };

@@ -9,7 +9,7 @@ namespace {
 struct Slice {
   Sums sums;
   CandidateBuffer buffer;
-  Best best;
+  Best best = Best::none();
 };
 
 // One row on its way to a token. With several slices, first() and second() run on each in parallel
@@ -19,15 +19,15 @@ class SampleRow {
   SampleRow(const Row& row, const Parameters& p, bool info, const Sweeps& sweeps, Slice* slices,
             int count)
       : row_(row), p_(p), info_(info), sweeps_(sweeps), slices_(slices), count_(count) {
-    valid_ = is_valid(p, row.vocab);
+    valid_ = valid_parameters(p, row.vocab);
     const bool everything = p.direction == kPlain || p.alpha == 0;
     const bool needs_kl = p.direction == kKlGradient || p.mode != kConstant;
-    one_sweep_ = valid_ && everything && !has_filters(p) && !needs_kl &&
+    one_sweep_ = valid_ && everything && !p.has_filters() && !needs_kl &&
                  (p.direction == kPlain || !info) && p.direction != kKlGradient;
     if (valid_) {
       context_.direction = p.direction;
       context_.mu = p.strength;
-      log_alpha_ = p.direction == kPlain ? -kInf : std::log(p.alpha);
+      log_alpha_ = log_alpha_of(p);
       noise_ = noise_of(p);
       noise_.needs_sums = info;
     }
@@ -38,7 +38,7 @@ class SampleRow {
     Slice& s = slices_[slice];
     s = Slice{};
     if (one_sweep_) {
-      sweeps_.sample(row_, from(slice), from(slice + 1), context_, Filter{}, noise_, &s.sums,
+      sweeps_.sample(row_, from(slice), from(slice + 1), context_, RowFilter(), noise_, &s.sums,
                      s.best);
     } else {
       const bool collect = p_.direction != kPlain;
@@ -54,7 +54,7 @@ class SampleRow {
     merge();
     // A masked base token or a huge logit: the sweep broke off there, and the maxima and K are
     // needed.
-    const bool doubtful = sums_.masked || sums_.huge;
+    const bool doubtful = sums_.base_masked || sums_.beyond_float;
     const bool broke_off = one_sweep_ && doubtful && p_.direction == kLogRatio && !sums_.invalid;
     if (broke_off) {
       sums_ = Sums{};
@@ -65,27 +65,27 @@ class SampleRow {
     if (one_sweep_ && !broke_off) {
       out_.token = best_.id;
       if (info_) {
-        context_.max_w = sums_.max_w;
-        context_.log_w = std::log(sums_.z_w);
-        describe(context_.max_w, context_.log_w, sums_.finite);
+        context_.max_w = static_cast<float>(sums_.max_w);
+        context_.log_zw = std::log(sums_.z_w);
+        describe(context_.max_w, context_.log_zw, sums_.n_finite);
       }
       return false;
     }
-    context_ = make_context(row_, p_, sums_);
+    context_ = make_constants(row_, p_, sums_);
     if (!buffer_.overflow) restrict_to_c(context_, buffer_.items);
-    Moments m;
+    Moments m{};
     if (p_.mode != kConstant) m = moments_of(row_, sweeps_, context_, sums_, buffer_);
     context_.mu = strength_of(row_, p_, context_, m);
     noise_.needs_sums = false;
 
     const bool outside =
-        p_.penalty != -kInf && static_cast<int64_t>(buffer_.items.size()) != sums_.finite;
+        p_.penalty != -kInf && static_cast<int64_t>(buffer_.items.size()) != sums_.n_finite;
     std::vector<Scored> set;
     double total = -1;
     if (!buffer_.overflow && !outside) {
       for (const Candidate& c : buffer_.items)
-        set.push_back({context_.steered(c.warm, c.other), c.id});
-    } else if (!has_filters(p_) || !select(row_, sweeps_, context_, p_, set, total, filter_)) {
+        set.push_back({context_.steered_logit(c.warm, c.other), c.id});
+    } else if (!p_.has_filters() || !select(row_, sweeps_, context_, p_, set, total, filter_)) {
       return true;
     }
     out_.token = draw(set, p_, total);
@@ -95,12 +95,12 @@ class SampleRow {
 
   void second(int slice) {
     Slice& s = slices_[slice];
-    s.best = Best{};
+    s.best = Best::none();
     sweeps_.sample(row_, from(slice), from(slice + 1), context_, filter_, noise_, nullptr, s.best);
   }
 
   void finish() {
-    best_ = Best{};
+    best_ = Best::none();
     for (int i = 0; i < count_; ++i) {
       if (slices_[i].best.id >= 0) best_.offer(slices_[i].best.score, slices_[i].best.id);
     }
@@ -139,14 +139,14 @@ class SampleRow {
   // The steered log-sum-exp in two parts, which does not round log_sum away next to a huge top.
   void describe(double top, double log_sum, int64_t candidates) {
     const int token = static_cast<int>(out_.token);
-    const double w = warm_at(row_, token), other = other_at(row_, token);
+    const float w = warm_at(row_, token), other = other_at(row_, token);
     out_.strength = static_cast<float>(context_.mu);
     out_.kl = static_cast<float>(row_.base ? context_.kl : kNaN);
-    out_.logprob_warm = static_cast<float>(context_.log_p(w));
-    out_.logprob_base = static_cast<float>(row_.base ? context_.log_q(other) : kNaN);
-    out_.logprob_steered = static_cast<float>(context_.steered(w, other) - top - log_sum);
+    out_.logprob_warm = static_cast<float>(context_.log_p_of(w));
+    out_.logprob_base = static_cast<float>(row_.base ? context_.log_q_of(other) : kNaN);
+    out_.logprob_steered = static_cast<float>(context_.steered_logit(w, other) - top - log_sum);
     out_.candidates = static_cast<int32_t>(candidates);
-    out_.status = sums_.masked ? kBaseMasked : kOk;
+    out_.status = sums_.base_masked ? kBaseMasked : kOk;
   }
 
   // `set`: everything that can be drawn; without it the whole vocabulary is summed.
@@ -163,10 +163,10 @@ class SampleRow {
     }
     int64_t count = static_cast<int64_t>(buffer_.items.size());
     if (buffer_.overflow) {
-      count = sums_.finite;
+      count = sums_.n_finite;
       if (log_alpha_ != -kInf) {
         count = 0;
-        for (int i = 0; i < row_.vocab; ++i) count += context_.inside(warm_at(row_, i));
+        for (int i = 0; i < row_.vocab; ++i) count += context_.in_confidence_set(warm_at(row_, i));
       }
     }
     describe(top, std::log(sum), count);
@@ -179,12 +179,12 @@ class SampleRow {
   Slice* slices_;
   int count_;
   double log_alpha_ = -kInf;
-  Context context_;
+  Constants context_;
   Noise noise_;
-  Filter filter_;
+  RowFilter filter_;
   Sums sums_;
   CandidateBuffer buffer_;
-  Best best_;
+  Best best_ = Best::none();
   SampleOutput out_{};
 };
 

@@ -69,9 +69,9 @@ inline void add(const PairSums& p, Sums& s) {
 // Adds a block to the sums; false when the row is invalid.
 inline bool accumulate(const Row& row, const Pair& pair, Sums& s) {
   s.invalid |= pair.odd.invalid;
-  s.masked |= pair.odd.masked;
+  s.base_masked |= pair.odd.masked;
   if (s.invalid) return false;
-  s.finite += pair.odd.any ? pair.odd.finite : pair.n;
+  s.n_finite += pair.odd.any ? pair.odd.finite : pair.n;
   const double top_w = std::max<double>(s.max_w, pair.w.top);
   const double top_b = row.base ? std::max<double>(s.max_b, pair.other.top) : s.max_b;
   if (top_w > s.max_w || top_b > s.max_b) s.rescale(top_w, top_b);
@@ -102,7 +102,7 @@ inline bool accumulate_once(const Row& row, int begin, int end, Space& space, Su
   const bool finite = std::isfinite(p.z_w) && std::isfinite(p.z_b) && std::isfinite(p.cross);
   if (!finite || p.top_w > s.max_w + kLeap || p.top_b > s.max_b + kLeap) return false;
   add(p, s);
-  s.finite += kBlock;
+  s.n_finite += kBlock;
   if (p.top_w > s.max_w || p.top_b > s.max_b) {
     s.rescale(std::max<double>(s.max_w, p.top_w), std::max<double>(s.max_b, p.top_b));
   }
@@ -155,7 +155,7 @@ void sweep_sums(const Row& row, int begin, int end, double log_alpha, Sums& s,
 }
 
 // delta of a block whose operands are all finite, in float.
-inline const float* deltas(const Pair& pair, int direction, const FloatContext& f, Space& space) {
+inline const float* deltas(const Pair& pair, int direction, const FloatConstants& f, Space& space) {
   const float *w = pair.w.data, *other = pair.other.data;
   if (direction == kVector) return other;
   if (direction == kLogRatio) delta_block<kLogRatio>(w, other, pair.width, f, space.extra);
@@ -175,20 +175,20 @@ inline float clamped(double x) {
                     : static_cast<float>(std::min(std::max(x, -most), most));
 }
 
-inline Steered steer(const Pair& pair, const Context& c, Space& space) {
-  const FloatContext f(c);
+inline Steered steer(const Pair& pair, const Constants& c, Space& space) {
+  const FloatConstants f(c);
   if (c.direction == kPlain) {
     return {pair.w.data, pair.w.top, 0.0f};  // these floats are exact
   }
   const double size = 1.0 + pair.w.magnitude + pair.other.magnitude + std::fabs(c.max_w) +
-                      std::fabs(c.max_b) + c.log_w + c.log_b + std::fabs(c.kl);
+                      std::fabs(c.max_b) + c.log_zw + c.log_zb + std::fabs(c.kl);
   const double reach = (1 + std::fabs(c.mu)) * size + std::fabs(f.outside_shift);
   Steered out{space.z, -std::numeric_limits<float>::infinity(), static_cast<float>(1e-6 * reach)};
   if (!pair.fast || reach > 1e30) {
     float largest = 0;
     for (int i = 0; i < pair.width; ++i) {
-      space.z[i] =
-          i < pair.n ? clamped(c.steered(pair.w.data[i], pair.other.data[i])) : clamped(-kInf);
+      space.z[i] = i < pair.n ? clamped(c.steered_logit(pair.w.data[i], pair.other.data[i]))
+                              : clamped(-kInf);
       out.top = std::max(out.top, space.z[i]);
       if (space.z[i] > -kInf) largest = std::max(largest, std::fabs(space.z[i]));
     }
@@ -218,7 +218,7 @@ inline Steered steer(const Pair& pair, const Context& c, Space& space) {
   return out;
 }
 
-inline void apply_filter(const Pair& pair, const Filter& filter, Steered& s, Space& space) {
+inline void apply_filter(const Pair& pair, const RowFilter& filter, Steered& s, Space& space) {
   if (filter.floor == -std::numeric_limits<float>::infinity()) return;
   s.top = -std::numeric_limits<float>::infinity();
   for (int i = 0; i < pair.width; ++i) {
@@ -230,14 +230,14 @@ inline void apply_filter(const Pair& pair, const Filter& filter, Steered& s, Spa
 }
 
 struct Sampler {
-  const Context& context;
+  const Constants& context;
   const Noise& noise;
   Best& best;
   const Pair* pair;
   const Steered* steered;
 
   double exact(int i) const {
-    return context.steered(pair->w.data[i], pair->other.data ? pair->other.data[i] : 0.0);
+    return context.steered_logit(pair->w.data[i], pair->other.data ? pair->other.data[i] : 0.0f);
   }
   // An upper bound of the exact score, without its noise.
   double bound(float z) const {
@@ -337,8 +337,8 @@ void take_noisy(Sampler& s) {
   }
 }
 
-void sweep_sample(const Row& row, int begin, int end, const Context& context, const Filter& filter,
-                  const Noise& noise, Sums* sums, Best& best) {
+void sweep_sample(const Row& row, int begin, int end, const Constants& context,
+                  const RowFilter& filter, const Noise& noise, Sums* sums, Best& best) {
   Space space;
   for (int at = begin; at < end; at += kBlock) {
     const Pair pair = read_pair(row, at, end, space);
@@ -348,12 +348,12 @@ void sweep_sample(const Row& row, int begin, int end, const Context& context, co
       } else {
         sums->max_w = std::max<double>(sums->max_w, pair.w.top);
         sums->invalid |= pair.odd.invalid;
-        sums->masked |= pair.odd.masked;
+        sums->base_masked |= pair.odd.masked;
       }
-      sums->huge |= pair.odd.huge;
+      sums->beyond_float |= pair.odd.huge;
       // Without the maxima and K this is the log-ratio only up to a constant, and only if all is
       // finite and of a size that a difference survives.
-      const bool doubtful = sums->masked || sums->huge;
+      const bool doubtful = sums->base_masked || sums->beyond_float;
       if (sums->invalid || (doubtful && context.direction == kLogRatio)) return;
     }
     Steered steered = steer(pair, context, space);
@@ -363,35 +363,30 @@ void sweep_sample(const Row& row, int begin, int end, const Context& context, co
   }
 }
 
-void sweep_moments(const Row& row, int begin, int end, const Context& c, Moments& m) {
+void sweep_moments(const Row& row, int begin, int end, const Constants& c, MomentSums& m) {
   if (c.direction == kPlain) return;  // delta is 0, and there is no second operand to read
   Space space;
-  const FloatContext f(c);
+  const FloatConstants f(c);
   for (int at = begin; at < end; at += kBlock) {
     const Pair pair = read_pair(row, at, end, space);
     if (!pair.fast || pair.width != pair.n || f.huge) {
       for (int i = 0; i < pair.n; ++i) {
-        const double w = pair.w.data[i];
-        if (!c.inside(w)) continue;
-        const double p = std::exp(c.log_p(w)), d = c.delta(w, pair.other.data[i]);
-        const double about = d - c.pivot;
-        m.mass += p;
-        m.first += p * about;
-        m.second += p * about * about;
-        m.norm2 += d * d;
+        const float w = pair.w.data[i];
+        if (!c.in_confidence_set(w)) continue;
+        m.add(std::exp(c.log_p_of(w)), c.delta_of(w, pair.other.data[i]), c.pivot);
       }
       continue;
     }
     const float* delta = deltas(pair, c.direction, f, space);
     const Vec::F from = Vec::set(f.inside_from), max_w = Vec::set(f.max_w);
-    const Vec::F log_w = Vec::set(f.log_w), zero = Vec::set(0.0f);
+    const Vec::F log_zw = Vec::set(f.log_zw), zero = Vec::set(0.0f);
     const Vec::F pivot = Vec::set(static_cast<float>(c.pivot));
     Vec::F mass = zero, first = zero, second = zero, norm2 = zero;
     for (int i = 0; i < pair.width; i += Vec::N) {
       const Vec::F w = Vec::load(pair.w.data + i);
       const Vec::Mask in = Vec::ge(w, from);
       const Vec::F d = Vec::load(delta + i), about = d - pivot;
-      const Vec::F p = Vec::select(in, exp<false>((w - max_w) - log_w), zero);
+      const Vec::F p = Vec::select(in, exp<false>((w - max_w) - log_zw), zero);
       const Vec::F kept = Vec::select(in, d, zero);
       mass = mass + p;
       first = Vec::fma(p, about, first);

@@ -3,22 +3,22 @@
 
 // What moves with mu in a block, and what does not: z_hat = still + mu * move. Tokens that cannot
 // be drawn have still = -inf and move = 0.
-inline void split_block(const Pair& pair, const Context& c, Space& space, float* still,
+inline void split_block(const Pair& pair, const Constants& c, Space& space, float* still,
                         float* move) {
   const bool drop = c.penalty == -kInf;
   const float outside = drop ? 0.0f : static_cast<float>(c.penalty);
-  const FloatContext f(c);
+  const FloatConstants f(c);
   const bool simple = pair.fast && pair.width == pair.n && c.direction != kPlain && !f.huge;
   const float* delta = simple ? deltas(pair, c.direction, f, space) : nullptr;
   for (int i = 0; i < pair.n; ++i) {
     const float w = pair.w.data[i];
-    const bool in = simple ? w >= f.inside_from : c.inside(w);
+    const bool in = simple ? w >= f.inside_from : c.in_confidence_set(w);
     const bool dead = in ? false : drop || w == -std::numeric_limits<float>::infinity();
     still[i] = dead ? -std::numeric_limits<float>::infinity() : w;
     move[i] = dead     ? 0.0f
               : !in    ? outside
               : simple ? delta[i]
-                       : clamped(c.delta(w, pair.other.data ? pair.other.data[i] : 0.0));
+                       : clamped(c.delta_of(w, pair.other.data ? pair.other.data[i] : 0.0f));
   }
   for (int i = pair.n; i < pair.width; ++i) {
     still[i] = -std::numeric_limits<float>::infinity();
@@ -30,28 +30,28 @@ inline void split_block(const Pair& pair, const Context& c, Space& space, float*
 constexpr double kExact = 1e4;
 
 // One block at one strength in double.
-inline void partition_exactly(const Pair& pair, const Context& c, Partition& part) {
-  auto other = [&](int i) { return pair.other.data ? pair.other.data[i] : 0.0; };
+inline void partition_exactly(const Pair& pair, const Constants& c, Partition& part) {
+  auto other = [&](int i) { return pair.other.data ? pair.other.data[i] : 0.0f; };
   auto moves = [&](int i) {
-    return c.inside(pair.w.data[i]) ? c.delta(pair.w.data[i], other(i)) : c.penalty;
+    return c.in_confidence_set(pair.w.data[i]) ? c.delta_of(pair.w.data[i], other(i)) : c.penalty;
   };
   double top = -kInf;
   int at = 0;
   for (int i = 0; i < pair.n; ++i) {
-    const double z = c.steered(pair.w.data[i], other(i));
+    const double z = c.steered_logit(pair.w.data[i], other(i));
     if (z > top) top = z, at = i;
   }
   if (top == -kInf) return;
-  if (top > part.max) part.rise(top, moves(at));
+  if (top > part.max) part.rescale(top, moves(at));
   for (int i = 0; i < pair.n; ++i) {
-    const double z = c.steered(pair.w.data[i], other(i));
+    const double z = c.steered_logit(pair.w.data[i], other(i));
     if (z == -kInf) continue;
     part.add(std::exp(z - part.max), moves(i));
-    if (c.inside(pair.w.data[i])) part.greedy.offer(z, pair.begin + i);
+    if (c.in_confidence_set(pair.w.data[i])) part.greedy.offer(z, pair.begin + i);
   }
 }
 
-void sweep_partition(const Row& row, int begin, int end, const Context& context,
+void sweep_partition(const Row& row, int begin, int end, const Constants& context,
                      const double* strengths, int count, Partition* parts) {
   Space space;
   alignas(64) float still[kBlock], move[kBlock];
@@ -69,7 +69,7 @@ void sweep_partition(const Row& row, int begin, int end, const Context& context,
     const float from = static_cast<float>(context.max_w + context.log_alpha);
     for (int m = 0; m < count; ++m) {
       Partition& part = parts[m];
-      Context c = context;
+      Constants c = context;
       c.mu = strengths[m];
       if (std::fabs(part.pivot) > kHuge || largest + std::fabs(c.mu) * reach > kExact ||
           reach > kHuge) {
@@ -86,7 +86,7 @@ void sweep_partition(const Row& row, int begin, int end, const Context& context,
         highest = Vec::max(highest, Vec::load(z + i));
       const float top = Vec::top(highest);
       if (top == -std::numeric_limits<float>::infinity()) continue;
-      if (top > part.max) part.rise(top, move[std::find(z, z + pair.n, top) - z]);
+      if (top > part.max) part.rescale(top, move[std::find(z, z + pair.n, top) - z]);
       const Vec::F shift = Vec::set(clamped(part.max)), zero = Vec::set(0.0f);
       const Vec::F pivot = Vec::set(static_cast<float>(part.pivot));
       Vec::F total = zero, first = zero, second = zero;
@@ -111,24 +111,25 @@ void sweep_partition(const Row& row, int begin, int end, const Context& context,
         }
       }
       for (int i = 0; i < pair.n; ++i) {
-        if (z[i] < std::max(need, inside_top - 2 * slack) || !context.inside(pair.w.data[i]))
+        if (z[i] < std::max(need, inside_top - 2 * slack) ||
+            !context.in_confidence_set(pair.w.data[i]))
           continue;
-        const double other = pair.other.data ? pair.other.data[i] : 0.0;
-        part.greedy.offer(c.steered(pair.w.data[i], other), pair.begin + i);
+        const float other = pair.other.data ? pair.other.data[i] : 0.0f;
+        part.greedy.offer(c.steered_logit(pair.w.data[i], other), pair.begin + i);
       }
     }
   }
 }
 
-inline Steered steered_block(const Row& row, int at, int end, const Context& c, Space& space,
+inline Steered steered_block(const Row& row, int at, int end, const Constants& c, Space& space,
                              Pair& pair) {
   pair = read_pair(row, at, end, space);
   return steer(pair, c, space);
 }
 
-void sweep_histogram(const Row& row, int begin, int end, const Context& context, uint32_t floor_key,
-                     int shift, uint32_t prefix, double top, double inverse_temperature,
-                     Histogram& histogram) {
+void sweep_histogram(const Row& row, int begin, int end, const Constants& context,
+                     uint32_t floor_key, int shift, uint32_t prefix, double top,
+                     double inverse_temperature, Histogram& histogram) {
   Space space;
   Pair pair;
   const int width = shift == 0 ? 10 : 11;
@@ -146,7 +147,7 @@ void sweep_histogram(const Row& row, int begin, int end, const Context& context,
   }
 }
 
-void sweep_gather(const Row& row, int begin, int end, const Context& context, uint32_t floor_key,
+void sweep_gather(const Row& row, int begin, int end, const Constants& context, uint32_t floor_key,
                   std::vector<Candidate>& out) {
   Space space;
   Pair pair;
@@ -161,7 +162,7 @@ void sweep_gather(const Row& row, int begin, int end, const Context& context, ui
   }
 }
 
-int sweep_nth_tie(const Row& row, int begin, int end, const Context& context, uint32_t key,
+int sweep_nth_tie(const Row& row, int begin, int end, const Constants& context, uint32_t key,
                   int64_t wanted, int64_t& seen) {
   Space space;
   Pair pair;

@@ -43,13 +43,13 @@ def test_corpus_and_random_inputs_are_clean(sanitizer):
 PLANTED = {
     "read_past_the_row": (
         "address",
-        Edit("blocks.h", "std::memcpy(space, p, n * sizeof(float));",
+        Edit("cpu/blocks.h", "std::memcpy(space, p, n * sizeof(float));",
              "std::memcpy(space, p, (n + 1) * sizeof(float));", ("arch_portable",)),
         "AddressSanitizer: heap-buffer-overflow",
     ),
     "one_slice_for_all_threads": (
         "thread",
-        Edit("sample.cpp", "Slice& s = slices_[slice];\n    s = Slice{};",
+        Edit("cpu/sample.cpp", "Slice& s = slices_[slice];\n    s = Slice{};",
              "Slice& s = slices_[0];\n    s = Slice{};", ("sample",)),
         "ThreadSanitizer: data race",
     ),
@@ -60,32 +60,32 @@ PORTABLE, FINISH = ("arch_portable",), ("finish",)
 HUGE = "pair.odd.huge || std::fabs(max_w) > kHuge || std::fabs(max_b) > kHuge"
 EXACTLY = "largest + std::fabs(c.mu) * reach > kExact"
 FIXES = {
-    "plain_moments": Edit("sweeps.h", "if (c.direction == kPlain) return;", "", PORTABLE),
-    "exp_is_zero_below": Edit("blocks.h", ": -126.75f", ": -126.0f", PORTABLE),
+    "plain_moments": Edit("cpu/sweeps.h", "if (c.direction == kPlain) return;", "", PORTABLE),
+    "exp_is_zero_below": Edit("cpu/blocks.h", ": -126.75f", ": -126.0f", PORTABLE),
     "no_floor_is_not_nan": Edit(
-        "finish.cpp", "key_value(std::max(floor_key, ", "key_value((floor_key, ", FINISH
+        "cpu/finish.cpp", "key_value(std::max(floor_key, ", "key_value((floor_key, ", FINISH
     ),
-    "min_p_floor": Edit("finish.cpp", "std::fmax(lowest, -most)", "std::fmax(lowest, -3e38)", FINISH),
-    "best_always_stays": Edit("finish.cpp", "if (!has_best) set", "if (false) set", FINISH),
-    "huge_maxima_in_double": Edit("sweeps.h", HUGE, "pair.odd.huge", PORTABLE),
+    "min_p_floor": Edit("cpu/finish.cpp", "std::fmax(lowest, -most)", "std::fmax(lowest, -3e38)", FINISH),
+    "best_always_stays": Edit("cpu/finish.cpp", "if (!has_best) set", "if (false) set", FINISH),
+    "huge_maxima_in_double": Edit("cpu/sweeps.h", HUGE, "pair.odd.huge", PORTABLE),
     "slack_of_clamped_logits": Edit(
-        "sweeps.h", "largest < std::numeric_limits<float>::max()", "true", PORTABLE
+        "cpu/sweeps.h", "largest < std::numeric_limits<float>::max()", "true", PORTABLE
     ),
-    "large_scores_in_double": Edit("sweeps_full.h", EXACTLY, "false", PORTABLE),
-    "pivot": Edit("finish.cpp", "if (context.direction == kVector) {", "if (false) {", FINISH),
+    "large_scores_in_double": Edit("cpu/sweeps_full.h", EXACTLY, "false", PORTABLE),
+    "pivot": Edit("cpu/finish.cpp", "if (context.direction == kVector) {", "if (false) {", FINISH),
     "outside_about_its_maximum": Edit(
-        "finish.cpp",
+        "cpu/finish.cpp",
         "return c.log_p(top) + std::log(sum);",
         "return std::log(std::exp(c.log_p(top)) * sum);",
         FINISH,
     ),
     "exact_masses": Edit(
-        "finish.cpp", "total = rest;\n      for", "total = mass;\n      for (; false;) for", FINISH
+        "cpu/finish.cpp", "total = rest;\n      for", "total = mass;\n      for (; false;) for", FINISH
     ),
     "log_sum_apart": Edit(
-        "problem.h",
-        "return (w - max_w) - log_w;",
-        "return w - (max_w + log_w);",
+        "common.h",
+        "return (static_cast<double>(w) - max_w) - log_zw;",
+        "return w - (max_w + log_zw);",
         ("sample", "score", "finish"),
     ),
 }
