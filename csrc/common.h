@@ -49,10 +49,11 @@ struct PerRow {
 using Real = PerRow<double, float>;
 using Integer = PerRow<int64_t, int64_t>;
 
-// The parameters of one row, in the order of the table in svdk/ops/schema.py.
+// The parameters of one row, in the order of the table in svdk/ops/schema.py. (The direction
+// belongs to the rows of a call: it says what their second operand is.)
 struct Parameters {
-  int direction, mode;
   int64_t label;
+  int mode;
   double strength, alpha, penalty, temperature;
   int64_t top_k;
   double top_p, min_p;
@@ -66,8 +67,8 @@ struct Parameters {
 
 // Those of a call.
 struct BatchParameters {
-  int direction, mode;
   Integer labels;
+  int mode;
   Real strength, alpha;
   double penalty;
   Real temperature;
@@ -76,9 +77,8 @@ struct BatchParameters {
   Integer seed, offset;
 
   SVDK_HD Parameters at(int64_t row) const {
-    return {direction,
+    return {labels.at(row),
             mode,
-            labels.at(row),
             strength.at(row),
             alpha.at(row),
             penalty,

@@ -51,11 +51,11 @@ T pick(T scalar, const T* rows, int64_t i) {
   return rows ? rows[i] : scalar;
 }
 
-// The five row arguments of every op.
+// The row arguments of every op.
 class Rows {
  public:
   Rows(const Tensor& warm, const MaybeTensor& base, const MaybeTensor& vector,
-       const MaybeTensor& warm_rows, const MaybeTensor& base_rows, int64_t vocab)
+       const MaybeTensor& warm_rows, const MaybeTensor& base_rows, int64_t vocab, int64_t direction)
       : warm_(static_cast<const char*>(warm.const_data_ptr())),
         base_(base ? static_cast<const char*>(base->const_data_ptr()) : nullptr),
         vector_(data<float>(vector)),
@@ -63,7 +63,8 @@ class Rows {
         base_rows_(data<int64_t>(base_rows)),
         warm_limit_(warm.size(0)),
         base_limit_(base ? base->size(0) : 0),
-        vocab_(static_cast<int>(vocab)) {
+        vocab_(static_cast<int>(vocab)),
+        direction_(static_cast<int>(direction)) {
     batch = warm_rows ? warm_rows->size(0) : warm.size(0);
     const ScalarType type = warm.scalar_type();
     STD_TORCH_CHECK(
@@ -86,8 +87,12 @@ class Rows {
 
   svdk::Row operator()(int64_t i) const {
     const int64_t w = warm_rows_ ? warm_rows_[i] : i, b = base_rows_ ? base_rows_[i] : i;
-    return {warm_ + w * warm_stride_, base_ ? base_ + b * base_stride_ : nullptr,
-            vector_ ? vector_ + i * vector_stride_ : nullptr, type_, vocab_};
+    return {warm_ + w * warm_stride_,
+            base_ ? base_ + b * base_stride_ : nullptr,
+            vector_ ? vector_ + i * vector_stride_ : nullptr,
+            type_,
+            vocab_,
+            direction_};
   }
 
   int64_t batch;
@@ -103,7 +108,7 @@ class Rows {
   const float* vector_;
   const int64_t *warm_rows_, *base_rows_;
   int64_t warm_limit_, base_limit_, warm_stride_, base_stride_, vector_stride_;
-  int vocab_;
+  int vocab_, direction_;
   svdk::DType type_;
 };
 
@@ -131,11 +136,10 @@ std::tuple<Tensor, Tensor, Tensor> steered_sample(
     double temperature, MaybeTensor temperature_rows, int64_t top_k, MaybeTensor top_k_rows,
     double top_p, MaybeTensor top_p_rows, double min_p, MaybeTensor min_p_rows, int64_t seed,
     MaybeTensor seed_rows, int64_t offset, MaybeTensor offset_rows, bool info) {
-  const Rows rows(warm, base, vector, warm_rows, base_rows, vocab);
+  const Rows rows(warm, base, vector, warm_rows, base_rows, vocab, direction);
   const int64_t batch = rows.batch;
   auto parameters = [&](int64_t i) {
     svdk::Parameters p;
-    p.direction = static_cast<int>(direction);
     p.mode = static_cast<int>(mode);
     p.penalty = penalty;
     p.strength = strength_rows ? data<float>(strength_rows)[i] : strength;
@@ -167,9 +171,8 @@ std::tuple<Tensor, Tensor, Tensor> steered_sample(
   return {token, floats, ints};
 }
 
-svdk::Parameters scoring(int64_t direction, double penalty, double alpha, int64_t label) {
+svdk::Parameters scoring(double penalty, double alpha, int64_t label) {
   svdk::Parameters p{};
-  p.direction = static_cast<int>(direction);
   p.mode = svdk::kConstant;
   p.alpha = alpha;
   p.penalty = penalty;
@@ -182,11 +185,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> steered_logprob(
     Tensor warm, MaybeTensor base, MaybeTensor vector, MaybeTensor warm_rows, MaybeTensor base_rows,
     int64_t vocab, int64_t direction, Tensor labels, double strength, MaybeTensor strength_rows,
     double alpha, MaybeTensor alpha_rows, double penalty, MaybeTensor strengths) {
-  const Rows rows(warm, base, vector, warm_rows, base_rows, vocab);
+  const Rows rows(warm, base, vector, warm_rows, base_rows, vocab, direction);
   const int64_t batch = rows.batch, count = strengths ? strengths->size(0) : 1;
   const int64_t* label = static_cast<const int64_t*>(labels.const_data_ptr());
   auto parameters = [&](int64_t i) {
-    return scoring(direction, penalty, alpha_rows ? data<float>(alpha_rows)[i] : alpha, label[i]);
+    return scoring(penalty, alpha_rows ? data<float>(alpha_rows)[i] : alpha, label[i]);
   };
   // The values of mu: one grid for all rows, or one value a row.
   std::vector<double> grid;
@@ -224,10 +227,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> steered_logprob(
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> extract(
     Tensor warm, MaybeTensor base, MaybeTensor vector, MaybeTensor warm_rows, MaybeTensor base_rows,
     int64_t vocab, int64_t direction, double alpha, MaybeTensor alpha_rows) {
-  const Rows rows(warm, base, vector, warm_rows, base_rows, vocab);
+  const Rows rows(warm, base, vector, warm_rows, base_rows, vocab, direction);
   const int64_t batch = rows.batch;
   auto parameters = [&](int64_t i) {
-    return scoring(direction, -svdk::kInf, alpha_rows ? data<float>(alpha_rows)[i] : alpha, 0);
+    return scoring(-svdk::kInf, alpha_rows ? data<float>(alpha_rows)[i] : alpha, 0);
   };
   std::vector<svdk::ExtractRow> extracted(batch);
   std::vector<svdk::ExtractOutput> result(batch);

@@ -25,8 +25,8 @@ int fallback_token(const Row& row) {
 }
 
 Constants make_constants(const Row& row, const Parameters& p, const Sums& sums) {
-  Constants c(
-      make_constants<Math>(sums, p.direction, log_alpha_of(p), p.penalty, row.base != nullptr));
+  Constants c(make_constants<Math>(sums, row.direction, log_alpha_of(row.direction, p.alpha),
+                                   p.penalty, row.base != nullptr));
   c.n_finite = static_cast<int>(sums.n_finite);
   return c;
 }

@@ -24,8 +24,8 @@ inline float other_at(const Row& row, int id) {
   return row.base ? logit(row.base, row.dtype, id) : row.vector ? row.vector[id] : 0.0f;
 }
 
-inline double log_alpha_of(const Parameters& p) {
-  return p.direction == kPlain ? -kInf : std::log(p.alpha);
+inline double log_alpha_of(int direction, double alpha) {
+  return direction == kPlain ? -kInf : std::log(alpha);
 }
 
 // The direction at one token, 0 outside C.

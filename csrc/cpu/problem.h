@@ -29,7 +29,7 @@ struct Row {
   const void* base;     // same dtype as warm, or null
   const float* vector;  // or null
   DType dtype;
-  int vocab;
+  int vocab, direction;
 };
 
 struct Sums : SumsOf<Math, double, double> {

@@ -20,14 +20,14 @@ class SampleRow {
             int count)
       : row_(row), p_(p), info_(info), sweeps_(sweeps), slices_(slices), count_(count) {
     valid_ = valid_parameters(p, row.vocab);
-    const bool everything = p.direction == kPlain || p.alpha == 0;
-    const bool needs_kl = p.direction == kKlGradient || p.mode != kConstant;
+    const bool everything = row.direction == kPlain || p.alpha == 0;
+    const bool needs_kl = row.direction == kKlGradient || p.mode != kConstant;
     one_sweep_ = valid_ && everything && !p.has_filters() && !needs_kl &&
-                 (p.direction == kPlain || !info) && p.direction != kKlGradient;
+                 (row.direction == kPlain || !info) && row.direction != kKlGradient;
     if (valid_) {
-      context_.direction = p.direction;
+      context_.direction = row.direction;
       context_.mu = p.strength;
-      log_alpha_ = log_alpha_of(p);
+      log_alpha_ = log_alpha_of(row.direction, p.alpha);
       noise_ = noise_of(p);
       noise_.needs_sums = info;
     }
@@ -41,7 +41,7 @@ class SampleRow {
       sweeps_.sample(row_, from(slice), from(slice + 1), context_, RowFilter(), noise_, &s.sums,
                      s.best);
     } else {
-      const bool collect = p_.direction != kPlain;
+      const bool collect = row_.direction != kPlain;
       sweeps_.sums(row_, from(slice), from(slice + 1), log_alpha_, s.sums,
                    collect ? &s.buffer : nullptr);
       s.buffer.overflow |= !collect;
@@ -55,7 +55,7 @@ class SampleRow {
     // A masked base token or a huge logit: the sweep broke off there, and the maxima and K are
     // needed.
     const bool doubtful = sums_.base_masked || sums_.beyond_float;
-    const bool broke_off = one_sweep_ && doubtful && p_.direction == kLogRatio && !sums_.invalid;
+    const bool broke_off = one_sweep_ && doubtful && row_.direction == kLogRatio && !sums_.invalid;
     if (broke_off) {
       sums_ = Sums{};
       buffer_ = CandidateBuffer{};

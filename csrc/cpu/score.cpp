@@ -10,7 +10,7 @@ namespace {
 bool open_row(const Row& row, const Parameters& p, const Sweeps& sweeps, Sums& sums,
               CandidateBuffer& buffer, Constants& context) {
   if (!valid_parameters(p, row.vocab)) return false;
-  const double log_alpha = log_alpha_of(p);
+  const double log_alpha = log_alpha_of(row.direction, p.alpha);
   sweeps.sums(row, 0, row.vocab, log_alpha, sums, &buffer);
   if (sums.invalid || sums.max_w == -kInf) return false;
   context = make_constants(row, p, sums);

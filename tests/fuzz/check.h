@@ -69,7 +69,7 @@ inline Kept filters(const std::vector<Value>& v, const Oracle& r, const svdk::Pa
   for (int t = 0; t < vocab; ++t) {
     kept.may[t] = kept.must[t] = v[t].z != -svdk::kInf;
     // Filters over a large vocabulary compare floats.
-    const double rounding = vocab > svdk::kCapacity && q.direction != svdk::kPlain
+    const double rounding = vocab > svdk::kCapacity && r.direction != svdk::kPlain
                                 ? 1e-6 * (std::fabs(v[t].z) + std::fabs(r.w[t]) +
                                           std::fabs(r.mu) * (std::fabs(r.kl) + 1))
                                 : 1e-13 * std::fabs(v[t].z);
@@ -81,7 +81,7 @@ inline Kept filters(const std::vector<Value>& v, const Oracle& r, const svdk::Pa
   if (!on) return kept;
   // Values beyond float's range are all one to the histograms of a large vocabulary.
   if (vocab > svdk::kCapacity && (top_high > 1e38 || top_low < -1e38) &&
-      q.direction != svdk::kPlain) {
+      r.direction != svdk::kPlain) {
     std::fill(kept.must.begin(), kept.must.end(), 0);
     return kept;
   }
@@ -93,7 +93,7 @@ inline Kept filters(const std::vector<Value>& v, const Oracle& r, const svdk::Pa
   std::stable_sort(order.begin(), order.end(), [&](int a, int b) {
     return r.w[a] != r.w[b] ? r.w[a] < r.w[b] : r.o[a] < r.o[b];
   });
-  const bool floats = vocab > svdk::kCapacity && q.direction != svdk::kPlain;
+  const bool floats = vocab > svdk::kCapacity && r.direction != svdk::kPlain;
   for (int a = 0; a < vocab && !floats;) {
     int b = a;
     while (b < vocab && r.w[order[b]] == r.w[order[a]] && r.o[order[b]] == r.o[order[a]]) ++b;
