@@ -9,7 +9,7 @@
 #include <vector>
 
 #include "../philox.h"
-#include "problem.h"
+#include "steering.h"
 
 #define SVDK_PRAGMA(x) _Pragma(#x)
 #if defined(__clang__)

@@ -97,7 +97,7 @@ struct PairSums {
   float top_w, top_b;  // maxima, only without kMasked
 };
 
-// The sums of problem.h over one block, relative to max_w and max_b, which need not be the maxima.
+// The sums of steering.h over one block, relative to max_w and max_b, which need not be the maxima.
 // With kMasked, -inf may occur in either operand; without it, anything not finite makes cross, z_w
 // or z_b not finite, so that the caller needs no look at the operands beforehand.
 template <bool kMasked>

@@ -1,6 +1,6 @@
 // steered_sample: sweep, settle, and where the whole vocabulary is in play, sweep once more.
 #include "arch_headers.h"
-#include "finish.h"
+#include "candidates.h"
 #include "ops.h"
 
 namespace svdk {

@@ -56,37 +56,42 @@ PLANTED = {
 }  # fmt: skip
 
 # Each finding of the fuzzer, its fix taken out: the corpus must notice, without a sanitizer but for one.
-PORTABLE, FINISH = ("arch_portable",), ("finish",)
+PORTABLE, CANDIDATES = ("arch_portable",), ("candidates",)
 HUGE = "pair.odd.huge || std::fabs(max_w) > kHuge || std::fabs(max_b) > kHuge"
 EXACTLY = "largest + std::fabs(c.mu) * reach > kExact"
 FIXES = {
-    "plain_moments": Edit("cpu/sweeps.h", "if (c.direction == kPlain) return;", "", PORTABLE),
+    "plain_moments": Edit("cpu/sweep.h", "if (c.direction == kPlain) return;", "", PORTABLE),
     "exp_is_zero_below": Edit("cpu/blocks.h", ": -126.75f", ": -126.0f", PORTABLE),
     "no_floor_is_not_nan": Edit(
-        "cpu/finish.cpp", "key_value(std::max(floor_key, ", "key_value((floor_key, ", FINISH
+        "cpu/candidates.cpp", "key_value(std::max(floor_key, ", "key_value((floor_key, ", CANDIDATES
     ),
-    "min_p_floor": Edit("cpu/finish.cpp", "std::fmax(lowest, -most)", "std::fmax(lowest, -3e38)", FINISH),
-    "best_always_stays": Edit("cpu/finish.cpp", "if (!has_best) set", "if (false) set", FINISH),
-    "huge_maxima_in_double": Edit("cpu/sweeps.h", HUGE, "pair.odd.huge", PORTABLE),
+    "min_p_floor": Edit(
+        "cpu/candidates.cpp", "std::fmax(lowest, -most)", "std::fmax(lowest, -3e38)", CANDIDATES
+    ),
+    "best_always_stays": Edit("cpu/candidates.cpp", "if (!has_best) set", "if (false) set", CANDIDATES),
+    "huge_maxima_in_double": Edit("cpu/sweep.h", HUGE, "pair.odd.huge", PORTABLE),
     "slack_of_clamped_logits": Edit(
-        "cpu/sweeps.h", "largest < std::numeric_limits<float>::max()", "true", PORTABLE
+        "cpu/sweep.h", "largest < std::numeric_limits<float>::max()", "true", PORTABLE
     ),
-    "large_scores_in_double": Edit("cpu/sweeps_full.h", EXACTLY, "false", PORTABLE),
-    "pivot": Edit("cpu/finish.cpp", "if (context.direction == kVector) {", "if (false) {", FINISH),
+    "large_scores_in_double": Edit("cpu/full_sweep.h", EXACTLY, "false", PORTABLE),
+    "pivot": Edit("cpu/candidates.cpp", "if (context.direction == kVector) {", "if (false) {", CANDIDATES),
     "outside_about_its_maximum": Edit(
-        "cpu/finish.cpp",
+        "cpu/candidates.cpp",
         "return c.log_p(top) + std::log(sum);",
         "return std::log(std::exp(c.log_p(top)) * sum);",
-        FINISH,
+        CANDIDATES,
     ),
     "exact_masses": Edit(
-        "cpu/finish.cpp", "total = rest;\n      for", "total = mass;\n      for (; false;) for", FINISH
+        "cpu/candidates.cpp",
+        "total = rest;\n      for",
+        "total = mass;\n      for (; false;) for",
+        CANDIDATES,
     ),
     "log_sum_apart": Edit(
         "common.h",
         "return (static_cast<double>(w) - max_w) - log_zw;",
         "return w - (max_w + log_zw);",
-        ("sample", "score", "finish"),
+        ("sample", "logprob", "candidates"),
     ),
 }
 PLANTED |= {name: ("plain", edit, r"check\.h:\d+ ") for name, edit in FIXES.items()}

@@ -1,5 +1,5 @@
-// The specification once more (svdk/ops/reference.py), in double and per token, with a bound on how far
-// a kernel that sums in float may be off. It shares no code with the kernels.
+// The specification once more (svdk/ops/reference.py), in double and per token, with a bound on how
+// far a kernel that sums in float may be off. It shares no code with the kernels.
 #pragma once
 #include <algorithm>
 

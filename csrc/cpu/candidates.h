@@ -4,7 +4,7 @@
 #include <algorithm>
 #include <vector>
 
-#include "problem.h"
+#include "steering.h"
 
 namespace svdk {
 

@@ -1,4 +1,4 @@
-#include "finish.h"
+#include "candidates.h"
 
 #include "../philox.h"
 #include "arch_headers.h"

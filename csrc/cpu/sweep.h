@@ -1,4 +1,4 @@
-// The sweeps of problem.h, over the blocks of a row. Included inside an architecture's namespace.
+// The sweeps of steering.h, over the blocks of a row. Included inside an architecture's namespace.
 
 struct Space {
   alignas(64) float w[kBlock], other[kBlock], z[kBlock], extra[kBlock];

@@ -1,6 +1,6 @@
 // steered_logprob and extract.
 #include "arch_headers.h"
-#include "finish.h"
+#include "candidates.h"
 #include "ops.h"
 
 namespace svdk {
