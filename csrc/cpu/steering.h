@@ -1,21 +1,13 @@
-// What one row of an operation needs and yields, and the table of sweeps that each instruction set
-// fills in. No PyTorch here: the kernels are plain C++ over pointers.
+// Steps 1, 3 to 6, 8 and 9 for single tokens: the logits of a row, its sums and constants, what the
+// formulas of common.h make of them. No PyTorch here or below: the kernels are plain C++ over
+// pointers.
 #pragma once
-#include <vector>
+#include <cmath>
+#include <cstring>
 
 #include "../common.h"
 
 namespace svdk {
-
-// Tokens a sweep handles at a time: small enough for L1, a multiple of the Philox group.
-constexpr int kBlock = 1024;
-// Blocks in a slice at least, where a row is shared by threads; tests of short rows lower it.
-#ifndef SVDK_SLICE_BLOCKS
-#define SVDK_SLICE_BLOCKS 16
-#endif
-constexpr int kSliceBlocks = SVDK_SLICE_BLOCKS;
-// Candidates a row (or slice of one) keeps before the sweep gives up and a second one is made.
-constexpr int kCapacity = 4096;
 
 // std::exp and std::log, as the formulas of common.h take them.
 struct Math {
@@ -23,15 +15,41 @@ struct Math {
   static double log(double x) { return std::log(x); }
 };
 
+inline float bfloat16_to_float(uint16_t x) {
+  const uint32_t bits = static_cast<uint32_t>(x) << 16;
+  float f;
+  std::memcpy(&f, &bits, sizeof f);
+  return f;
+}
+
+inline float half_to_float(uint16_t x) {
+  const uint32_t sign = (x & 0x8000u) << 16, exponent = (x >> 10) & 31, fraction = x & 1023;
+  uint32_t bits = sign | ((exponent + 112) << 23) | (fraction << 13);
+  if (exponent == 31) bits = sign | 0x7f800000u | (fraction << 13);
+  float f;
+  std::memcpy(&f, &bits, sizeof f);
+  if (exponent == 0) f = (sign ? -1.0f : 1.0f) * static_cast<float>(fraction) * 0x1p-24f;
+  return f;
+}
+
 // One row: the warm logits and what they are compared with (base logits, a vector, or nothing).
-struct Row {
+struct RowLogits {
   const void* warm;
   const void* base;     // same dtype as warm, or null
   const float* vector;  // or null
   DType dtype;
   int vocab, direction;
+
+  float logit(const void* source, int id) const {
+    if (dtype == DType::kFloat) return static_cast<const float*>(source)[id];
+    const uint16_t x = static_cast<const uint16_t*>(source)[id];
+    return dtype == DType::kBFloat16 ? bfloat16_to_float(x) : half_to_float(x);
+  }
+  float warm_at(int id) const { return logit(warm, id); }
+  float other_at(int id) const { return base ? logit(base, id) : vector ? vector[id] : 0.0f; }
 };
 
+// Of a row, or of a slice of one.
 struct Sums : SumsOf<Math, double, double> {
   int64_t n_finite = 0;       // tokens with a finite warm logit
   bool invalid = false;       // NaN or +inf seen
@@ -39,19 +57,24 @@ struct Sums : SumsOf<Math, double, double> {
   bool beyond_float = false;  // a finite value seen next to which others would be rounded away
 
   Sums() { clear(); }
-  void merge(Sums other) {
-    const double w = std::fmax(max_w, other.max_w), b = std::fmax(max_b, other.max_b);
+  void merge(Sums slice) {
+    const double w = std::fmax(max_w, slice.max_w), b = std::fmax(max_b, slice.max_b);
     rescale(w, b);
-    other.rescale(w, b);
-    z_w += other.z_w;
-    z_b += other.z_b;
-    usable += other.usable;
-    cross += other.cross;
-    n_finite += other.n_finite;
-    invalid |= other.invalid;
-    base_masked |= other.base_masked;
-    beyond_float |= other.beyond_float;
+    slice.rescale(w, b);
+    z_w += slice.z_w;
+    z_b += slice.z_b;
+    usable += slice.usable;
+    cross += slice.cross;
+    n_finite += slice.n_finite;
+    invalid |= slice.invalid;
+    base_masked |= slice.base_masked;
+    beyond_float |= slice.beyond_float;
   }
+  // Whether the row can be sampled.
+  bool valid() const { return !invalid && max_w != -kInf; }
+  // Whether a log-ratio without the maxima and K is off by more than a constant.
+  bool needs_maxima() const { return base_masked || beyond_float; }
+  int status() const { return base_masked ? kBaseMasked : kOk; }
 };
 
 struct Constants : ConstantsOf<Math> {
@@ -61,66 +84,44 @@ struct Constants : ConstantsOf<Math> {
   explicit Constants(const ConstantsOf<Math>& x) : ConstantsOf<Math>(x) {}
 };
 
-// A filter that keeps, whatever rounding says of it, the token with the largest exact steered
-// logit.
-struct RowFilter : Filter {
-  int best = -1;
+inline double log_alpha_of(int direction, double alpha) {
+  return direction == kPlain ? -kInf : std::log(alpha);
+}
 
-  RowFilter() : Filter(Filter::none()) {}
-  bool keeps(float z, int id) const { return Filter::keeps(z, id) || id == best; }
-};
+// mu is set later.
+inline Constants make_constants(const RowLogits& row, const Parameters& p, const Sums& sums) {
+  Constants c(make_constants<Math>(sums, row.direction, log_alpha_of(row.direction, p.alpha),
+                                   p.penalty, row.base != nullptr));
+  c.n_finite = static_cast<int>(sums.n_finite);
+  return c;
+}
 
-struct Noise {
-  uint64_t seed = 0, offset = 0;
-  double inverse_temperature = 1;
-  bool greedy = false;
-  bool needs_sums = false;  // with `sums`: all of them, not only the maximum and the flags
-};
+// The direction at one token, 0 outside the confidence set.
+inline double delta_at(const RowLogits& row, const Constants& c, int id) {
+  const float w = row.warm_at(id);
+  return c.in_confidence_set(w) ? c.delta_of(w, row.other_at(id)) : 0.0;
+}
 
-struct Partition : PartitionOf<Math, double> {
-  Best greedy = Best::none();  // argmax over C
+// mu of a row.
+inline double strength_of(const RowLogits& row, const Parameters& p, const Constants& c,
+                          const Moments& m) {
+  const bool at_label = p.mode == kLabel;
+  return strength_of(p, m, at_label ? delta_at(row, c, static_cast<int>(p.label)) : 0.0);
+}
 
-  Partition() { clear(); }
-};
-
-// Counts and masses of steered logits by the top bits of their ordered key, for top-k and top-p.
-struct Histogram {
-  int64_t count[kBins];
-  double mass[kBins];
-};
-
-struct CandidateBuffer {
-  std::vector<Candidate> items;  // at most kCapacity
-  bool overflow = false;
-};
-
-// The sweeps over tokens [begin, end) of a row; begin is a multiple of kBlock.
-struct Sweeps {
-  const char* name;
-  // First sweep: sums, and with a buffer the candidates within log_alpha of the running maximum.
-  void (*sums)(const Row&, int begin, int end, double log_alpha, Sums&, CandidateBuffer*);
-  // Best perturbed (or greedy) steered logit. With `sums` it is the first sweep as well; then a row
-  // that turns out invalid or base-masked is left early with the flag set.
-  void (*sample)(const Row&, int begin, int end, const Constants&, const RowFilter&, const Noise&,
-                 Sums*, Best&);
-  void (*moments)(const Row&, int begin, int end, const Constants&, MomentSums&);
-  void (*partition)(const Row&, int begin, int end, const Constants&, const double* strengths,
-                    int count, Partition*);
-  // Histogram over the bits of keys from `shift` up (11 of them, 10 at shift 0) of the keys whose
-  // higher bits equal prefix; masses exp((z - top) / temperature).
-  void (*histogram)(const Row&, int begin, int end, const Constants&, uint32_t floor_key, int shift,
-                    uint32_t prefix, double top, double inverse_temperature, Histogram&);
-  // Tokens whose key is at least floor_key; at most kCapacity.
-  void (*gather)(const Row&, int begin, int end, const Constants&, uint32_t floor_key,
-                 std::vector<Candidate>&);
-  // Adds to `seen` the tokens whose key equals `key`; the id of the one that makes it `wanted`, or
-  // -1.
-  int (*nth_tie)(const Row&, int begin, int end, const Constants&, uint32_t key, int64_t wanted,
-                 int64_t& seen);
-};
-
-const Sweeps* sweeps_portable();
-const Sweeps* sweeps_avx2();    // null where the compiler or the machine lacks it
-const Sweeps* sweeps_avx512();  // likewise
+// The token of a row that cannot be sampled: argmax over its finite warm logits, 0 if there is
+// none.
+inline int fallback_token(const RowLogits& row) {
+  float best = -kFloatInf;
+  int token = 0;
+  for (int i = 0; i < row.vocab; ++i) {
+    const float w = row.warm_at(i);
+    if (is_finite(w) && w > best) {
+      best = w;
+      token = i;
+    }
+  }
+  return token;
+}
 
 }  // namespace svdk

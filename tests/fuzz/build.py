@@ -13,7 +13,8 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 KERNELS = HERE.parent.parent / "csrc"
 CORPUS = HERE / "corpus.txt"
-UNITS = ("sample", "logprob", "candidates", "arch_portable", "arch_avx2", "arch_avx512")
+ARCHITECTURES = ("arch_portable", "arch_avx2", "arch_avx512")
+UNITS = ("sample", "logprob", "extract", "candidates", "filters", "arch", *ARCHITECTURES)
 """The kernels without PyTorch: all of csrc/cpu but the binding."""
 SANITIZERS = {
     "plain": [],

@@ -249,9 +249,7 @@ struct Known {
 
 inline void check_sample(const Problem& p, const svdk::Runtime& run, Known& known) {
   std::vector<svdk::SampleOutput> out(p.batch);
-  svdk::steered_sample(
-      run, p.batch, [&](int64_t i) { return p.row(i); }, [&](int64_t i) { return p.parameters[i]; },
-      p.info, out.data());
+  svdk::steered_sample(run, p.rows(), p.parameters.data(), p.info, out.data());
   for (int i = 0; i < p.batch; ++i) {
     const Oracle& r = known.rows[i];
     const svdk::Parameters& q = p.parameters[i];
@@ -285,15 +283,10 @@ inline void check_logprob(const Problem& p, const svdk::Runtime& run, Known& kno
   std::vector<float> logprob(cells), slope(cells), curvature(cells);
   std::vector<int64_t> greedy(cells);
   std::vector<svdk::LogprobOutput> out(p.batch);
-  svdk::steered_logprob(
-      run, p.batch, [&](int64_t i) { return p.row(i); }, [&](int64_t i) { return p.parameters[i]; },
-      count, [&](int64_t) { return p.strengths.data(); },
-      [&](int64_t i) {
-        const int64_t at = i * count;
-        return svdk::LogprobCurves{logprob.data() + at, slope.data() + at, curvature.data() + at,
-                                   greedy.data() + at};
-      },
-      out.data());
+  const svdk::Strengths strengths{p.strengths.data(), count};
+  svdk::steered_logprob(run, p.rows(), p.parameters.data(), &strengths,
+                        {logprob.data(), slope.data(), curvature.data(), greedy.data()},
+                        out.data());
   for (int i = 0; i < p.batch; ++i) {
     const Oracle& r = known.rows[i];
     svdk::Parameters q = p.parameters[i];
@@ -351,11 +344,9 @@ inline void check_logprob(const Problem& p, const svdk::Runtime& run, Known& kno
 }
 
 inline void check_extract(const Problem& p, const svdk::Runtime& run, Known& known) {
-  std::vector<svdk::ExtractRow> rows(p.batch);
+  std::vector<svdk::Extracted> extracted(p.batch);
   std::vector<svdk::ExtractOutput> out(p.batch);
-  svdk::extract_rows(
-      run, p.batch, [&](int64_t i) { return p.row(i); }, [&](int64_t i) { return p.parameters[i]; },
-      rows.data(), out.data());
+  svdk::extract_rows(run, p.rows(), p.parameters.data(), extracted.data(), out.data());
   for (int i = 0; i < p.batch; ++i) {
     const Oracle& r = known.rows[i];
     const int64_t count = out[i].count;
@@ -368,7 +359,7 @@ inline void check_extract(const Problem& p, const svdk::Runtime& run, Known& kno
     if (r.invalid) continue;
     std::unique_ptr<int64_t[]> ids(new int64_t[count]);
     std::unique_ptr<float[]> prob(new float[count]), delta(new float[count]);
-    svdk::extract_entries(p.row(i), rows[i], ids.get(), prob.get(), delta.get());
+    svdk::extract_entries(p.rows().at(i), extracted[i], {ids.get(), prob.get(), delta.get()});
     for (int64_t k = 0; k < count; ++k) {
       EXPECT(ids[k] >= 0 && ids[k] < p.vocab && (k == 0 || ids[k] > ids[k - 1]), "id %ld",
              static_cast<long>(ids[k]));

@@ -89,7 +89,7 @@ struct Operand {
   std::unique_ptr<char[]> memory;
   int64_t row_bytes = 0;
 
-  const void* row(int64_t i) const { return memory ? memory.get() + i * row_bytes : nullptr; }
+  svdk::Table table() const { return {memory.get(), row_bytes, nullptr}; }
 
   void store(const std::vector<float>& x, svdk::DType dtype, int vocab) {
     const size_t bytes = dtype == svdk::DType::kFloat ? 4 : 2;
@@ -120,13 +120,16 @@ struct Problem {
   std::vector<svdk::Parameters> parameters;  // a row
   std::vector<double> strengths;             // of steered_logprob
 
-  svdk::Row row(int64_t i) const {
-    return {warm.row(i),
-            uses == 0 ? other.row(i) : nullptr,
-            uses == 1 ? static_cast<const float*>(other.row(i)) : nullptr,
-            dtype,
-            vocab,
-            direction};
+  svdk::BatchLogits rows() const {
+    svdk::BatchLogits rows{};
+    rows.warm = warm.table();
+    if (uses == 0) rows.base = other.table();
+    if (uses == 1) rows.vector = other.table();
+    rows.dtype = dtype;
+    rows.vocab = vocab;
+    rows.direction = direction;
+    rows.batch = batch;
+    return rows;
   }
 };
 
