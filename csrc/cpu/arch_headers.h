@@ -19,3 +19,6 @@
 #define SVDK_TARGET_BEGIN(list) SVDK_PRAGMA(GCC push_options) SVDK_PRAGMA(GCC target(list))
 #define SVDK_TARGET_END SVDK_PRAGMA(GCC pop_options)
 #endif
+
+// For what is done to every block: called, its loops would have fewer registers.
+#define SVDK_INLINED __attribute__((always_inline)) inline

@@ -22,8 +22,8 @@ struct SteeredBlock {
   float top, slack;
 };
 
-inline SteeredBlock steered_logits(const BlockOperands& block, const Constants& c,
-                                   Scratch& scratch) {
+SVDK_INLINED SteeredBlock steered_logits(const BlockOperands& block, const Constants& c,
+                                         Scratch& scratch) {
   const FloatConstants f(c);
   if (c.direction == kPlain) {
     return {block.w.data, block.w.top, 0.0f};  // these floats are exact
@@ -128,11 +128,13 @@ struct MovingBlock {
       still[i] = -kFloatInf;
       move[i] = 0.0f;
     }
-    reach = largest = 0;
+    float most_move = 0, most_still = 0;
     for (int i = 0; i < block.n; ++i) {
-      reach = std::max(reach, std::fabs(move[i]));
-      if (still[i] != -kFloatInf) largest = std::max(largest, std::fabs(still[i]));
+      most_move = std::max(most_move, std::fabs(move[i]));
+      if (still[i] != -kFloatInf) most_still = std::max(most_still, std::fabs(still[i]));
     }
+    reach = most_move;
+    largest = most_still;
   }
 };
 
@@ -176,16 +178,17 @@ inline void offer_greedy(const BlockOperands& block, const MovingBlock& moving, 
       inside_top = std::max(inside_top, z[i]);
     }
   }
+  const float least = std::max(need, inside_top - 2 * slack);
   for (int i = 0; i < block.n; ++i) {
     const float w = block.w.data[i];
-    if (z[i] < std::max(need, inside_top - 2 * slack) || !c.in_confidence_set(w)) continue;
+    if (z[i] < least || !c.in_confidence_set(w)) continue;
     greedy.offer(c.steered_logit(w, block.other_at(i)), block.begin + i);
   }
 }
 
 // One block at one strength.
-inline void add_block(const BlockOperands& block, const MovingBlock& moving, const Constants& c,
-                      float* z, Partition& part) {
+SVDK_INLINED void add_block(const BlockOperands& block, const MovingBlock& moving,
+                            const Constants& c, float* z, Partition& part) {
   const Vec::F mu = Vec::set(static_cast<float>(c.mu));
   for (int i = 0; i < block.width; i += Vec::N) {
     Vec::store(z + i, Vec::fma(mu, Vec::load(moving.move + i), Vec::load(moving.still + i)));
