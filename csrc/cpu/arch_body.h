@@ -1,8 +1,12 @@
 // The body of an architecture's translation unit, after its Vec; no include guard on purpose: it is
 // compiled once a namespace.
+// clang-format off: each builds on those before it
 #include "blocks.h"
-#include "sweeps.h"
-#include "sweeps_full.h"
+#include "sweep.h"
+#include "full_sweep.h"
+#include "draw_sweep.h"
+#include "filter_sweep.h"
+// clang-format on
 
-const Sweeps kSweeps = {SVDK_ARCH_NAME,  sweep_sums,      sweep_sample, sweep_moments,
-                        sweep_partition, sweep_histogram, sweep_gather, sweep_nth_tie};
+const Sweeps kSweeps = {SVDK_ARCH_NAME, first_sweep, draw_row, moments,
+                        partition,      histogram,   gather,   nth_tie};

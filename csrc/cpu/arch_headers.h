@@ -8,8 +8,7 @@
 #include <limits>
 #include <vector>
 
-#include "../philox.h"
-#include "problem.h"
+#include "arch.h"
 
 #define SVDK_PRAGMA(x) _Pragma(#x)
 #if defined(__clang__)
@@ -21,23 +20,5 @@
 #define SVDK_TARGET_END SVDK_PRAGMA(GCC pop_options)
 #endif
 
-namespace svdk {
-
-inline float bfloat16_to_float(uint16_t x) {
-  const uint32_t bits = static_cast<uint32_t>(x) << 16;
-  float f;
-  std::memcpy(&f, &bits, sizeof f);
-  return f;
-}
-
-inline float half_to_float(uint16_t x) {
-  const uint32_t sign = (x & 0x8000u) << 16, exponent = (x >> 10) & 31, fraction = x & 1023;
-  uint32_t bits = sign | ((exponent + 112) << 23) | (fraction << 13);
-  if (exponent == 31) bits = sign | 0x7f800000u | (fraction << 13);
-  float f;
-  std::memcpy(&f, &bits, sizeof f);
-  if (exponent == 0) f = (sign ? -1.0f : 1.0f) * static_cast<float>(fraction) * 0x1p-24f;
-  return f;
-}
-
-}  // namespace svdk
+// For what is done to every block: called, its loops would have fewer registers.
+#define SVDK_INLINED __attribute__((always_inline)) inline

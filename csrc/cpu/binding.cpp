@@ -45,67 +45,57 @@ const T* data(const MaybeTensor& t) {
   return t ? static_cast<const T*>(t->const_data_ptr()) : nullptr;
 }
 
-// A per-row parameter: a value a row, or one for all.
-template <typename T>
-T pick(T scalar, const T* rows, int64_t i) {
-  return rows ? rows[i] : scalar;
+// A parameter of every row: a scalar, or a tensor with one a row.
+svdk::Real per_row(double scalar, const MaybeTensor& rows) { return {scalar, data<float>(rows)}; }
+svdk::Integer per_row(int64_t scalar, const MaybeTensor& rows) {
+  return {scalar, data<int64_t>(rows)};
 }
 
-// The five row arguments of every op.
-class Rows {
- public:
-  Rows(const Tensor& warm, const MaybeTensor& base, const MaybeTensor& vector,
-       const MaybeTensor& warm_rows, const MaybeTensor& base_rows, int64_t vocab)
-      : warm_(static_cast<const char*>(warm.const_data_ptr())),
-        base_(base ? static_cast<const char*>(base->const_data_ptr()) : nullptr),
-        vector_(data<float>(vector)),
-        warm_rows_(data<int64_t>(warm_rows)),
-        base_rows_(data<int64_t>(base_rows)),
-        warm_limit_(warm.size(0)),
-        base_limit_(base ? base->size(0) : 0),
-        vocab_(static_cast<int>(vocab)) {
-    batch = warm_rows ? warm_rows->size(0) : warm.size(0);
-    const ScalarType type = warm.scalar_type();
-    STD_TORCH_CHECK(
-        type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half,
-        "warm_logits must be float32, bfloat16 or float16");
-    STD_TORCH_CHECK(!base || base->scalar_type() == type,
-                    "base_logits must have warm_logits' dtype");
-    STD_TORCH_CHECK(vocab > 0 && vocab <= warm.size(1) && (!base || vocab <= base->size(1)),
-                    "vocab_size out of range");
-    type_ = type == ScalarType::Float      ? svdk::DType::kFloat
-            : type == ScalarType::BFloat16 ? svdk::DType::kBFloat16
-                                           : svdk::DType::kHalf;
-    const int64_t bytes = type == ScalarType::Float ? 4 : 2;
-    warm_stride_ = warm.stride(0) * bytes;
-    base_stride_ = base ? base->stride(0) * bytes : 0;
-    vector_stride_ = vector && vector->dim() == 2 ? vector->stride(0) : 0;
-    check(warm_rows_, warm_limit_, "warm_rows");
-    check(base_rows_, base_limit_, "base_rows");
-  }
+std::vector<svdk::Parameters> every_row(const svdk::BatchParameters& parameters, int64_t batch) {
+  std::vector<svdk::Parameters> rows;
+  for (int64_t i = 0; i < batch; ++i) rows.push_back(parameters.at(i));
+  return rows;
+}
 
-  svdk::Row operator()(int64_t i) const {
-    const int64_t w = warm_rows_ ? warm_rows_[i] : i, b = base_rows_ ? base_rows_[i] : i;
-    return {warm_ + w * warm_stride_, base_ ? base_ + b * base_stride_ : nullptr,
-            vector_ ? vector_ + i * vector_stride_ : nullptr, type_, vocab_};
+void check_index(const MaybeTensor& rows, int64_t limit, const char* name) {
+  for (int64_t i = 0; rows && i < rows->size(0); ++i) {
+    const int64_t row = data<int64_t>(rows)[i];
+    STD_TORCH_CHECK(row >= 0 && row < limit, name, " was ", row, "; allowed: row indices below ",
+                    limit);
   }
+}
 
-  int64_t batch;
-
- private:
-  void check(const int64_t* rows, int64_t limit, const char* name) const {
-    for (int64_t i = 0; rows && i < batch; ++i) {
-      STD_TORCH_CHECK(rows[i] >= 0 && rows[i] < limit, name, " was ", rows[i],
-                      "; allowed: row indices below ", limit);
-    }
+// The rows of a call, from the arguments that every op begins with.
+svdk::BatchLogits batch_logits(const Tensor& warm, const MaybeTensor& base,
+                               const MaybeTensor& vector, const MaybeTensor& warm_rows,
+                               const MaybeTensor& base_rows, int64_t vocab, int64_t direction) {
+  const ScalarType type = warm.scalar_type();
+  STD_TORCH_CHECK(
+      type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half,
+      "warm_logits must be float32, bfloat16 or float16");
+  STD_TORCH_CHECK(!base || base->scalar_type() == type, "base_logits must have warm_logits' dtype");
+  STD_TORCH_CHECK(vocab > 0 && vocab <= warm.size(1) && (!base || vocab <= base->size(1)),
+                  "vocab_size out of range");
+  check_index(warm_rows, warm.size(0), "warm_rows");
+  check_index(base_rows, base ? base->size(0) : 0, "base_rows");
+  const int64_t bytes = type == ScalarType::Float ? 4 : 2;
+  svdk::BatchLogits rows{};
+  rows.warm = {warm.const_data_ptr(), warm.stride(0) * bytes, data<int64_t>(warm_rows)};
+  if (base) {
+    rows.base = {base->const_data_ptr(), base->stride(0) * bytes, data<int64_t>(base_rows)};
   }
-  const char *warm_, *base_;
-  const float* vector_;
-  const int64_t *warm_rows_, *base_rows_;
-  int64_t warm_limit_, base_limit_, warm_stride_, base_stride_, vector_stride_;
-  int vocab_;
-  svdk::DType type_;
-};
+  if (vector) {
+    const int64_t stride = vector->dim() == 2 ? vector->stride(0) : 0;
+    rows.vector = {vector->const_data_ptr(), stride * 4, nullptr};
+  }
+  rows.dtype = type == ScalarType::Float      ? svdk::DType::kFloat
+               : type == ScalarType::BFloat16 ? svdk::DType::kBFloat16
+                                              : svdk::DType::kHalf;
+  rows.vocab = static_cast<int>(vocab);
+  rows.direction = static_cast<int>(direction);
+  rows.batch = warm_rows ? warm_rows->size(0) : warm.size(0);
+  return rows;
+}
 
 Tensor allocate(std::initializer_list<int64_t> shape, ScalarType type) {
   try {
@@ -131,26 +121,24 @@ std::tuple<Tensor, Tensor, Tensor> steered_sample(
     double temperature, MaybeTensor temperature_rows, int64_t top_k, MaybeTensor top_k_rows,
     double top_p, MaybeTensor top_p_rows, double min_p, MaybeTensor min_p_rows, int64_t seed,
     MaybeTensor seed_rows, int64_t offset, MaybeTensor offset_rows, bool info) {
-  const Rows rows(warm, base, vector, warm_rows, base_rows, vocab);
+  const svdk::BatchLogits rows =
+      batch_logits(warm, base, vector, warm_rows, base_rows, vocab, direction);
   const int64_t batch = rows.batch;
-  auto parameters = [&](int64_t i) {
-    svdk::Parameters p;
-    p.direction = static_cast<int>(direction);
-    p.mode = static_cast<int>(mode);
-    p.penalty = penalty;
-    p.strength = strength_rows ? data<float>(strength_rows)[i] : strength;
-    p.alpha = alpha_rows ? data<float>(alpha_rows)[i] : alpha;
-    p.temperature = temperature_rows ? data<float>(temperature_rows)[i] : temperature;
-    p.top_p = top_p_rows ? data<float>(top_p_rows)[i] : top_p;
-    p.min_p = min_p_rows ? data<float>(min_p_rows)[i] : min_p;
-    p.top_k = pick(top_k, data<int64_t>(top_k_rows), i);
-    p.label = pick(int64_t{0}, data<int64_t>(labels), i);
-    p.seed = static_cast<uint64_t>(pick(seed, data<int64_t>(seed_rows), i));
-    p.offset = static_cast<uint64_t>(pick(offset, data<int64_t>(offset_rows), i));
-    return p;
-  };
+  svdk::BatchParameters p{};
+  p.labels = per_row(int64_t{0}, labels);
+  p.mode = static_cast<int>(mode);
+  p.strength = per_row(strength, strength_rows);
+  p.alpha = per_row(alpha, alpha_rows);
+  p.penalty = penalty;
+  p.temperature = per_row(temperature, temperature_rows);
+  p.top_k = per_row(top_k, top_k_rows);
+  p.top_p = per_row(top_p, top_p_rows);
+  p.min_p = per_row(min_p, min_p_rows);
+  p.seed = per_row(seed, seed_rows);
+  p.offset = per_row(offset, offset_rows);
+  const std::vector<svdk::Parameters> parameters = every_row(p, batch);
   std::vector<svdk::SampleOutput> result(batch);
-  svdk::steered_sample(runtime(), batch, rows, parameters, info, result.data());
+  svdk::steered_sample(runtime(), rows, parameters.data(), info, result.data());
 
   Tensor token = allocate({batch}, ScalarType::Long);
   for (int64_t i = 0; i < batch; ++i) out<int64_t>(token)[i] = result[i].token;
@@ -167,14 +155,13 @@ std::tuple<Tensor, Tensor, Tensor> steered_sample(
   return {token, floats, ints};
 }
 
-svdk::Parameters scoring(int64_t direction, double penalty, double alpha, int64_t label) {
-  svdk::Parameters p{};
-  p.direction = static_cast<int>(direction);
+// Of an op that draws nothing.
+svdk::BatchParameters without_sampling(svdk::Real alpha, double penalty) {
+  svdk::BatchParameters p{};
   p.mode = svdk::kConstant;
   p.alpha = alpha;
   p.penalty = penalty;
-  p.temperature = p.top_p = 1;
-  p.label = label;
+  p.temperature.scalar = p.top_p.scalar = 1;
   return p;
 }
 
@@ -182,34 +169,28 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> steered_logprob(
     Tensor warm, MaybeTensor base, MaybeTensor vector, MaybeTensor warm_rows, MaybeTensor base_rows,
     int64_t vocab, int64_t direction, Tensor labels, double strength, MaybeTensor strength_rows,
     double alpha, MaybeTensor alpha_rows, double penalty, MaybeTensor strengths) {
-  const Rows rows(warm, base, vector, warm_rows, base_rows, vocab);
+  const svdk::BatchLogits rows =
+      batch_logits(warm, base, vector, warm_rows, base_rows, vocab, direction);
   const int64_t batch = rows.batch, count = strengths ? strengths->size(0) : 1;
-  const int64_t* label = static_cast<const int64_t*>(labels.const_data_ptr());
-  auto parameters = [&](int64_t i) {
-    return scoring(direction, penalty, alpha_rows ? data<float>(alpha_rows)[i] : alpha, label[i]);
-  };
+  svdk::BatchParameters p = without_sampling(per_row(alpha, alpha_rows), penalty);
+  p.labels = per_row(int64_t{0}, labels);
   // The values of mu: one grid for all rows, or one value a row.
-  std::vector<double> grid;
+  std::vector<double> mu;
   if (strengths) {
-    grid.assign(data<float>(strengths), data<float>(strengths) + count);
+    mu.assign(data<float>(strengths), data<float>(strengths) + count);
   } else {
-    for (int64_t i = 0; i < batch; ++i)
-      grid.push_back(strength_rows ? data<float>(strength_rows)[i] : strength);
+    p.strength = per_row(strength, strength_rows);
   }
+  const svdk::Strengths grid{mu.data(), static_cast<int>(count)};
   Tensor curves = allocate({3, batch, count}, ScalarType::Float);
   Tensor greedy = allocate({batch, count}, ScalarType::Long);
   float* curve = out<float>(curves);
-  int64_t* token = out<int64_t>(greedy);
+  const int64_t plane = batch * count;
+  const std::vector<svdk::Parameters> parameters = every_row(p, batch);
   std::vector<svdk::LogprobOutput> result(batch);
-  svdk::steered_logprob(
-      runtime(), batch, rows, parameters, static_cast<int>(count),
-      [&](int64_t i) { return grid.data() + (strengths ? 0 : i); },
-      [&](int64_t i) {
-        const int64_t at = i * count, plane = batch * count;
-        return svdk::LogprobCurves{curve + at, curve + plane + at, curve + 2 * plane + at,
-                                   token + at};
-      },
-      result.data());
+  svdk::steered_logprob(runtime(), rows, parameters.data(), strengths ? &grid : nullptr,
+                        {curve, curve + plane, curve + 2 * plane, out<int64_t>(greedy)},
+                        result.data());
   Tensor stats = allocate({6, batch}, ScalarType::Float),
          status = allocate({batch}, ScalarType::Int);
   for (int64_t i = 0; i < batch; ++i) {
@@ -224,15 +205,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> steered_logprob(
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> extract(
     Tensor warm, MaybeTensor base, MaybeTensor vector, MaybeTensor warm_rows, MaybeTensor base_rows,
     int64_t vocab, int64_t direction, double alpha, MaybeTensor alpha_rows) {
-  const Rows rows(warm, base, vector, warm_rows, base_rows, vocab);
+  const svdk::BatchLogits rows =
+      batch_logits(warm, base, vector, warm_rows, base_rows, vocab, direction);
   const int64_t batch = rows.batch;
-  auto parameters = [&](int64_t i) {
-    return scoring(direction, -svdk::kInf, alpha_rows ? data<float>(alpha_rows)[i] : alpha, 0);
-  };
-  std::vector<svdk::ExtractRow> extracted(batch);
+  const std::vector<svdk::Parameters> parameters =
+      every_row(without_sampling(per_row(alpha, alpha_rows), -svdk::kInf), batch);
+  std::vector<svdk::Extracted> extracted(batch);
   std::vector<svdk::ExtractOutput> result(batch);
   const svdk::Runtime run = runtime();
-  svdk::extract_rows(run, batch, rows, parameters, extracted.data(), result.data());
+  svdk::extract_rows(run, rows, parameters.data(), extracted.data(), result.data());
 
   Tensor row_ptr = allocate({batch + 1}, ScalarType::Long),
          stats = allocate({3, batch}, ScalarType::Float);
@@ -254,8 +235,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> extract(
   float *to_p = out<float>(p), *to_delta = out<float>(delta);
   run.parallel(batch, [&](int64_t i) {
     if (result[i].count == 0) return;
-    svdk::extract_entries(rows(i), extracted[i], to_ids + start[i], to_p + start[i],
-                          to_delta + start[i]);
+    svdk::extract_entries(rows.at(i), extracted[i],
+                          {to_ids + start[i], to_p + start[i], to_delta + start[i]});
   });
   return {row_ptr, ids, p, delta, stats, status};
 }

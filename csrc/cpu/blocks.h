@@ -3,7 +3,7 @@
 
 constexpr int kPad = 256;  // tokens one Philox call serves at most: 4 vectors of 16 blocks of 4
 // Above this the float loops could overflow (they sum squares of differences): double does it.
-constexpr float kHuge = 1e15f;
+constexpr float kFloatSafe = 1e15f;
 
 inline int padded(int n) { return (n + kPad - 1) / kPad * kPad; }
 
@@ -35,7 +35,7 @@ struct Block {
   const float* data;
   float top;        // maximum
   float magnitude;  // an upper bound of |x|; only if finite
-  bool finite;      // no -inf, NaN, +inf, nor anything above kHuge
+  bool finite;      // no -inf, NaN, +inf, nor anything above kFloatSafe
 };
 
 // Floats of tokens [begin, begin + n): in place for whole fp32 blocks, else converted into space.
@@ -55,12 +55,12 @@ inline const float* fetch(const void* source, DType dtype, int begin, int n, flo
       for (; i < n; ++i) space[i] = half_to_float(p[i]);
     }
   }
-  for (int i = n; i < padded(n); ++i) space[i] = -std::numeric_limits<float>::infinity();
+  for (int i = n; i < padded(n); ++i) space[i] = -kFloatInf;
   return space;
 }
 
 // Maximum and finiteness of n floats (a multiple of kPad); the sum of squares is NaN or above
-// kHuge^2 when something is not finite or huge, which the slow paths handle.
+// kFloatSafe^2 when something is not finite or beyond kFloatSafe, which the slow paths handle.
 inline Block scan(const float* x, int n, int real) {
   Vec::F top0 = Vec::load(x), top1 = top0, square0 = Vec::set(0.0f), square1 = square0;
   for (int i = 0; i < n; i += 2 * Vec::N) {
@@ -76,7 +76,7 @@ inline Block scan(const float* x, int n, int real) {
     square = 0.0f;
     for (int i = 0; i < real; ++i) square += x[i] * x[i];
   }
-  block.finite = square < kHuge * kHuge;
+  block.finite = square < kFloatSafe * kFloatSafe;
   block.magnitude = std::sqrt(square);
   return block;
 }
@@ -92,27 +92,27 @@ inline float sum_exp(const float* x, int n, float top) {
   return Vec::sum(a + b);
 }
 
-struct PairSums {
+struct BlockSums {
   float z_w, z_b, usable, cross;
-  float top_w, top_b;  // maxima, only without kMasked
+  float top_w, top_b;  // maxima, only without kMinusInf
 };
 
-// The sums of problem.h over one block, relative to max_w and max_b, which need not be the maxima.
-// With kMasked, -inf may occur in either operand; without it, anything not finite makes cross, z_w
-// or z_b not finite, so that the caller needs no look at the operands beforehand.
-template <bool kMasked>
-inline PairSums pair_sums(const float* w, const float* b, int n, float max_w, float max_b) {
+// The sums of common.h over one block, relative to max_w and max_b, which need not be the maxima.
+// With kMinusInf, -inf may occur in either operand; without it, anything not finite makes cross,
+// z_w or z_b not finite, so that the caller needs no look at the operands beforehand.
+template <bool kMinusInf>
+inline BlockSums block_sums(const float* w, const float* b, int n, float max_w, float max_b) {
   using V = Vec;
   const V::F shift_w = V::set(max_w), shift_b = V::set(max_b), zero = V::set(0.0f);
-  const V::F lowest = V::set(-std::numeric_limits<float>::max());
+  const V::F lowest = V::set(-FLT_MAX);
   V::F z_w[2] = {zero, zero}, z_b[2] = {zero, zero}, u[2] = {zero, zero}, cross[2] = {zero, zero};
   V::F top_w[2] = {lowest, lowest}, top_b[2] = {lowest, lowest};
   for (int i = 0; i < n; i += 2 * V::N) {
     for (int k = 0; k < 2; ++k) {
       const V::F x = V::load(w + i + k * V::N), y = V::load(b + i + k * V::N);
       const V::F dx = x - shift_w, dy = y - shift_b;
-      V::F ex = exp<kMasked>(dx), ey = exp<kMasked>(dy), d = dx - dy;
-      if (kMasked) {
+      V::F ex = exp<kMinusInf>(dx), ey = exp<kMinusInf>(dy), d = dx - dy;
+      if (kMinusInf) {
         const V::Mask has_w = V::ge(x, lowest), has_b = V::ge(y, lowest);
         const V::Mask ok = V::both(has_w, has_b);
         ex = V::select(has_w, ex, zero);
@@ -131,63 +131,64 @@ inline PairSums pair_sums(const float* w, const float* b, int n, float max_w, fl
   const float total = V::sum(z_w[0] + z_w[1]);
   return {total,
           V::sum(z_b[0] + z_b[1]),
-          kMasked ? V::sum(u[0] + u[1]) : total,
+          kMinusInf ? V::sum(u[0] + u[1]) : total,
           V::sum(cross[0] + cross[1]),
           V::top(V::max(top_w[0], top_w[1])),
           V::top(V::max(top_b[0], top_b[1]))};
 }
 
-// What a block with NaN, infinities or huge values holds; the vector loops leave these to here.
-struct Oddities {
-  bool any = false, invalid = false, masked = false, huge = false;
-  int finite = 0;  // tokens with a finite warm logit, if any
+// What a block with NaN, infinities or values beyond kFloatSafe holds; the vector loops leave these
+// to here.
+struct Exceptional {
+  bool any = false, invalid = false, base_masked = false, beyond_float = false;
+  int n_finite = 0;  // tokens with a finite warm logit, if any
 };
 
-inline Oddities classify(const float* w, const float* other, int n, bool other_is_vector) {
-  Oddities odd;
-  odd.any = true;
-  const float inf = std::numeric_limits<float>::infinity();
+inline Exceptional classify(const float* w, const float* other, int n, bool other_is_vector) {
+  Exceptional found;
+  found.any = true;
+  const float inf = kFloatInf;
   for (int i = 0; i < n; ++i) {
-    odd.invalid |= !(w[i] < inf);
-    odd.finite += w[i] > -inf;
-    odd.huge |= w[i] > -inf && std::fabs(w[i]) > kHuge;
+    found.invalid |= !(w[i] < inf);
+    found.n_finite += w[i] > -inf;
+    found.beyond_float |= w[i] > -inf && std::fabs(w[i]) > kFloatSafe;
     if (other) {
-      odd.invalid |= !(other[i] < inf) || (other_is_vector && other[i] == -inf);
-      odd.huge |= other[i] > -inf && std::fabs(other[i]) > kHuge;
-      odd.masked |= !other_is_vector && w[i] > -inf && other[i] == -inf;
+      found.invalid |= !(other[i] < inf) || (other_is_vector && other[i] == -inf);
+      found.beyond_float |= other[i] > -inf && std::fabs(other[i]) > kFloatSafe;
+      found.base_masked |= !other_is_vector && w[i] > -inf && other[i] == -inf;
     }
   }
-  return odd;
+  return found;
 }
 
 // Constants of steered logits in float, for the vector filter in front of the exact arithmetic.
-struct FloatContext {
-  float mu, inside_from, outside_shift, max_w, log_w, max_b, log_b, kl;
+struct FloatConstants {
+  float mu, inside_from, outside_shift, max_w, log_zw, max_b, log_zb, kl;
   bool drop_outside;
-  bool huge;  // a constant that float differences cannot do without overflow
-  explicit FloatContext(const Context& c)
+  bool beyond_float;  // a constant that float differences cannot do without overflow
+  explicit FloatConstants(const Constants& c)
       : mu(static_cast<float>(c.mu)),
         inside_from(static_cast<float>(c.max_w + c.log_alpha)),
         outside_shift(c.penalty == -kInf ? 0.0f : static_cast<float>(c.mu * c.penalty)),
         max_w(static_cast<float>(c.max_w)),
-        log_w(static_cast<float>(c.log_w)),
+        log_zw(static_cast<float>(c.log_zw)),
         max_b(static_cast<float>(c.max_b)),
-        log_b(static_cast<float>(c.log_b)),
+        log_zb(static_cast<float>(c.log_zb)),
         kl(static_cast<float>(c.kl)),
         drop_outside(c.penalty == -kInf),
-        huge(std::fabs(c.max_w) > kHuge || std::fabs(c.max_b) > kHuge || std::fabs(c.kl) > kHuge ||
-             std::fabs(c.pivot) > kHuge) {}
+        beyond_float(std::fabs(c.max_w) > kFloatSafe || std::fabs(c.max_b) > kFloatSafe ||
+                     std::fabs(c.kl) > kFloatSafe || std::fabs(c.pivot) > kFloatSafe) {}
 };
 
 // delta of a block in float; `other` holds base logits or the vector. All finite.
 template <int kDirection>
-inline void delta_block(const float* w, const float* other, int n, const FloatContext& c,
+inline void delta_block(const float* w, const float* other, int n, const FloatConstants& c,
                         float* out) {
   using V = Vec;
-  const V::F max_w = V::set(c.max_w), log_w = V::set(c.log_w);
-  const V::F max_b = V::set(c.max_b), shift = V::set(c.log_b - c.kl);
+  const V::F max_w = V::set(c.max_w), log_zw = V::set(c.log_zw);
+  const V::F max_b = V::set(c.max_b), shift = V::set(c.log_zb - c.kl);
   for (int i = 0; i < n; i += V::N) {
-    const V::F x = (V::load(w + i) - max_w) - log_w;
+    const V::F x = (V::load(w + i) - max_w) - log_zw;
     const V::F d = x - ((V::load(other + i) - max_b) - shift);
     V::store(out + i, kDirection == kLogRatio ? d : exp(x) * d);
   }

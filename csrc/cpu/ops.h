@@ -4,7 +4,7 @@
 #include <functional>
 #include <vector>
 
-#include "problem.h"
+#include "arch.h"
 
 namespace svdk {
 
@@ -17,9 +17,30 @@ struct Runtime {
   const Sweeps* sweeps = nullptr;
 };
 
-// The fastest sweeps this machine runs; "avx512", "avx2" or "portable" by name (null if absent).
-const Sweeps* best_sweeps();
-const Sweeps* named_sweeps(const char* name);
+// A tensor of logits (or of vectors): rows picked by index, or in order.
+struct Table {
+  const void* data;      // or null
+  int64_t stride_bytes;  // 0: one row for all
+  const int64_t* index;  // or null
+
+  const void* at(int64_t i) const {
+    const int64_t row = index ? index[i] : i;
+    return data ? static_cast<const char*>(data) + row * stride_bytes : nullptr;
+  }
+};
+
+// The rows of a call.
+struct BatchLogits {
+  Table warm, base, vector;
+  DType dtype;
+  int vocab, direction;
+  int64_t batch;
+
+  RowLogits at(int64_t i) const {
+    return {warm.at(i), base.at(i), static_cast<const float*>(vector.at(i)),
+            dtype,      vocab,      direction};
+  }
+};
 
 struct SampleOutput {
   int64_t token;
@@ -32,7 +53,7 @@ struct LogprobOutput {
   int32_t status;
 };
 
-// Where the curves of a row go: count entries each.
+// Where curves go: (B, count) each.
 struct LogprobCurves {
   float *logprob, *slope, *curvature;
   int64_t* greedy;
@@ -44,28 +65,30 @@ struct ExtractOutput {
   int64_t count;
 };
 
-struct ExtractRow {
-  Context context;
-  std::vector<Candidate> items;  // C, unless it overflowed
+// What the second half of extract needs of a row.
+struct Extracted {
+  Constants constants;
+  std::vector<Candidate> tokens;  // the confidence set, unless it overflowed
   bool overflow = false;
 };
 
-using GetRow = std::function<Row(int64_t)>;
-using GetParameters = std::function<Parameters(int64_t)>;
+// Where the entries of a row go.
+struct ExtractEntries {
+  int64_t* ids;
+  float *p, *delta;
+};
 
-void steered_sample(const Runtime& runtime, int64_t batch, const GetRow& row,
-                    const GetParameters& parameters, bool info, SampleOutput* out);
+// `parameters` and `out` have an entry a row, in all of them.
+void steered_sample(const Runtime& runtime, const BatchLogits& rows, const Parameters* parameters,
+                    bool info, SampleOutput* out);
 
-// strengths(i) points at `count` values of mu.
-void steered_logprob(const Runtime& runtime, int64_t batch, const GetRow& row,
-                     const GetParameters& parameters, int count,
-                     const std::function<const double*(int64_t)>& strengths,
-                     const std::function<LogprobCurves(int64_t)>& curves, LogprobOutput* out);
+// At the values of mu given, or (null) at each row's own strength.
+void steered_logprob(const Runtime& runtime, const BatchLogits& rows, const Parameters* parameters,
+                     const Strengths* strengths, const LogprobCurves& curves, LogprobOutput* out);
 
-// First half: sizes; second half: entries, written at the pointers given.
-void extract_rows(const Runtime& runtime, int64_t batch, const GetRow& row,
-                  const GetParameters& parameters, ExtractRow* rows, ExtractOutput* out);
-void extract_entries(const Row& row, const ExtractRow& extracted, int64_t* ids, float* p,
-                     float* delta);
+// First half: sizes; second half: entries.
+void extract_rows(const Runtime& runtime, const BatchLogits& rows, const Parameters* parameters,
+                  Extracted* extracted, ExtractOutput* out);
+void extract_entries(const RowLogits& row, const Extracted& extracted, ExtractEntries to);
 
 }  // namespace svdk

@@ -1,109 +1,111 @@
-// steered_sample: sweep, settle, and where the whole vocabulary is in play, sweep once more.
-#include "arch_headers.h"
-#include "finish.h"
+// steered_sample: steps 1 to 12 of every row; where the whole vocabulary is in play, its logits are
+// swept once more for the draw.
+#include <algorithm>
+
+#include "filters.h"
 #include "ops.h"
 
 namespace svdk {
 namespace {
 
-struct Slice {
+struct SliceFindings {
   Sums sums;
-  CandidateBuffer buffer;
-  Best best;
+  Candidates candidates;
+  Best best = Best::none();
 };
 
-// One row on its way to a token. With several slices, first() and second() run on each in parallel
-// and the others in between on one thread.
-class SampleRow {
+// One row on its way to a token. With several slices, first_sweep() and draw() run on each in
+// parallel and the others in between on one thread.
+class RowSampler {
  public:
-  SampleRow(const Row& row, const Parameters& p, bool info, const Sweeps& sweeps, Slice* slices,
-            int count)
+  RowSampler(const RowLogits& row, const Parameters& p, bool info, const Sweeps& sweeps,
+             SliceFindings* slices, int count)
       : row_(row), p_(p), info_(info), sweeps_(sweeps), slices_(slices), count_(count) {
-    valid_ = is_valid(p, row.vocab);
-    const bool everything = p.direction == kPlain || p.alpha == 0;
-    const bool needs_kl = p.direction == kKlGradient || p.mode != kConstant;
-    one_sweep_ = valid_ && everything && !has_filters(p) && !needs_kl &&
-                 (p.direction == kPlain || !info) && p.direction != kKlGradient;
+    valid_ = valid_parameters(p, row.vocab);
+    // Plain sampling, and steering whose direction needs nothing of the row but a constant shift:
+    // the token is found in the first sweep.
+    const bool everything = row.direction == kPlain || p.alpha == 0;
+    one_sweep_ = valid_ && everything && !p.has_filters() && p.mode == kConstant &&
+                 (row.direction == kPlain || !info) && row.direction != kKlGradient;
     if (valid_) {
-      context_.direction = p.direction;
-      context_.mu = p.strength;
-      log_alpha_ = p.direction == kPlain ? -kInf : std::log(p.alpha);
-      noise_ = noise_of(p);
-      noise_.needs_sums = info;
+      state_.constants.direction = row.direction;
+      state_.constants.mu = p.strength;
+      log_alpha_ = log_alpha_of(row.direction, p.alpha);
+      noise_ = Noise::of(p);
     }
   }
 
-  void first(int slice) {
+  // Step 2 (with one_sweep_: step 11 too).
+  void first_sweep(int slice) {
     if (!valid_) return;
-    Slice& s = slices_[slice];
-    s = Slice{};
+    SliceFindings& found = slices_[slice];
+    found = SliceFindings{};
     if (one_sweep_) {
-      sweeps_.sample(row_, from(slice), from(slice + 1), context_, Filter{}, noise_, &s.sums,
-                     s.best);
+      const SumsOnTheWay sums{found.sums, info_};
+      sweeps_.draw_row(tokens_of(slice), state_.constants, RowFilter(), noise_, &sums, found.best);
     } else {
-      const bool collect = p_.direction != kPlain;
-      sweeps_.sums(row_, from(slice), from(slice + 1), log_alpha_, s.sums,
-                   collect ? &s.buffer : nullptr);
-      s.buffer.overflow |= !collect;
+      const bool collect = row_.direction != kPlain;
+      sweeps_.first_sweep(tokens_of(slice), log_alpha_, found.sums,
+                          collect ? &found.candidates : nullptr);
+      found.candidates.overflow |= !collect;
     }
   }
 
-  // True when the row needs second().
-  bool settle() {
+  // Steps 3 to 10, and if the tokens in play are few enough 11 and 12; else true: the row needs
+  // draw() and finish().
+  bool needs_draw() {
     if (!valid_) return refuse();
-    merge();
-    // A masked base token or a huge logit: the sweep broke off there, and the maxima and K are
-    // needed.
-    const bool doubtful = sums_.masked || sums_.huge;
-    const bool broke_off = one_sweep_ && doubtful && p_.direction == kLogRatio && !sums_.invalid;
+    merge_slices();
+    // A masked base token or a logit beyond float: the sweep broke off there, and the maxima and K
+    // are needed.
+    const bool broke_off = one_sweep_ && state_.sums.needs_maxima() && !state_.sums.invalid &&
+                           row_.direction == kLogRatio;
     if (broke_off) {
-      sums_ = Sums{};
-      buffer_ = CandidateBuffer{};
-      sweeps_.sums(row_, 0, row_.vocab, log_alpha_, sums_, &buffer_);
+      state_ = RowState{};
+      sweeps_.first_sweep(whole(row_), log_alpha_, state_.sums, &state_.candidates);
     }
-    if (sums_.invalid || sums_.max_w == -kInf) return refuse();
+    if (!state_.sums.valid()) return refuse();
+    Constants& c = state_.constants;
     if (one_sweep_ && !broke_off) {
       out_.token = best_.id;
       if (info_) {
-        context_.max_w = sums_.max_w;
-        context_.log_w = std::log(sums_.z_w);
-        describe(context_.max_w, context_.log_w, sums_.finite);
+        c.max_w = static_cast<float>(state_.sums.max_w);
+        c.log_zw = std::log(state_.sums.z_w);
+        describe(c.max_w, c.log_zw, state_.sums.n_finite);
       }
       return false;
     }
-    context_ = make_context(row_, p_, sums_);
-    if (!buffer_.overflow) restrict_to_c(context_, buffer_.items);
-    Moments m;
-    if (p_.mode != kConstant) m = moments_of(row_, sweeps_, context_, sums_, buffer_);
-    context_.mu = strength_of(row_, p_, context_, m);
-    noise_.needs_sums = false;
+    close_row(row_, p_, state_);
+    Moments m{};
+    if (p_.mode != kConstant) m = moments_of(row_, sweeps_, state_);
+    c.mu = strength_of(row_, p_, c, m);
 
-    const bool outside =
-        p_.penalty != -kInf && static_cast<int64_t>(buffer_.items.size()) != sums_.finite;
-    std::vector<Scored> set;
-    double total = -1;
-    if (!buffer_.overflow && !outside) {
-      for (const Candidate& c : buffer_.items)
-        set.push_back({context_.steered(c.warm, c.other), c.id});
-    } else if (!has_filters(p_) || !select(row_, sweeps_, context_, p_, set, total, filter_)) {
-      return true;
+    ShortList list;
+    const bool in_play_are_candidates =
+        !state_.overflow() && (c.drops_outside() || state_.complete());
+    if (in_play_are_candidates) {
+      list.tokens = steered_logits(c, state_.candidates.tokens);
+    } else {
+      if (!p_.has_filters()) return true;
+      FilteredRow filtered = filter_row(row_, sweeps_, c, p_);
+      filter_ = filtered.filter;
+      if (!filtered.is_short) return true;
+      list = std::move(filtered.list);
     }
-    out_.token = draw(set, p_, total);
-    if (info_) describe_steered(buffer_.overflow || outside ? nullptr : &set);
+    out_.token = draw_candidates(list, p_);
+    if (info_) describe_steered(in_play_are_candidates ? &list.tokens : nullptr);
     return false;
   }
 
-  void second(int slice) {
-    Slice& s = slices_[slice];
-    s.best = Best{};
-    sweeps_.sample(row_, from(slice), from(slice + 1), context_, filter_, noise_, nullptr, s.best);
+  // Step 11 over the whole vocabulary.
+  void draw(int slice) {
+    Best& best = slices_[slice].best = Best::none();
+    sweeps_.draw_row(tokens_of(slice), state_.constants, filter_, noise_, nullptr, best);
   }
 
   void finish() {
-    best_ = Best{};
-    for (int i = 0; i < count_; ++i) {
-      if (slices_[i].best.id >= 0) best_.offer(slices_[i].best.score, slices_[i].best.id);
-    }
+    best_ = Best::none();
+    for (int i = 0; i < count_; ++i) offer(slices_[i].best);
     out_.token = best_.id;
     if (info_) describe_steered(nullptr);
   }
@@ -115,18 +117,20 @@ class SampleRow {
     const int blocks = (row_.vocab + kBlock - 1) / kBlock;
     return std::min<int64_t>(row_.vocab, static_cast<int64_t>(blocks) * slice / count_ * kBlock);
   }
+  Slice tokens_of(int slice) const { return {row_, from(slice), from(slice + 1)}; }
 
-  void merge() {
-    sums_ = slices_[0].sums;
+  void offer(const Best& best) {
+    if (best.id >= 0) best_.offer(best.score, best.id);
+  }
+
+  // Step 3.
+  void merge_slices() {
+    state_.sums = slices_[0].sums;
+    std::swap(state_.candidates, slices_[0].candidates);
     best_ = slices_[0].best;
-    buffer_.overflow = slices_[0].buffer.overflow;
-    buffer_.items.swap(slices_[0].buffer.items);
     for (int i = 1; i < count_; ++i) {
-      Slice& s = slices_[i];
-      sums_.merge(s.sums);
-      if (s.best.id >= 0) best_.offer(s.best.score, s.best.id);
-      buffer_.overflow |= s.buffer.overflow;
-      buffer_.items.insert(buffer_.items.end(), s.buffer.items.begin(), s.buffer.items.end());
+      merge(state_, slices_[i].sums, slices_[i].candidates);
+      offer(slices_[i].best);
     }
   }
 
@@ -136,115 +140,99 @@ class SampleRow {
     return false;
   }
 
-  // The steered log-sum-exp in two parts, which does not round log_sum away next to a huge top.
+  // Step 12, with the steered log-sum-exp in two parts: log_sum would be rounded away next to a top
+  // beyond float.
   void describe(double top, double log_sum, int64_t candidates) {
+    const Constants& c = state_.constants;
     const int token = static_cast<int>(out_.token);
-    const double w = warm_at(row_, token), other = other_at(row_, token);
-    out_.strength = static_cast<float>(context_.mu);
-    out_.kl = static_cast<float>(row_.base ? context_.kl : kNaN);
-    out_.logprob_warm = static_cast<float>(context_.log_p(w));
-    out_.logprob_base = static_cast<float>(row_.base ? context_.log_q(other) : kNaN);
-    out_.logprob_steered = static_cast<float>(context_.steered(w, other) - top - log_sum);
+    const float w = row_.warm_at(token), other = row_.other_at(token);
+    out_.strength = static_cast<float>(c.mu);
+    out_.kl = static_cast<float>(row_.base ? c.kl : kNaN);
+    out_.logprob_warm = static_cast<float>(c.log_p_of(w));
+    out_.logprob_base = static_cast<float>(row_.base ? c.log_q_of(other) : kNaN);
+    out_.logprob_steered = static_cast<float>(c.steered_logit(w, other) - top - log_sum);
     out_.candidates = static_cast<int32_t>(candidates);
-    out_.status = sums_.masked ? kBaseMasked : kOk;
+    out_.status = state_.sums.status();
   }
 
-  // `set`: everything that can be drawn; without it the whole vocabulary is summed.
-  void describe_steered(const std::vector<Scored>* set) {
+  // `tokens`: all that can be drawn, before filters; without them the whole vocabulary is summed.
+  void describe_steered(const std::vector<SteeredToken>* tokens) {
     double top = -kInf, sum = 0;
-    if (set) {
-      for (const Scored& s : *set) top = std::fmax(top, s.z);
-      for (const Scored& s : *set) sum += std::exp(s.z - top);
+    if (tokens) {
+      for (const SteeredToken& s : *tokens) top = std::fmax(top, s.z);
+      for (const SteeredToken& s : *tokens) sum += std::exp(s.z - top);
     } else {
       Partition part;
-      sweeps_.partition(row_, 0, row_.vocab, context_, &context_.mu, 1, &part);
+      const Strengths strengths{&state_.constants.mu, 1};
+      sweeps_.partition(whole(row_), state_.constants, strengths, &part);
       top = part.max;
       sum = part.z;
     }
-    int64_t count = static_cast<int64_t>(buffer_.items.size());
-    if (buffer_.overflow) {
-      count = sums_.finite;
-      if (log_alpha_ != -kInf) {
-        count = 0;
-        for (int i = 0; i < row_.vocab; ++i) count += context_.inside(warm_at(row_, i));
-      }
-    }
-    describe(top, std::log(sum), count);
+    describe(top, std::log(sum), confidence_set_size(row_, state_));
   }
 
-  Row row_;
+  RowLogits row_;
   Parameters p_;
   bool info_, valid_ = false, one_sweep_ = false;
   const Sweeps& sweeps_;
-  Slice* slices_;
+  SliceFindings* slices_;
   int count_;
   double log_alpha_ = -kInf;
-  Context context_;
   Noise noise_;
-  Filter filter_;
-  Sums sums_;
-  CandidateBuffer buffer_;
-  Best best_;
+  RowFilter filter_;
+  RowState state_;
+  Best best_ = Best::none();
   SampleOutput out_{};
 };
 
+// Slices a row: rows alone keep the threads busy, or few rows are cut.
+int slices_a_row(const Runtime& runtime, const BatchLogits& rows) {
+  if (rows.batch % runtime.threads == 0 || rows.batch >= 4 * runtime.threads) return 1;
+  const int64_t blocks = (rows.vocab + kBlock - 1) / kBlock;
+  return static_cast<int>(
+      std::max<int64_t>(1, std::min<int64_t>(runtime.threads, blocks / kSliceBlocks)));
+}
+
 }  // namespace
 
-void steered_sample(const Runtime& runtime, int64_t batch, const GetRow& row,
-                    const GetParameters& parameters, bool info, SampleOutput* out) {
-  if (batch == 0) return;
-  // Rows alone keep the threads busy, or few rows are cut into slices.
-  const int64_t blocks = (row(0).vocab + kBlock - 1) / kBlock;
-  int slices = 1;
-  if (batch % runtime.threads != 0 && batch < 4 * runtime.threads) {
-    slices = static_cast<int>(
-        std::max<int64_t>(1, std::min<int64_t>(runtime.threads, blocks / kSliceBlocks)));
-  }
+void steered_sample(const Runtime& runtime, const BatchLogits& rows, const Parameters* parameters,
+                    bool info, SampleOutput* out) {
+  if (rows.batch == 0) return;
+  const int64_t batch = rows.batch;
+  const int slices = slices_a_row(runtime, rows);
   if (slices == 1) {
     runtime.parallel(batch, [&](int64_t i) {
-      Slice slice;
-      SampleRow r(row(i), parameters(i), info, *runtime.sweeps, &slice, 1);
-      r.first(0);
-      if (r.settle()) {
-        r.second(0);
-        r.finish();
+      SliceFindings found;
+      RowSampler row(rows.at(i), parameters[i], info, *runtime.sweeps, &found, 1);
+      row.first_sweep(0);
+      if (row.needs_draw()) {
+        row.draw(0);
+        row.finish();
       }
-      out[i] = r.out();
+      out[i] = row.out();
     });
     return;
   }
-  std::vector<Slice> parts(batch * slices);
-  std::vector<SampleRow> rows;
-  rows.reserve(batch);
+  std::vector<SliceFindings> found(batch * slices);
+  std::vector<RowSampler> samplers;
+  samplers.reserve(batch);
   for (int64_t i = 0; i < batch; ++i) {
-    rows.emplace_back(row(i), parameters(i), info, *runtime.sweeps, &parts[i * slices], slices);
+    samplers.emplace_back(rows.at(i), parameters[i], info, *runtime.sweeps, &found[i * slices],
+                          slices);
   }
-  runtime.parallel(batch * slices,
-                   [&](int64_t t) { rows[t / slices].first(static_cast<int>(t % slices)); });
-  std::vector<SampleRow*> again;
-  for (SampleRow& r : rows) {
-    if (r.settle()) again.push_back(&r);
+  runtime.parallel(batch * slices, [&](int64_t t) {
+    samplers[t / slices].first_sweep(static_cast<int>(t % slices));
+  });
+  std::vector<RowSampler*> again;
+  for (RowSampler& row : samplers) {
+    if (row.needs_draw()) again.push_back(&row);
   }
   if (!again.empty()) {
     runtime.parallel(static_cast<int64_t>(again.size()) * slices,
-                     [&](int64_t t) { again[t / slices]->second(static_cast<int>(t % slices)); });
-    for (SampleRow* r : again) r->finish();
+                     [&](int64_t t) { again[t / slices]->draw(static_cast<int>(t % slices)); });
+    for (RowSampler* row : again) row->finish();
   }
-  for (int64_t i = 0; i < batch; ++i) out[i] = rows[i].out();
-}
-
-const Sweeps* best_sweeps() {
-  for (const Sweeps* s : {sweeps_avx512(), sweeps_avx2()}) {
-    if (s) return s;
-  }
-  return sweeps_portable();
-}
-
-const Sweeps* named_sweeps(const char* name) {
-  for (const Sweeps* s : {sweeps_avx512(), sweeps_avx2(), sweeps_portable()}) {
-    if (s && std::strcmp(s->name, name) == 0) return s;
-  }
-  return nullptr;
+  for (int64_t i = 0; i < batch; ++i) out[i] = samplers[i].out();
 }
 
 }  // namespace svdk

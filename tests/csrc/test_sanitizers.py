@@ -43,50 +43,53 @@ def test_corpus_and_random_inputs_are_clean(sanitizer):
 PLANTED = {
     "read_past_the_row": (
         "address",
-        Edit("blocks.h", "std::memcpy(space, p, n * sizeof(float));",
+        Edit("cpu/blocks.h", "std::memcpy(space, p, n * sizeof(float));",
              "std::memcpy(space, p, (n + 1) * sizeof(float));", ("arch_portable",)),
         "AddressSanitizer: heap-buffer-overflow",
     ),
     "one_slice_for_all_threads": (
         "thread",
-        Edit("sample.cpp", "Slice& s = slices_[slice];\n    s = Slice{};",
-             "Slice& s = slices_[0];\n    s = Slice{};", ("sample",)),
+        Edit("cpu/sample.cpp", "SliceFindings& found = slices_[slice];\n    found = SliceFindings{};",
+             "SliceFindings& found = slices_[0];\n    found = SliceFindings{};", ("sample",)),
         "ThreadSanitizer: data race",
     ),
 }  # fmt: skip
 
 # Each finding of the fuzzer, its fix taken out: the corpus must notice, without a sanitizer but for one.
-PORTABLE, FINISH = ("arch_portable",), ("finish",)
-HUGE = "pair.odd.huge || std::fabs(max_w) > kHuge || std::fabs(max_b) > kHuge"
-EXACTLY = "largest + std::fabs(c.mu) * reach > kExact"
+PORTABLE, CANDIDATES, FILTERS = ("arch_portable",), ("candidates",), ("filters",)
+MAXIMA = (
+    "exceptional.beyond_float || std::fabs(max_w) > kFloatSafe ||\n             std::fabs(max_b) > kFloatSafe"
+)
+EXACTLY = "moving.largest + std::fabs(c.mu) * moving.reach > kExact"
 FIXES = {
-    "plain_moments": Edit("sweeps.h", "if (c.direction == kPlain) return;", "", PORTABLE),
-    "exp_is_zero_below": Edit("blocks.h", ": -126.75f", ": -126.0f", PORTABLE),
+    "plain_moments": Edit("cpu/full_sweep.h", "if (c.direction == kPlain) return;", "", PORTABLE),
+    "exp_is_zero_below": Edit("cpu/blocks.h", ": -126.75f", ": -126.0f", PORTABLE),
     "no_floor_is_not_nan": Edit(
-        "finish.cpp", "key_value(std::max(floor_key, ", "key_value((floor_key, ", FINISH
+        "cpu/filters.cpp", "key_value(std::max(floor_key, ", "key_value((floor_key, ", FILTERS
     ),
-    "min_p_floor": Edit("finish.cpp", "std::fmax(lowest, -most)", "std::fmax(lowest, -3e38)", FINISH),
-    "best_always_stays": Edit("finish.cpp", "if (!has_best) set", "if (false) set", FINISH),
-    "huge_maxima_in_double": Edit("sweeps.h", HUGE, "pair.odd.huge", PORTABLE),
-    "slack_of_clamped_logits": Edit(
-        "sweeps.h", "largest < std::numeric_limits<float>::max()", "true", PORTABLE
-    ),
-    "large_scores_in_double": Edit("sweeps_full.h", EXACTLY, "false", PORTABLE),
-    "pivot": Edit("finish.cpp", "if (context.direction == kVector) {", "if (false) {", FINISH),
+    "min_p_floor": Edit("cpu/filters.cpp", "std::fmax(lowest, -most)", "std::fmax(lowest, -3e38)", FILTERS),
+    "best_always_stays": Edit("cpu/filters.cpp", "if (!has_best)", "if (false)", FILTERS),
+    "large_maxima_in_double": Edit("cpu/sweep.h", MAXIMA, "exceptional.beyond_float", PORTABLE),
+    "slack_of_clamped_logits": Edit("cpu/full_sweep.h", "largest < FLT_MAX", "true", PORTABLE),
+    "large_scores_in_double": Edit("cpu/full_sweep.h", EXACTLY, "false", PORTABLE),
+    "pivot": Edit("cpu/candidates.cpp", "if (c.direction == kVector) {", "if (false) {", CANDIDATES),
     "outside_about_its_maximum": Edit(
-        "finish.cpp",
-        "return c.log_p(top) + std::log(sum);",
-        "return std::log(std::exp(c.log_p(top)) * sum);",
-        FINISH,
+        "cpu/candidates.cpp",
+        "return c.log_p_of(top) + std::log(sum);",
+        "return std::log(std::exp(c.log_p_of(top)) * sum);",
+        CANDIDATES,
     ),
     "exact_masses": Edit(
-        "finish.cpp", "total = rest;\n      for", "total = mass;\n      for (; false;) for", FINISH
+        "cpu/filters.cpp",
+        "list.total += std::exp((s.z - best_.score) * inverse_);",
+        "list.total = s.id < 0 ? 0 : mass_;",
+        FILTERS,
     ),
     "log_sum_apart": Edit(
-        "problem.h",
-        "return (w - max_w) - log_w;",
-        "return w - (max_w + log_w);",
-        ("sample", "score", "finish"),
+        "common.h",
+        "return (static_cast<double>(w) - max_w) - log_zw;",
+        "return w - (max_w + log_zw);",
+        ("sample", "logprob", "extract", "candidates"),
     ),
 }
 PLANTED |= {name: ("plain", edit, r"check\.h:\d+ ") for name, edit in FIXES.items()}

@@ -13,7 +13,8 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 KERNELS = HERE.parent.parent / "csrc"
 CORPUS = HERE / "corpus.txt"
-UNITS = ("sample", "score", "finish", "arch_portable", "arch_avx2", "arch_avx512")
+ARCHITECTURES = ("arch_portable", "arch_avx2", "arch_avx512")
+UNITS = ("sample", "logprob", "extract", "candidates", "filters", "arch", *ARCHITECTURES)
 """The kernels without PyTorch: all of csrc/cpu but the binding."""
 SANITIZERS = {
     "plain": [],
@@ -24,7 +25,7 @@ SANITIZERS = {
 
 @dataclass(frozen=True)
 class Edit:
-    """A planted bug: ``old``, once in ``file`` of csrc/cpu, becomes ``new``; ``units`` include the file."""
+    """A planted bug: ``old``, once in ``file`` of csrc, becomes ``new``; ``units`` include the file."""
 
     file: str
     old: str
@@ -73,11 +74,12 @@ def build(sanitizer: str, edit: Edit | None = None) -> Path:
         if edit is not None:
             tree = Path(folder) / "csrc"
             shutil.copytree(KERNELS / "cpu", tree / "cpu")
-            shutil.copy(KERNELS / "philox.h", tree)
-            text = (tree / "cpu" / edit.file).read_text()
+            for header in KERNELS.glob("*.h"):
+                shutil.copy(header, tree)
+            text = (tree / edit.file).read_text()
             if text.count(edit.old) != 1:
                 raise AssertionError(f"{edit.file} has {text.count(edit.old)} of {edit.old!r}; wanted: one")
-            (tree / "cpu" / edit.file).write_text(text.replace(edit.old, edit.new))
+            (tree / edit.file).write_text(text.replace(edit.old, edit.new))
             for name in edit.units:
                 objects[name] = Path(folder) / f"{name}.o"
                 _compile(flags, tree / "cpu" / f"{name}.cpp", objects[name])

@@ -69,7 +69,7 @@ inline Kept filters(const std::vector<Value>& v, const Oracle& r, const svdk::Pa
   for (int t = 0; t < vocab; ++t) {
     kept.may[t] = kept.must[t] = v[t].z != -svdk::kInf;
     // Filters over a large vocabulary compare floats.
-    const double rounding = vocab > svdk::kCapacity && q.direction != svdk::kPlain
+    const double rounding = vocab > svdk::kCapacity && r.direction != svdk::kPlain
                                 ? 1e-6 * (std::fabs(v[t].z) + std::fabs(r.w[t]) +
                                           std::fabs(r.mu) * (std::fabs(r.kl) + 1))
                                 : 1e-13 * std::fabs(v[t].z);
@@ -81,7 +81,7 @@ inline Kept filters(const std::vector<Value>& v, const Oracle& r, const svdk::Pa
   if (!on) return kept;
   // Values beyond float's range are all one to the histograms of a large vocabulary.
   if (vocab > svdk::kCapacity && (top_high > 1e38 || top_low < -1e38) &&
-      q.direction != svdk::kPlain) {
+      r.direction != svdk::kPlain) {
     std::fill(kept.must.begin(), kept.must.end(), 0);
     return kept;
   }
@@ -93,7 +93,7 @@ inline Kept filters(const std::vector<Value>& v, const Oracle& r, const svdk::Pa
   std::stable_sort(order.begin(), order.end(), [&](int a, int b) {
     return r.w[a] != r.w[b] ? r.w[a] < r.w[b] : r.o[a] < r.o[b];
   });
-  const bool floats = vocab > svdk::kCapacity && q.direction != svdk::kPlain;
+  const bool floats = vocab > svdk::kCapacity && r.direction != svdk::kPlain;
   for (int a = 0; a < vocab && !floats;) {
     int b = a;
     while (b < vocab && r.w[order[b]] == r.w[order[a]] && r.o[order[b]] == r.o[order[a]]) ++b;
@@ -249,9 +249,7 @@ struct Known {
 
 inline void check_sample(const Problem& p, const svdk::Runtime& run, Known& known) {
   std::vector<svdk::SampleOutput> out(p.batch);
-  svdk::steered_sample(
-      run, p.batch, [&](int64_t i) { return p.row(i); }, [&](int64_t i) { return p.parameters[i]; },
-      p.info, out.data());
+  svdk::steered_sample(run, p.rows(), p.parameters.data(), p.info, out.data());
   for (int i = 0; i < p.batch; ++i) {
     const Oracle& r = known.rows[i];
     const svdk::Parameters& q = p.parameters[i];
@@ -285,15 +283,10 @@ inline void check_logprob(const Problem& p, const svdk::Runtime& run, Known& kno
   std::vector<float> logprob(cells), slope(cells), curvature(cells);
   std::vector<int64_t> greedy(cells);
   std::vector<svdk::LogprobOutput> out(p.batch);
-  svdk::steered_logprob(
-      run, p.batch, [&](int64_t i) { return p.row(i); }, [&](int64_t i) { return p.parameters[i]; },
-      count, [&](int64_t) { return p.strengths.data(); },
-      [&](int64_t i) {
-        const int64_t at = i * count;
-        return svdk::LogprobCurves{logprob.data() + at, slope.data() + at, curvature.data() + at,
-                                   greedy.data() + at};
-      },
-      out.data());
+  const svdk::Strengths strengths{p.strengths.data(), count};
+  svdk::steered_logprob(run, p.rows(), p.parameters.data(), &strengths,
+                        {logprob.data(), slope.data(), curvature.data(), greedy.data()},
+                        out.data());
   for (int i = 0; i < p.batch; ++i) {
     const Oracle& r = known.rows[i];
     svdk::Parameters q = p.parameters[i];
@@ -351,11 +344,9 @@ inline void check_logprob(const Problem& p, const svdk::Runtime& run, Known& kno
 }
 
 inline void check_extract(const Problem& p, const svdk::Runtime& run, Known& known) {
-  std::vector<svdk::ExtractRow> rows(p.batch);
+  std::vector<svdk::Extracted> extracted(p.batch);
   std::vector<svdk::ExtractOutput> out(p.batch);
-  svdk::extract_rows(
-      run, p.batch, [&](int64_t i) { return p.row(i); }, [&](int64_t i) { return p.parameters[i]; },
-      rows.data(), out.data());
+  svdk::extract_rows(run, p.rows(), p.parameters.data(), extracted.data(), out.data());
   for (int i = 0; i < p.batch; ++i) {
     const Oracle& r = known.rows[i];
     const int64_t count = out[i].count;
@@ -368,7 +359,7 @@ inline void check_extract(const Problem& p, const svdk::Runtime& run, Known& kno
     if (r.invalid) continue;
     std::unique_ptr<int64_t[]> ids(new int64_t[count]);
     std::unique_ptr<float[]> prob(new float[count]), delta(new float[count]);
-    svdk::extract_entries(p.row(i), rows[i], ids.get(), prob.get(), delta.get());
+    svdk::extract_entries(p.rows().at(i), extracted[i], {ids.get(), prob.get(), delta.get()});
     for (int64_t k = 0; k < count; ++k) {
       EXPECT(ids[k] >= 0 && ids[k] < p.vocab && (k == 0 || ids[k] > ids[k - 1]), "id %ld",
              static_cast<long>(ids[k]));

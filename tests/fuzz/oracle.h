@@ -1,5 +1,5 @@
-// The specification once more (svdk/ops/reference.py), in double and per token, with a bound on how far
-// a kernel that sums in float may be off. It shares no code with the kernels.
+// The specification once more (svdk/ops/reference.py), in double and per token, with a bound on how
+// far a kernel that sums in float may be off. It shares no code with the kernels.
 #pragma once
 #include <algorithm>
 
@@ -13,6 +13,7 @@ constexpr double kFloatSum = 1e-5;  // relative error of a float sum of exponent
 constexpr double kDust = -86;
 
 struct Oracle {
+  int direction = svdk::kPlain;
   bool invalid = false, masked = false;
   int64_t fallback = 0, candidates = 0, finite = 0;
   double max_w = -svdk::kInf, max_b = -svdk::kInf, log_w = 0, log_b = 0, kl = 0, kl_error = 0;
@@ -72,6 +73,7 @@ inline Oracle solve(const Problem& problem, int i) {
   const int vocab = problem.vocab;
   const size_t from = static_cast<size_t>(i) * vocab;
   Oracle r;
+  r.direction = problem.direction;
   r.w.assign(problem.warm.values.begin() + from, problem.warm.values.begin() + from + vocab);
   r.o.assign(vocab, 0.0);
   if (problem.uses != 2)
@@ -123,14 +125,14 @@ inline Oracle solve(const Problem& problem, int i) {
       const double d = r.log_p(t) - r.log_q(t) - r.kl;
       // Large logits lose their differences to the float subtraction of the vector loops.
       const double lost = ratio_error + 1e-6 * (std::fabs(d) + 1e-1 * std::fabs(r.kl));
-      r.delta[t] = q.direction == svdk::kLogRatio ? d : r.p[t] * d;
+      r.delta[t] = r.direction == svdk::kLogRatio ? d : r.p[t] * d;
       r.delta_error[t] =
-          q.direction == svdk::kLogRatio ? lost : r.p[t] * lost + 1e-5 * std::fabs(r.delta[t]);
+          r.direction == svdk::kLogRatio ? lost : r.p[t] * lost + 1e-5 * std::fabs(r.delta[t]);
     }
     if (r.w[t] - r.max_w < kDust) {
       dust += r.p[t] * r.delta[t] * r.delta[t];
       r.mean_error += r.p[t] * std::fabs(r.delta[t]);
-      if (q.direction == svdk::kKlGradient) r.delta_error[t] += std::fabs(r.delta[t]);
+      if (r.direction == svdk::kKlGradient) r.delta_error[t] += std::fabs(r.delta[t]);
     }
     r.mean += r.p[t] * r.delta[t];
     r.norm2 += r.delta[t] * r.delta[t];
@@ -177,7 +179,7 @@ inline Value steered(const Oracle& r, const svdk::Parameters& q, int t, double m
   double error = 1e-14 * (std::fabs(r.w[t]) + std::fabs(mu * move)) +
                  (move == 0 ? 0 : mu_error * std::fabs(move));
   if (r.inside[t]) error += std::fabs(mu) * r.delta_error[t];
-  return {z, q.direction == svdk::kPlain ? 0 : error};
+  return {z, r.direction == svdk::kPlain ? 0 : error};
 }
 
 }  // namespace fuzz

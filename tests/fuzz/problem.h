@@ -89,7 +89,7 @@ struct Operand {
   std::unique_ptr<char[]> memory;
   int64_t row_bytes = 0;
 
-  const void* row(int64_t i) const { return memory ? memory.get() + i * row_bytes : nullptr; }
+  svdk::Table table() const { return {memory.get(), row_bytes, nullptr}; }
 
   void store(const std::vector<float>& x, svdk::DType dtype, int vocab) {
     const size_t bytes = dtype == svdk::DType::kFloat ? 4 : 2;
@@ -113,15 +113,23 @@ enum Operation { kSample, kLogprob, kExtract, kOperations };
 
 struct Problem {
   int operation, uses, vocab, batch;  // uses: 0 base, 1 vector, 2 neither
+  int direction;
   svdk::DType dtype;
   bool info;
   Operand warm, other;
   std::vector<svdk::Parameters> parameters;  // a row
   std::vector<double> strengths;             // of steered_logprob
 
-  svdk::Row row(int64_t i) const {
-    return {warm.row(i), uses == 0 ? other.row(i) : nullptr,
-            uses == 1 ? static_cast<const float*>(other.row(i)) : nullptr, dtype, vocab};
+  svdk::BatchLogits rows() const {
+    svdk::BatchLogits rows{};
+    rows.warm = warm.table();
+    if (uses == 0) rows.base = other.table();
+    if (uses == 1) rows.vector = other.table();
+    rows.dtype = dtype;
+    rows.vocab = vocab;
+    rows.direction = direction;
+    rows.batch = batch;
+    return rows;
   }
 };
 
@@ -179,9 +187,8 @@ inline void patch(Bytes& in, std::vector<float>& x) {
   }
 }
 
-inline svdk::Parameters row_parameters(Bytes& in, const Problem& p, int direction) {
+inline svdk::Parameters row_parameters(Bytes& in, const Problem& p) {
   svdk::Parameters q{};
-  q.direction = direction;
   q.strength = in.one_of({1, 0, -1, 0.5, 5, 1e30, -1e30, 1e-30, 3e38, 100, -20, 2});
   q.alpha = in.one_of({0.1, 0, 1e-8, 1, 0.5, 1e-40, 0.1, 0, 0.01, 0.9, 1e-3});
   q.temperature = in.one_of({1, 0, 1e-8, 1e8, 0.7, 1.3, 1, 1, 1e-30, 1e30});
@@ -210,9 +217,9 @@ inline Problem decode(const uint8_t* data, size_t size) {
   const uint8_t kind = in.byte();
   p.vocab = kind < 128 ? 1 + in.byte() : kind < 200 ? sizes[in.byte() % 20] : 1 + in.word() % 6000;
   if (p.operation == kExtract && p.uses == 2) p.uses = 0;
-  const int direction = p.uses == 0   ? (in.byte() % 2 ? svdk::kLogRatio : svdk::kKlGradient)
-                        : p.uses == 1 ? svdk::kVector
-                                      : svdk::kPlain;
+  p.direction = p.uses == 0   ? (in.byte() % 2 ? svdk::kLogRatio : svdk::kKlGradient)
+                : p.uses == 1 ? svdk::kVector
+                              : svdk::kPlain;
   const double penalties[] = {-svdk::kInf, -svdk::kInf, 0, -1.5, 1.5, 1e30, -1e30, 1e-30};
   const double penalty = p.operation == kExtract ? -svdk::kInf : in.one_of(penalties);
   const int mode = p.operation == kSample && p.uses != 2 ? in.byte() % 3 : svdk::kConstant;
@@ -230,7 +237,7 @@ inline Problem decode(const uint8_t* data, size_t size) {
     p.other.store(other, p.uses == 1 ? svdk::DType::kFloat : p.dtype, p.vocab);
   }
   for (int i = 0; i < p.batch; ++i) {
-    svdk::Parameters q = row_parameters(in, p, direction);
+    svdk::Parameters q = row_parameters(in, p);
     q.mode = mode;
     // What the Python side refuses and no device tensor can carry.
     q.penalty = std::isnan(penalty) || penalty == svdk::kInf ? 0 : penalty;
@@ -253,15 +260,14 @@ inline void print(const Problem& p) {
   const char* operations[] = {"sample", "logprob", "extract"};
   const char* uses[] = {"base", "vector", "nothing"};
   const char* types[] = {"float32", "bfloat16", "float16"};
-  std::fprintf(stderr, "%s with %s, %s, B=%d V=%d info=%d\n", operations[p.operation], uses[p.uses],
-               types[static_cast<int>(p.dtype)], p.batch, p.vocab, p.info);
+  std::fprintf(stderr, "%s with %s, %s, B=%d V=%d direction=%d info=%d\n", operations[p.operation],
+               uses[p.uses], types[static_cast<int>(p.dtype)], p.batch, p.vocab, p.direction,
+               p.info);
   for (double mu : p.strengths) std::fprintf(stderr, "  mu=%.9g\n", mu);
   for (int i = 0; i < p.batch; ++i) {
     const svdk::Parameters& q = p.parameters[i];
-    std::fprintf(
-        stderr,
-        "row %d: direction=%d mode=%d strength=%.9g alpha=%.9g penalty=%.9g temperature=%.9g ", i,
-        q.direction, q.mode, q.strength, q.alpha, q.penalty, q.temperature);
+    std::fprintf(stderr, "row %d: mode=%d strength=%.9g alpha=%.9g penalty=%.9g temperature=%.9g ",
+                 i, q.mode, q.strength, q.alpha, q.penalty, q.temperature);
     std::fprintf(stderr, "top_p=%.9g min_p=%.9g top_k=%lld label=%lld seed=%llu offset=%llu\n",
                  q.top_p, q.min_p, static_cast<long long>(q.top_k), static_cast<long long>(q.label),
                  static_cast<unsigned long long>(q.seed),

@@ -1,6 +1,7 @@
 // libFuzzer's entry point; replay.cpp calls it too. To fuzz, from the root of the repository:
 //   clang++ -std=c++17 -O2 -g -fsanitize=fuzzer,address,undefined -DSVDK_SLICE_BLOCKS=1 -o fuzz
-//     tests/fuzz/target.cpp csrc/cpu/{sample,score,finish,arch_*}.cpp   (one command)
+//     tests/fuzz/target.cpp csrc/cpu/{sample,logprob,extract,candidates,filters,arch*}.cpp   (one
+//     command)
 //   mkdir -p found
 //   ./fuzz -fork=1 -max_len=220 found
 // A finding is an input to replay; its bytes go into corpus.txt.

@@ -1,0 +1,116 @@
+// The table of sweeps that each instruction set fills in, and what the sweeps take and yield.
+#pragma once
+#include <vector>
+
+#include "steering.h"
+
+namespace svdk {
+
+// Tokens a sweep handles at a time: small enough for L1, a multiple of the Philox group.
+constexpr int kBlock = 1024;
+// Blocks in a slice at least, where a row is shared by threads; tests of short rows lower it.
+#ifndef SVDK_SLICE_BLOCKS
+#define SVDK_SLICE_BLOCKS 16
+#endif
+constexpr int kSliceBlocks = SVDK_SLICE_BLOCKS;
+// Candidates a row (or slice of one) keeps before the sweep gives up and a second one is made.
+constexpr int kCapacity = 4096;
+
+// Tokens [begin, end) of a row; begin is a multiple of kBlock.
+struct Slice {
+  const RowLogits& row;
+  int begin, end;
+};
+inline Slice whole(const RowLogits& row) { return {row, 0, row.vocab}; }
+
+struct Candidates {
+  std::vector<Candidate> tokens;  // at most kCapacity
+  bool overflow = false;
+};
+
+// -log(-log(u)), u = (bits + 0.5) / 2^32.
+inline double gumbel_of(uint32_t bits) { return -std::log(-std::log((bits + 0.5) * 0x1p-32)); }
+
+// How a row is drawn from.
+struct Noise {
+  uint64_t seed = 0, offset = 0;
+  double inverse_temperature = 1;
+  bool greedy = false;
+
+  static Noise of(const Parameters& p) {
+    return {p.seed, p.offset, p.greedy() ? 1.0 : 1.0 / p.temperature, p.greedy()};
+  }
+};
+
+// A filter that keeps, whatever rounding says of it, the token with the largest exact steered
+// logit.
+struct RowFilter : Filter {
+  int best = -1;
+
+  RowFilter() : Filter(Filter::none()) {}
+  bool keeps(float z, int id) const { return Filter::keeps(z, id) || id == best; }
+};
+
+// A draw that is the first sweep as well: what it looks at on the way. `all`: every sum, not only
+// the maximum and the flags.
+struct SumsOnTheWay {
+  Sums& sums;
+  bool all;
+};
+
+struct Partition : PartitionOf<Math, double> {
+  Best greedy = Best::none();  // argmax over the confidence set
+
+  Partition() { clear(); }
+};
+
+struct Strengths {
+  const double* mu;
+  int count;
+};
+
+// Which bits of a steered logit's ordered key make its bin: those from `shift` up, 11 of them (10
+// at shift 0), where the higher bits equal `prefix` and the key is at least floor_key. Its mass is
+// exp((z - top) / temperature).
+struct Binning {
+  int shift;
+  uint32_t prefix, floor_key;
+  double top, inverse_temperature;
+
+  int width() const { return shift == 0 ? 10 : 11; }
+};
+
+struct Histogram {
+  int64_t count[kBins];
+  double mass[kBins];
+};
+
+struct Sweeps {
+  const char* name;
+  // Step 2: sums, and with `candidates` those within log_alpha of the running maximum.
+  void (*first_sweep)(const Slice&, double log_alpha, Sums&, Candidates*);
+  // Step 11: the best perturbed (or greedy) steered logit. With sums, a row that turns out invalid
+  // or base-masked is left early with the flag set.
+  void (*draw_row)(const Slice&, const Constants&, const RowFilter&, const Noise&,
+                   const SumsOnTheWay*, Best&);
+  // Step 7.
+  void (*moments)(const Slice&, const Constants&, MomentSums&);
+  // One partition a strength.
+  void (*partition)(const Slice&, const Constants&, const Strengths&, Partition*);
+  // Step 10.
+  void (*histogram)(const Slice&, const Constants&, const Binning&, Histogram&);
+  // Tokens whose key is at least floor_key; at most kCapacity.
+  void (*gather)(const Slice&, const Constants&, uint32_t floor_key, std::vector<Candidate>&);
+  // The id of the n-th token (from 1) whose key equals `key`, or -1.
+  int (*nth_tie)(const Slice&, const Constants&, uint32_t key, int64_t n);
+};
+
+const Sweeps* sweeps_portable();
+const Sweeps* sweeps_avx2();    // null where the compiler or the machine lacks it
+const Sweeps* sweeps_avx512();  // likewise
+
+// The fastest sweeps this machine runs; "avx512", "avx2" or "portable" by name (null if absent).
+const Sweeps* best_sweeps();
+const Sweeps* named_sweeps(const char* name);
+
+}  // namespace svdk
