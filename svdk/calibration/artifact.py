@@ -213,7 +213,8 @@ class Steering(SteeringConfig):
 
         What is None (here or there) is not compared. ``ArtifactError`` names both values of a mismatch.
         """
-        from svdk.models.loading import adapter_fingerprint, model_fingerprint, tokenizer_fingerprint  # heavy
+        # Here: PEFT and transformers are heavy.
+        from svdk.models.fingerprints import adapter_fingerprint, model_fingerprint, tokenizer_fingerprint
 
         if model is not None:
             _compare("vocabulary size", self.vocab_size, vocab_size(model))

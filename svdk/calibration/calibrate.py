@@ -194,7 +194,7 @@ def calibrate(
     elif isinstance(data, (str, Path)) and not Path(data).is_file():
         raise DataError(f"data file {data} does not exist")
     with attached_pair(model, adapter, tokenizer) as (pair, peft_model, tokenizer):
-        from svdk.models.loading import adapter_fingerprint, model_fingerprint, tokenizer_fingerprint
+        from svdk.models.fingerprints import adapter_fingerprint, model_fingerprint, tokenizer_fingerprint
 
         examples = load_examples(data, tokenizer)
         if len(examples) < 2:

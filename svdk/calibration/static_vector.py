@@ -130,7 +130,7 @@ def static_steering(
     check_arguments("log_ratio", alpha, estimator, objective, seed, folds, resamples)
     data = Path(adapter) / CALIBRATION_FILE if data is None else data
     with attached_pair(model, adapter, tokenizer) as (pair, peft_model, tokenizer):
-        from svdk.models.loading import adapter_fingerprint, model_fingerprint, tokenizer_fingerprint
+        from svdk.models.fingerprints import adapter_fingerprint, model_fingerprint, tokenizer_fingerprint
 
         examples = load_examples(data, tokenizer)
         encoded, _ = encode_all(tokenizer, examples, max_length, too_long)

@@ -95,7 +95,7 @@ def run(args: argparse.Namespace) -> int:
     """Train, then say what came out and what to do next."""
     from accelerate import PartialState
 
-    from svdk.models.loading import WARMSTART_FILE
+    from svdk.models.adapter_files import WARMSTART_FILE
     from svdk.warmstart.api import warm_start
 
     chosen = {name: getattr(args, name) for name in PASSED_ON}

@@ -14,7 +14,7 @@ from svdk.eval.generation import generate_answers
 from svdk.eval.spec import Study
 from svdk.eval.systems import BASE, WARM, System, system_key
 from svdk.eval.tasks import Question, Task
-from svdk.models.loading import adapter_fingerprint
+from svdk.models.fingerprints import adapter_fingerprint
 
 if TYPE_CHECKING:
     from peft import PeftModel

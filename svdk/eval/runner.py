@@ -30,7 +30,8 @@ from svdk.eval.base_cache import BaseCache
 from svdk.eval.scoring import OptionStatistics, score_options
 from svdk.eval.spec import Run, Study
 from svdk.eval.tasks import Question, Task, load_task
-from svdk.models.loading import adapter_fingerprint, detach, load_adapter, load_model
+from svdk.models.fingerprints import adapter_fingerprint
+from svdk.models.loading import detach, load_adapter, load_model
 from svdk.models.pair import ModelPair
 from svdk.warmstart.api import warm_start
 from svdk.warmstart.data import load_examples, split

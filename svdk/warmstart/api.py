@@ -16,13 +16,9 @@ from safetensors import SafetensorError
 
 from svdk import __version__
 from svdk.errors import DataError, InputError
-from svdk.models.loading import (
-    WARMSTART_FILE,
-    default_dtype,
-    load_model,
-    model_fingerprint,
-    tokenizer_fingerprint,
-)
+from svdk.models.adapter_files import WARMSTART_FILE
+from svdk.models.fingerprints import model_fingerprint, tokenizer_fingerprint
+from svdk.models.loading import default_dtype, load_model
 from svdk.warmstart.data import Encoded, Example, data_hash, encode_all, load_examples, save_examples, split
 from svdk.warmstart.peft_configs import make_config
 from svdk.warmstart.run_folder import drop_broken_checkpoints, open_run, publish, put_back, write_json

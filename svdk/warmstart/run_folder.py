@@ -9,8 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from svdk.errors import InputError
-from svdk.models.loading import first_line
+from svdk.errors import InputError, first_line
 
 RUN_FILE = "run.json"
 REPLACED = "replaced"

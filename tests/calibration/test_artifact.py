@@ -14,7 +14,7 @@ from svdk import load_adapter
 from svdk.calibration import artifact
 from svdk.calibration.artifact import JSON_NAME, STAGED_NAME, TENSORS_NAME, Steering
 from svdk.errors import ArtifactError, InputError
-from svdk.models.loading import adapter_fingerprint, model_fingerprint, tokenizer_fingerprint
+from svdk.models.fingerprints import adapter_fingerprint, model_fingerprint, tokenizer_fingerprint
 from tests.helpers import tiny
 
 

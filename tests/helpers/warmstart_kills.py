@@ -20,7 +20,7 @@ import torch
 
 from svdk import warm_start
 from svdk.errors import InputError
-from svdk.models.loading import adapter_fingerprint
+from svdk.models.fingerprints import adapter_fingerprint
 from svdk.warmstart import training
 from svdk.warmstart.run_folder import put_back
 from tests.helpers import tiny

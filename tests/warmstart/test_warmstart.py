@@ -14,7 +14,8 @@ from transformers import TrainerCallback
 
 from svdk.cli import main
 from svdk.errors import ArtifactError, DataError, InputError
-from svdk.models.loading import adapter_fingerprint, load_adapter, model_fingerprint, tokenizer_fingerprint
+from svdk.models.fingerprints import adapter_fingerprint, model_fingerprint, tokenizer_fingerprint
+from svdk.models.loading import load_adapter
 from svdk.warmstart.api import warm_start
 from svdk.warmstart.data import encode, load_examples, split
 from svdk.warmstart.peft_configs import make_config
