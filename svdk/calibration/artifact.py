@@ -26,7 +26,8 @@ from torch import Tensor
 
 from svdk import __version__
 from svdk.errors import ArtifactError, InputError
-from svdk.ops.configs import SteeringConfig, is_number
+from svdk.ops.configs import SteeringConfig
+from svdk.utils.checks import is_number
 
 FORMAT = "svdk-steering"
 FORMAT_VERSION = 1
@@ -39,19 +40,6 @@ MAX_TENSORS_BYTES = 1 << 31
 """Far more than any calibration keeps; a file is read into memory before its checksum can be known."""
 _TENSOR_FIELDS = ("vector", "statistics")
 _STATISTICS = "statistics."
-
-
-def check_alpha(alpha: float) -> float:
-    """``alpha`` as a float; ``InputError`` unless it is a number in [0, 1]."""
-    if not is_number(alpha) or not 0 <= alpha <= 1:
-        raise InputError(f"alpha was {alpha!r}; allowed: a number in [0, 1]")
-    return float(alpha)
-
-
-def check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
-    """``InputError`` unless ``value`` is one of ``allowed``."""
-    if not isinstance(value, str) or value not in allowed:
-        raise InputError(f"{name} was {value!r}; allowed: {', '.join(allowed)}")
 
 
 @dataclass(frozen=True, eq=False)

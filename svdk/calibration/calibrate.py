@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from svdk.calibration.artifact import Steering, check_alpha, check_choice, is_number
+from svdk.calibration.artifact import Steering
 from svdk.calibration.estimators import (
     ESTIMATORS,
     OBJECTIVES,
@@ -26,6 +26,7 @@ from svdk.calibration.estimators import (
 from svdk.calibration.kept_statistics import Statistics, View
 from svdk.calibration.sweep import DIRECTIONS, extract_steering
 from svdk.errors import ArtifactError, DataError, InputError
+from svdk.utils.checks import check_choice, check_count, check_number
 from svdk.warmstart.data import Example, data_hash, load_examples
 
 if TYPE_CHECKING:
@@ -331,12 +332,11 @@ def metrics_of(statistics: Statistics, view: View, strength: float) -> dict[str,
 def check_arguments(direction, alpha, estimator, objective, seed, folds, resamples) -> None:
     """``InputError`` naming the first argument of a calibration that is not allowed."""
     check_choice("direction", direction, (*DIRECTIONS, "auto"))
-    check_alpha(alpha)
+    check_number("alpha", alpha, "[0, 1]")
     check_choice("estimator", estimator, ESTIMATORS)
     check_choice("objective", objective, OBJECTIVES)
     for name, value, least in (("seed", seed, 0), ("folds", folds, 2), ("resamples", resamples, 1)):
-        if not is_number(value) or not isinstance(value, int) or value < least:
-            raise InputError(f"{name} was {value!r}; allowed: an integer of at least {least}")
+        check_count(name, value, least)
 
 
 @contextmanager

@@ -23,6 +23,7 @@ from svdk.demo.task import Task, make_task, score
 from svdk.errors import InputError
 from svdk.models.loading import SMOLLM2, detach, load_adapter, load_model
 from svdk.models.pair import ModelPair
+from svdk.utils.checks import check_seed
 from svdk.warmstart.api import warm_start
 from svdk.warmstart.data import save_examples
 
@@ -100,8 +101,7 @@ def run_demo(
     """
     check_matplotlib()
     settings = settings or Settings()
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 1 << 32:
-        raise InputError(f"seed was {seed!r}; allowed: an integer in [0, 2**32)")
+    check_seed(seed)
     output = Path(output)
     if output.exists() and not output.is_dir():
         raise InputError(f"output was {output}, which is not a folder; allowed: a new or existing folder")

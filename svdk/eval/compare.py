@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from svdk.errors import InputError
+from svdk.utils.checks import check_count
 
 RESAMPLES = 10_000
 LEVEL = 0.95
@@ -132,8 +133,7 @@ def family(differences: Sequence[Difference], *, level: float = LEVEL) -> tuple[
 
 def draws(scores: Tensor, *, resamples: int = RESAMPLES, seed: int = 0) -> Tensor:
     """The mean of each resample: (R,) float64 for scores (Q,), (R, M) for (Q, M), all M on the same draws."""
-    if isinstance(resamples, bool) or not isinstance(resamples, int) or resamples < 1:
-        raise InputError(f"resamples was {resamples!r}; allowed: an integer of at least 1")
+    check_count("resamples", resamples)
     columns = scores.double().reshape(len(scores), -1)
     count, means = len(scores), []
     constant = (columns == columns[0]).all(0)

@@ -19,11 +19,12 @@ from typing import Any
 import torch
 
 from svdk import __version__
-from svdk.calibration.artifact import check_choice, is_number, replace_file
+from svdk.calibration.artifact import replace_file
 from svdk.calibration.calibrate import CALIBRATION_FILE, attached_pair
 from svdk.errors import DataError, InputError
 from svdk.eval.compare import paired
 from svdk.eval.harness_model import SYSTEMS, SteeredLM
+from svdk.utils.checks import check_choice, is_number
 from svdk.warmstart.data import load_examples
 
 FORMAT_VERSION = 1

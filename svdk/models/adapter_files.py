@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from svdk.errors import ArtifactError, first_line
+from svdk.utils.checks import check_count
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -111,8 +112,7 @@ def check_prompt(config: PeftConfig, shapes: dict[str, tuple[int, ...]]) -> None
         value = getattr(config, name)
         if value is None and name != "num_virtual_tokens":
             continue  # PEFT takes it from the model
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} was {value!r}; allowed: an integer of at least 1")
+        check_count(name, value)
         size *= value if name != "num_layers" or config.peft_type.value == "PREFIX_TUNING" else 1
     shape = shapes["prompt_embeddings"]
     if size > PROMPT_FACTOR * math.prod(shape):

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from svdk.errors import DataError, InputError
+from svdk.utils.checks import check_choice, check_count, check_number
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -127,10 +128,8 @@ def encode_all(
     ``too_long="error"`` raises one :class:`DataError` that counts them; ``"skip"`` leaves them out whole
     (an example without its end teaches the wrong end) and raises only if none is left.
     """
-    if too_long not in ("error", "skip"):
-        raise InputError(f"too_long was {too_long!r}; allowed: 'error', 'skip'")
-    if max_length < 2:
-        raise InputError(f"max_length was {max_length}; allowed: an integer of at least 2")
+    check_choice("too_long", too_long, ("error", "skip"))
+    check_count("max_length", max_length, 2)
     encoded = [encode(tokenizer, example) for example in examples]
     skipped = [i for i, e in enumerate(encoded) if len(e.input_ids) > max_length]
     if skipped and (too_long == "error" or len(skipped) == len(encoded)):
@@ -153,8 +152,7 @@ def split(
     trained on (when all prompts are equal: the same completion instead). With a fraction above 0 both
     sides get at least one example. Raises :class:`DataError` when that is impossible.
     """
-    if not 0 <= calibration_fraction < 1:
-        raise InputError(f"calibration_fraction was {calibration_fraction}; allowed: a number in [0, 1)")
+    check_number("calibration_fraction", calibration_fraction, "[0, 1)")
     if calibration_fraction == 0:
         return list(examples), []
     same_prompt = len({e.prompt for e in examples}) == 1

@@ -251,10 +251,10 @@ def test_adapter_is_refused_on_another_base_model(tmp_path):
     ("options", "message"),
     [
         ({"peft": "qlora"}, "peft was 'qlora'; allowed: lora, ia3, prompt_tuning, p_tuning, prefix_tuning"),
-        ({"epochs": 0}, "epochs was 0; allowed: above 0"),
-        ({"learning_rate": float("nan")}, "learning_rate was nan; allowed: above 0"),
+        ({"epochs": 0}, r"epochs was 0; allowed: a number in \(0, inf\)"),
+        ({"learning_rate": float("nan")}, r"learning_rate was nan; allowed: a number in \(0, inf\)"),
         ({"batch_size": 0.5}, "batch_size was 0.5; allowed: an integer"),
-        ({"max_length": 0}, "max_length was 0; allowed: above 0"),
+        ({"max_length": 0}, "max_length was 0; allowed: an integer of at least 2"),
         ({"calibration_fraction": 1}, "calibration_fraction was 1; allowed"),
         ({"lora_rank": 0}, "lora_rank was 0; allowed: an integer of at least 1"),
         ({"lora_dropout": 1.0}, r"lora_dropout was 1.0; allowed: a number in \[0, 1\)"),
