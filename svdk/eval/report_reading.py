@@ -23,6 +23,7 @@ from svdk.eval.report_cells import (
     Start,
 )
 from svdk.utils.checks import is_number
+from svdk.utils.files import read_text
 
 FORMAT_VERSION = 1
 
@@ -66,15 +67,7 @@ def read_results(path: Path) -> Results:
 
 
 def _lines(path: Path) -> tuple[list[tuple[int, dict[str, Any]]], list[str]]:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise DataError(f"results file {path} does not exist; make one with svdk eval") from None
-    except UnicodeDecodeError as error:
-        raise DataError(f"results file {path} was not UTF-8 text (byte {error.start})") from None
-    except OSError as error:
-        raise DataError(f"results file {path} cannot be read: {error.strerror}") from None
-    found, lines = [], text.split("\n")
+    found, lines = [], read_text(path, "results file", "make one with svdk eval").split("\n")
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -15,6 +14,7 @@ from svdk.errors import InputError
 from svdk.eval.generation import DECODINGS
 from svdk.eval.tasks import NAMES, TRUTHFULQA
 from svdk.utils.checks import check_choice, check_count, check_number, is_number
+from svdk.utils.files import parse_json, read_text
 from svdk.warmstart.peft_configs import PEFT_TYPES
 
 FOLDER = Path(__file__).parent / "studies"
@@ -118,12 +118,9 @@ def load_study(source: str | Path) -> Study:
     shipped = sorted(p.stem for p in FOLDER.glob("*.json"))
     if str(source) in shipped:
         path = FOLDER / f"{source}.json"
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"study was {source}; allowed: {', '.join(shipped)}, or a JSON file") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"study {path} was not valid JSON: {error}") from None
+    if not path.is_file():
+        raise InputError(f"study was {source}; allowed: {', '.join(shipped)}, or a JSON file")
+    record = parse_json(read_text(path, "study"), f"study {path}")
     try:
         return _study(record)
     except InputError as error:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from svdk.errors import ArtifactError, first_line
 from svdk.utils.checks import check_count
+from svdk.utils.files import read_object
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -57,17 +58,7 @@ def read_adapter(folder: Path) -> tuple[PeftConfig, dict[str, tuple[int, ...]]]:
 
 def read_config(path: Path) -> dict[str, Any]:
     """The JSON object in ``path``, of at most ``MAX_CONFIG_BYTES``."""
-    try:
-        if (size := path.stat().st_size) > MAX_CONFIG_BYTES:
-            raise ArtifactError(f"{path} has {size} bytes; allowed: at most {MAX_CONFIG_BYTES}")
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        if isinstance(error, ArtifactError):
-            raise
-        raise ArtifactError(f"{path} is damaged: {first_line(error)}") from error
-    if not isinstance(config, dict):
-        raise ArtifactError(f"{path} is damaged: it holds no JSON object")
-    return config
+    return read_object(path, ArtifactError, limit=MAX_CONFIG_BYTES)
 
 
 def _read_shapes(path: Path) -> dict[str, tuple[int, ...]]:

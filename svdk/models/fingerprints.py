@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from svdk.errors import ArtifactError
 from svdk.models.adapter_files import WARMSTART_FILE, paths, read_config
+from svdk.utils.files import add_to_hash
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -58,11 +59,7 @@ def adapter_fingerprint(folder: str | Path) -> str:
     config = read_config(config_path)
     for key in ("base_model_name_or_path", "revision", "inference_mode", "peft_version"):
         config.pop(key, None)
-    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
-    with weights_path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+    return add_to_hash(hashlib.sha256(json.dumps(config, sort_keys=True).encode()), weights_path)
 
 
 def check_base_model(model: nn.Module, folder: str | Path) -> None:

@@ -19,9 +19,10 @@ from svdk.models.adapter_files import WARMSTART_FILE
 from svdk.models.fingerprints import model_fingerprint, tokenizer_fingerprint
 from svdk.models.loading import default_dtype, load_model
 from svdk.utils.checks import check_count, check_number, check_seed
+from svdk.utils.files import write_json
 from svdk.warmstart.data import Encoded, Example, data_hash, encode_all, load_examples, save_examples, split
 from svdk.warmstart.peft_configs import make_config
-from svdk.warmstart.run_folder import drop_broken_checkpoints, open_run, publish, put_back, write_json
+from svdk.warmstart.run_folder import drop_broken_checkpoints, open_run, publish, put_back
 from svdk.warmstart.training import as_os_error, attached, fit, seeded, training_arguments
 
 if TYPE_CHECKING:
@@ -211,4 +212,4 @@ def _write_adapter(folder: Path, peft_model: PeftModel, held_out: list[Example],
     peft_model.save_pretrained(folder, save_embedding_layers=False)
     if held_out:
         save_examples(held_out, folder / CALIBRATION_FILE)
-    write_json(folder / WARMSTART_FILE, record)
+    write_json(folder / WARMSTART_FILE, record, allow_nan=True)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from svdk.errors import DataError, InputError
 from svdk.utils.checks import check_choice, check_count, check_number
+from svdk.utils.files import parse_json, read_text, write_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -56,15 +57,8 @@ def load_examples(
 
 
 def save_examples(examples: Iterable[Example], path: str | Path) -> None:
-    """Write examples as JSONL, atomically (beside, then renamed)."""
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with partial.open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps(asdict(e), ensure_ascii=False) + "\n" for e in examples)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    """Write examples as JSONL, atomically."""
+    write_file(path, "".join(json.dumps(asdict(e), ensure_ascii=False) + "\n" for e in examples))
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
@@ -187,25 +181,9 @@ def data_hash(examples: Iterable[Example]) -> str:
 
 
 def _read_jsonl(path: Path) -> list[tuple[str, Any]]:
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise DataError(f"data file {path} does not exist") from None
-    except UnicodeDecodeError as error:
-        raise DataError(f"data file {path} was not UTF-8 text (byte {error.start})") from None
-    except OSError as error:
-        raise DataError(f"data file {path} cannot be read: {error.strerror}") from None
-    rows = []
     # Not splitlines(): JSON strings may hold U+2028 and other characters it would split at.
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        where = f"{path} line {number}"
-        try:
-            rows.append((where, json.loads(line)))
-        except json.JSONDecodeError as error:
-            raise DataError(f"{where} was not valid JSON: {error.msg} at column {error.colno}") from None
-    return rows
+    lines = {f"{path} line {number}": line for number, line in enumerate(read_text(path).split("\n"), 1)}
+    return [(where, parse_json(line, where)) for where, line in lines.items() if line.strip()]
 
 
 def _example(row: Any, where: str, tokenizer: PreTrainedTokenizerBase | None) -> Example:

@@ -158,12 +158,12 @@ def test_broken_safetensors_with_a_matching_checksum(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "not valid JSON"),
-        ("[" * 100000, "not valid JSON"),
+        ("", "is damaged"),
+        ("[" * 100000, "is damaged"),
         ("{}", "not a steering artifact"),
         ('{"format": "svdk-steering", "strength": NaN}', "NaN is not strict JSON"),
-        (b"\xff\xfe".decode("latin-1"), "not valid JSON"),
-        ("[1]", "not a steering artifact"),
+        (b"\xff\xfe".decode("latin-1"), "is damaged"),
+        ("[1]", "is damaged: it holds no JSON object"),
         (" " * (1 << 20) + "{}", "at most"),
     ],
 )

@@ -58,7 +58,7 @@ class Killer:
     def arm(self) -> None:
         for owner, name in (
             (os, "replace"), (os, "rename"), (torch, "save"), (safetensors.torch, "save_file"),
-            (training, "save_file"), (Path, "write_text"),
+            (training, "save_file"), (os, "fsync"),
         ):  # fmt: skip
             setattr(owner, name, self.around(getattr(owner, name)))
 
