@@ -16,6 +16,7 @@ from svdk.cli import main
 from svdk.errors import ArtifactError, DataError, InputError
 from svdk.models.fingerprints import adapter_fingerprint, model_fingerprint, tokenizer_fingerprint
 from svdk.models.loading import load_adapter
+from svdk.warmstart import api
 from svdk.warmstart.api import warm_start
 from svdk.warmstart.data import encode, load_examples, split
 from svdk.warmstart.peft_configs import make_config
@@ -181,6 +182,22 @@ def test_interrupted_run_ends_with_the_same_adapter(tmp_path, peft_type):
     assert adapter_fingerprint(cut) == adapter_fingerprint(whole)
     for name in ("warmstart.json", "calibration.jsonl"):
         assert (cut / name).read_text() == (whole / name).read_text()
+
+
+def test_a_run_that_was_cut_after_its_last_step_trains_no_further(tmp_path, monkeypatch):
+    options = {"max_steps": 3, "lr_scheduler": "constant"}  # within an epoch
+    whole = run(tmp_path, "whole", **options)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(api, "_write_adapter", interrupted)
+        run(tmp_path, "cut", **options)
+    assert (tmp_path / "cut.partial" / "checkpoint-3").exists()
+    cut = run(tmp_path, "cut", **options)
+    assert adapter_fingerprint(cut) == adapter_fingerprint(whole)
+    assert (cut / "warmstart.json").read_text() == (whole / "warmstart.json").read_text()
+
+
+def interrupted(*_):
+    raise KeyboardInterrupt
 
 
 def test_half_written_checkpoint_is_not_resumed_from(tmp_path):
