@@ -16,7 +16,6 @@ from svdk.calibration.estimators import (
     ESTIMATORS,
     OBJECTIVES,
     Setting,
-    bootstrap,
     fit,
     gains_at,
     out_of_fold,
@@ -26,6 +25,7 @@ from svdk.calibration.estimators import (
 from svdk.calibration.kept_statistics import Statistics, View
 from svdk.calibration.sweep import DIRECTIONS, extract_steering
 from svdk.errors import ArtifactError, DataError, InputError
+from svdk.utils.bootstrap import bootstrap
 from svdk.utils.checks import check_choice, check_count, check_number
 from svdk.warmstart.data import Example, data_hash, load_examples
 

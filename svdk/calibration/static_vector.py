@@ -15,13 +15,14 @@ from torch import Tensor
 
 from svdk.calibration.artifact import Steering
 from svdk.calibration.calibrate import CALIBRATION_FILE, attached_pair, check_arguments, metrics_of
-from svdk.calibration.estimators import Gains, bootstrap, fit, gains_at, split_folds
+from svdk.calibration.estimators import Gains, fit, gains_at, split_folds
 from svdk.calibration.kept_statistics import View, default_grid
 from svdk.calibration.sweep import DIRECTIONS, MAX_OP, Part, Sweep, add_rows, assemble, labelled_rows
 from svdk.errors import DataError, InputError, InvalidLogitsError
 from svdk.models.pair import ModelPair
 from svdk.ops.api import extract
 from svdk.ops.results import Status
+from svdk.utils.bootstrap import bootstrap
 from svdk.utils.checks import check_choice, check_count, check_number
 from svdk.warmstart.data import Encoded, Example, data_hash, encode_all, load_examples
 

@@ -21,7 +21,6 @@ from torch import Tensor
 from svdk.calibration.artifact import Steering
 from svdk.calibration.calibrate import saved_statistics
 from svdk.calibration.estimators import (
-    bootstrap,
     fit,
     fit_kl_budget,
     kl_budget_strength,
@@ -37,6 +36,7 @@ from svdk.eval.scoring import OptionStatistics
 from svdk.eval.spec import Run, Study
 from svdk.eval.systems import System, scoring_systems
 from svdk.eval.tasks import Question, Task
+from svdk.utils.bootstrap import bootstrap
 from svdk.utils.files import write_file
 
 if TYPE_CHECKING:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from svdk.errors import InputError
-from svdk.eval.compare import RESAMPLES
 from svdk.eval.report_answers import answers
 from svdk.eval.report_cells import LIKELIHOOD, PEFTS, Results
 from svdk.eval.report_figures import pictures
@@ -16,6 +15,7 @@ from svdk.eval.report_format import HEADLINES, LEAST_QUESTIONS, LEGEND, listed, 
 from svdk.eval.report_reading import read_results
 from svdk.eval.report_style import Picture, png
 from svdk.eval.report_tables import paper_table, tables
+from svdk.utils.bootstrap import RESAMPLES
 from svdk.utils.files import write_file
 
 NAME = "evaluation.md"

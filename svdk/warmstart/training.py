@@ -205,9 +205,7 @@ def fit(
         trainer.add_callback(bar)
     reached = None if checkpoint is None else TrainerState.load_from_json(str(checkpoint / STATE_FILE))
     try:
-        if (
-            reached is not None and reached.global_step >= reached.max_steps
-        ):  # the Trainer would go further
+        if reached is not None and reached.global_step >= reached.max_steps:  # the Trainer would go further
             trainer._load_from_checkpoint(str(checkpoint))
             trainer.state = reached
         else:
