@@ -48,11 +48,11 @@ def draw(results: Results, folder: str | Path, prefix: str = "") -> list[Path]:
 def _save(figure: Any, path: Path) -> Path:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-    from svdk.calibration.artifact import replace_file
+    from svdk.utils.files import write_file
 
     image = io.BytesIO()
     FigureCanvasAgg(figure).print_png(image)
-    replace_file(path, image.getvalue())
+    write_file(path, image.getvalue())
     return path
 
 

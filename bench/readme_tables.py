@@ -17,6 +17,7 @@ from typing import Any
 from svdk.bench import figures, results, tables
 from svdk.bench.cases import SETTINGS
 from svdk.errors import InputError
+from svdk.utils.files import write_file
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 TITLES = {
@@ -47,8 +48,6 @@ def update(readme: Path, source: Path) -> None:
     Raises:
         InputError: no results file, or a README without the two markers in this order.
     """
-    from svdk.calibration.artifact import replace_file
-
     found = results.load(source)
     text = readme.read_text(encoding="utf-8")
     if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
@@ -57,7 +56,7 @@ def update(readme: Path, source: Path) -> None:
     links = [Path(os.path.relpath(path, readme.parent)).as_posix() for path in pictures]
     before, after = text.split(BEGIN)[0], text.split(END)[1]
     body = section(found, Path(os.path.relpath(source, readme.parent)).as_posix(), links)
-    replace_file(readme, f"{before}{BEGIN}\n{body}\n{END}{after}".encode())
+    write_file(readme, f"{before}{BEGIN}\n{body}\n{END}{after}")
 
 
 def section(found: results.Results, source: str, links: Iterable[str] = ()) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from svdk.errors import InputError
+from svdk.utils.files import read_object, write_json
 
 FORMAT = 1
 MICRO_KEY = ("setting", "contestant", "batch", "vocab", "dtype", "logits", "cache")
@@ -22,11 +22,9 @@ Results = dict[str, Any]
 
 def save(results: Results, path: str | Path) -> Path:
     """Write ``results`` as JSON, atomically; the folder is made if needed."""
-    from svdk.calibration.artifact import replace_file
-
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    replace_file(path, (json.dumps(results, indent=1) + "\n").encode())
+    write_json(path, results, indent=1, allow_nan=True)
     return path
 
 
@@ -37,13 +35,10 @@ def load(path: str | Path) -> Results:
         InputError: no such file, or not a results file of this format.
     """
     try:
-        results = json.loads(Path(path).read_text())
+        results = read_object(Path(path))
     except FileNotFoundError:
         raise InputError(f"results file was {path}, which does not exist; make one with svdk bench") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise InputError(f"results file was {path}, which is not JSON: {error}") from error
-    found = results.get("format") if isinstance(results, dict) else None
-    if found != FORMAT:
+    if (found := results.get("format")) != FORMAT:
         raise InputError(f"results file {path} had format {found!r}; allowed: {FORMAT}")
     for part, fields in (("micro", (*MICRO_KEY, "median_s", "noise_s")), ("end_to_end", END_TO_END_KEY)):
         for row in results.get(part, ()):

@@ -36,3 +36,9 @@ def out_of_memory(error: BaseException) -> bool:
         return True
     words = ("can't allocate memory", "not enough memory", "Cannot allocate memory")
     return isinstance(error, (RuntimeError, OSError)) and any(text in str(error) for text in words)
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, for use inside a one-line message."""
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0]

@@ -12,7 +12,6 @@ import hashlib
 import json
 import math
 import os
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields
@@ -27,7 +26,9 @@ from torch import Tensor
 
 from svdk import __version__
 from svdk.errors import ArtifactError, InputError
-from svdk.ops.configs import SteeringConfig, is_number
+from svdk.ops.configs import SteeringConfig
+from svdk.utils.checks import is_number
+from svdk.utils.files import read_object, unfinished, write_file
 
 if TYPE_CHECKING:
     from svdk.calibration.report import Report
@@ -43,19 +44,6 @@ MAX_TENSORS_BYTES = 1 << 31
 """Far more than any calibration keeps; a file is read into memory before its checksum can be known."""
 _TENSOR_FIELDS = ("vector", "statistics")
 _STATISTICS = "statistics."
-
-
-def check_alpha(alpha: float) -> float:
-    """``alpha`` as a float; ``InputError`` unless it is a number in [0, 1]."""
-    if not is_number(alpha) or not 0 <= alpha <= 1:
-        raise InputError(f"alpha was {alpha!r}; allowed: a number in [0, 1]")
-    return float(alpha)
-
-
-def check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
-    """``InputError`` unless ``value`` is one of ``allowed``."""
-    if not isinstance(value, str) or value not in allowed:
-        raise InputError(f"{name} was {value!r}; allowed: {', '.join(allowed)}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -183,9 +171,9 @@ class Steering(SteeringConfig):
         staged = folder / STAGED_NAME
         with _locked(folder / LOCK_NAME):
             _finish_interrupted_save(folder)
-            replace_file(staged, payload)
+            write_file(staged, payload)
             try:
-                replace_file(folder / JSON_NAME, text.encode())
+                write_file(folder / JSON_NAME, text)
             except BaseException:
                 staged.unlink(missing_ok=True)
                 raise
@@ -230,7 +218,8 @@ class Steering(SteeringConfig):
 
         What is None (here or there) is not compared. ``ArtifactError`` names both values of a mismatch.
         """
-        from svdk.models.loading import adapter_fingerprint, model_fingerprint, tokenizer_fingerprint  # heavy
+        # Here: PEFT and transformers are heavy.
+        from svdk.models.fingerprints import adapter_fingerprint, model_fingerprint, tokenizer_fingerprint
 
         if model is not None:
             _compare("vocabulary size", self.vocab_size, vocab_size(model))
@@ -288,27 +277,6 @@ def _checksum(record: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(body, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-def replace_file(path: Path, data: bytes) -> None:
-    """Write ``data`` beside ``path``, flush it to the disk, then rename it onto ``path``."""
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(name, 0o666 & ~_umask())  # mkstemp makes private files; an artifact is an ordinary one
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
     """Hold the lock file ``path``, which is gone again afterwards; a killed holder's lock lapses with it."""
@@ -336,8 +304,8 @@ def _locked(path: Path) -> Iterator[None]:
 def _finish_interrupted_save(folder: Path) -> None:
     """Give a staged file its final name if ``steering.json`` already refers to it; drop unfinished ones."""
     for name in (JSON_NAME, STAGED_NAME):
-        for unfinished in folder.glob(f".{name}.*.tmp"):
-            unfinished.unlink(missing_ok=True)
+        for left in unfinished(folder / name):
+            left.unlink(missing_ok=True)
     staged = folder / STAGED_NAME
     if not (staged.exists() and (folder / JSON_NAME).exists()):
         return
@@ -376,23 +344,11 @@ def _state(folder: Path) -> list[tuple[int, int, int] | None]:
 
 def _read_json(path: Path) -> dict[str, Any]:
     """The checked record: constructor arguments of ``Steering`` and ``tensors``."""
-
-    def refuse(literal: str) -> None:
-        raise ValueError(f"{literal} is not strict JSON")
-
     try:
-        if path.stat().st_size > MAX_JSON_BYTES:
-            raise ArtifactError(
-                f"{path} has {path.stat().st_size} bytes; at most {MAX_JSON_BYTES} are allowed"
-            )
-        record = json.loads(path.read_text("utf-8"), parse_constant=refuse)
+        record = read_object(path, ArtifactError, limit=MAX_JSON_BYTES, strict=True)
     except FileNotFoundError as error:
         raise ArtifactError(f"{path} does not exist: run `svdk calibrate` on this adapter first") from error
-    except (ValueError, RecursionError) as error:
-        if isinstance(error, ArtifactError):
-            raise
-        raise ArtifactError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(record, dict) or record.get("format") != FORMAT:
+    if record.get("format") != FORMAT:
         raise ArtifactError(f"{path} is not a steering artifact (its format must be {FORMAT!r})")
     version = record.get("format_version")
     if version != FORMAT_VERSION or isinstance(version, bool):

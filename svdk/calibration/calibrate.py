@@ -129,7 +129,7 @@ def origin_of(
     examples: list[Example],
 ) -> dict[str, Any]:
     """The fields of :class:`svdk.Steering` that say what it was made from."""
-    from svdk.models.loading import adapter_fingerprint, model_fingerprint, tokenizer_fingerprint
+    from svdk.models.fingerprints import adapter_fingerprint, model_fingerprint, tokenizer_fingerprint
 
     return {
         "peft_type": pair.peft_type,

@@ -1,4 +1,4 @@
-"""From calibration statistics to one task strength: estimators, cross-validation, bootstrap. No model."""
+"""From calibration statistics to one task strength: estimators and cross-validation. No model."""
 
 from __future__ import annotations
 
@@ -193,21 +193,3 @@ def out_of_fold(
         gains = gains_at(view, fit(view, estimator, objective, train).strength)
         nll[held_out], correct[held_out] = gains.nll[held_out], gains.correct[held_out]
     return Gains(nll, correct)
-
-
-def bootstrap(
-    gain: Tensor, tokens: Tensor, *, resamples: int = 2000, seed: int = 0, level: float = 0.95
-) -> tuple[float, tuple[float, float]]:
-    """Gain a token and its percentile interval when examples are drawn anew with replacement.
-
-    ``gain`` (E,): the gain summed over the tokens of each example, ``tokens`` (E,) their number.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    examples = len(gain)
-    means = torch.empty(resamples, dtype=torch.float64)
-    for start in range(0, resamples, 256):  # bounded memory: at most 256 resamples at once
-        size = min(256, resamples - start)
-        drawn = torch.randint(examples, (size, examples), generator=generator)
-        means[start : start + size] = gain[drawn].sum(1) / tokens[drawn].sum(1).clamp(min=1)
-    low, high = means.quantile(torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)).tolist()
-    return float(gain.sum() / tokens.sum()), (low, high)

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from svdk.calibration.artifact import replace_file
 from svdk.errors import InputError
+from svdk.utils.files import write_file
 
 if TYPE_CHECKING:
     from svdk.calibration.report import Report
@@ -78,7 +78,7 @@ def plot_calibration(report: Report, path: str | Path) -> Path:
     image = io.BytesIO()
     FigureCanvasAgg(figure).print_png(image)
     path = Path(path)
-    replace_file(path, image.getvalue())
+    write_file(path, image.getvalue())
     return path
 
 

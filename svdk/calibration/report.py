@@ -10,12 +10,11 @@ from typing import Any
 
 import torch
 
-from svdk.calibration.artifact import Steering, check_alpha, check_choice
+from svdk.calibration.artifact import Steering
 from svdk.calibration.estimators import (
     ESTIMATORS,
     OBJECTIVES,
     Setting,
-    bootstrap,
     fit,
     gains_at,
     out_of_fold,
@@ -23,8 +22,9 @@ from svdk.calibration.estimators import (
     select,
 )
 from svdk.calibration.kept_statistics import Statistics, View
-from svdk.errors import ArtifactError, InputError
-from svdk.ops.configs import is_number
+from svdk.errors import ArtifactError
+from svdk.utils.bootstrap import bootstrap
+from svdk.utils.checks import check_choice, check_count, check_number
 
 DIRECTIONS = ("kl_gradient", "log_ratio")
 NO_STATISTICS = "this steering holds no calibration statistics; needed: one made by calibrate"
@@ -50,13 +50,11 @@ class CalibrationConfig:
     def __post_init__(self) -> None:
         """Check every field."""
         check_choice("direction", self.direction, (*DIRECTIONS, "auto"))
-        check_alpha(self.alpha)
+        check_number("alpha", self.alpha, "[0, 1]")
         check_choice("estimator", self.estimator, ESTIMATORS)
         check_choice("objective", self.objective, OBJECTIVES)
         for name, least in (("seed", 0), ("folds", 2), ("resamples", 1)):
-            value = getattr(self, name)
-            if not is_number(value) or not isinstance(value, int) or value < least:
-                raise InputError(f"{name} was {value!r}; allowed: an integer of at least {least}")
+            check_count(name, getattr(self, name), least)
 
     @classmethod
     def of(cls, steering: Steering) -> CalibrationConfig:

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from svdk.calibration.artifact import Steering, check_alpha, check_choice, is_number
+from svdk.calibration.artifact import Steering
 from svdk.calibration.calibrate import CALIBRATION_FILE, attached_pair, origin_of
-from svdk.calibration.estimators import Gains, bootstrap, fit, gains_at, split_folds
+from svdk.calibration.estimators import Gains, fit, gains_at, split_folds
 from svdk.calibration.kept_statistics import View, default_grid
 from svdk.calibration.report import DIRECTIONS, CalibrationConfig, metrics_of
 from svdk.calibration.sweep import MAX_OP, Part, Sweep, add_rows, assemble, labelled_rows
@@ -23,6 +23,8 @@ from svdk.errors import DataError, InputError, InvalidLogitsError
 from svdk.models.pair import ModelPair
 from svdk.ops.api import extract
 from svdk.ops.results import Status
+from svdk.utils.bootstrap import bootstrap
+from svdk.utils.checks import check_choice, check_count, check_number
 from svdk.warmstart.data import Encoded, Example, encode_all, load_examples
 
 if TYPE_CHECKING:
@@ -192,8 +194,7 @@ def logit_bias(
     if steering.vector is None or steering.strength_mode != "constant":
         have = f"{steering.direction}, strength mode {steering.strength_mode}"
         raise InputError(f"steering had direction {have}; allowed: direction vector, constant strength")
-    if isinstance(top, bool) or not isinstance(top, int) or top < 1:
-        raise InputError(f"top was {top!r}; allowed: an integer of at least 1")
+    check_count("top", top)
     bias = steering.strength * steering.vector.double().cpu()
     bias = bias - bias.median()
     known = torch.ones(len(bias), dtype=torch.bool)
@@ -271,7 +272,6 @@ def _out_of_fold(views: list[View], train: list[Tensor], estimator: str, objecti
 
 def _check_vector(direction: str, alpha: float, weighting: str, batch_size: int) -> None:
     check_choice("direction", direction, DIRECTIONS)
-    check_alpha(alpha)
+    check_number("alpha", alpha, "[0, 1]")
     check_choice("weighting", weighting, WEIGHTINGS)
-    if not is_number(batch_size) or not isinstance(batch_size, int) or batch_size < 1:
-        raise InputError(f"batch_size was {batch_size!r}; allowed: an integer of at least 1")
+    check_count("batch_size", batch_size)

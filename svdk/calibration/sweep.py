@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from svdk.calibration.artifact import check_alpha, check_choice
 from svdk.calibration.kept_statistics import GridSums, Statistics, default_grid
 from svdk.calibration.report import DIRECTIONS
 from svdk.errors import DataError, InputError, InvalidLogitsError
 from svdk.ops.api import extract, steered_logprob
 from svdk.ops.results import Status
+from svdk.utils.checks import check_choice, check_count, check_number
 from svdk.warmstart.data import Encoded, Example, encode_all, load_examples
 
 if TYPE_CHECKING:
@@ -66,10 +66,9 @@ def extract_steering(
     """
     from svdk.models.pair import ModelPair  # heavy: PEFT and transformers
 
-    alpha = check_alpha(alpha)
+    alpha = check_number("alpha", alpha, "[0, 1]")
     check_choice("direction", direction, (*DIRECTIONS, "auto"))
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-        raise InputError(f"batch_size was {batch_size!r}; allowed: an integer of at least 1")
+    check_count("batch_size", batch_size)
     pair = model if isinstance(model, ModelPair) else ModelPair(model)
     examples = load_examples(data, tokenizer)
     encoded, _ = encode_all(tokenizer, examples, max_length, too_long)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import secrets
 import shutil
 import sys
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from svdk.cli.terminal import Printer, columns
 from svdk.errors import DataError, InputError
+from svdk.utils.files import parse_json, read_text
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -189,21 +189,14 @@ def _compare(
 
 
 def _from_file(path: Path) -> Iterator[tuple[str, str]]:
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} was not UTF-8 (byte {error.start}); allowed: UTF-8 text") from None
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(read_text(path, "file of prompts").splitlines(), 1):
         where = f"{path} line {number}"
         if not line.strip():
             continue
         if path.suffix != ".jsonl":
             yield where, line
             continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{where} was not valid JSON: {error.msg} at column {error.colno}") from None
+        row = parse_json(line, where)
         if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
             raise DataError(f"{where} had no string 'prompt'; allowed: objects with the column 'prompt'")
         yield where, row["prompt"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import math
 
 PEFT_TYPES = "lora, ia3, prompt_tuning, p_tuning or prefix_tuning"
@@ -95,7 +94,8 @@ def run(args: argparse.Namespace) -> int:
     """Train, then say what came out and what to do next."""
     from accelerate import PartialState
 
-    from svdk.models.loading import WARMSTART_FILE
+    from svdk.models.adapter_files import WARMSTART_FILE
+    from svdk.utils.files import read_object
     from svdk.warmstart.api import warm_start
 
     chosen = {name: getattr(args, name) for name in PASSED_ON}
@@ -110,7 +110,7 @@ def run(args: argparse.Namespace) -> int:
     )
     if not PartialState().is_main_process:
         return 0
-    record = json.loads((folder / WARMSTART_FILE).read_text(encoding="utf-8"))
+    record = read_object(folder / WARMSTART_FILE)
     history = record["loss_history"]
     edge = math.ceil(len(history) / 10)  # single steps are noisy: the first and the last tenth
     first, last = (sum(loss for _, loss in part) / edge for part in (history[:edge], history[-edge:]))

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from svdk.calibration.artifact import Steering
-from svdk.calibration.estimators import bootstrap
 from svdk.demo.task import Score
 from svdk.generation.generate import generate
 from svdk.models.pair import ModelPair
 from svdk.ops.api import steered_logprob
+from svdk.utils.bootstrap import bootstrap
 from svdk.warmstart.data import Encoded, Example, encode, encode_prompt
 
 if TYPE_CHECKING:

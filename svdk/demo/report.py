@@ -7,10 +7,10 @@ from html import escape
 from pathlib import Path
 
 from svdk import __version__
-from svdk.calibration.artifact import replace_file
 from svdk.demo.evaluate import Interval
 from svdk.demo.picture import draw
 from svdk.demo.results import AUTO, SETTING, Results, Row
+from svdk.utils.files import write_file
 from svdk.warmstart.data import Example
 
 STYLE = """
@@ -123,7 +123,7 @@ def _span(interval: Interval, scale: float, digits: int, sign: str = "") -> str:
 
 def write_html(results: Results, path: Path) -> Path:
     """Write the report to ``path`` (atomically) and return it."""
-    replace_file(path, render(results).encode())
+    write_file(path, render(results))
     return path
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import sys
 import textwrap
 import time
@@ -13,7 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from svdk.calibration.artifact import Steering, replace_file
+from svdk.calibration.artifact import Steering
 from svdk.calibration.calibrate import calibrate, recalibrate
 from svdk.calibration.plot import check_matplotlib
 from svdk.demo.evaluate import BASE, WARM, Outcome, System, answer, completion_nll, seconds_per_token
@@ -23,6 +22,8 @@ from svdk.demo.task import Task, make_task, score
 from svdk.errors import InputError
 from svdk.models.loading import SMOLLM2, detach, load_adapter, load_model
 from svdk.models.pair import ModelPair
+from svdk.utils.checks import check_seed
+from svdk.utils.files import write_json
 from svdk.warmstart.api import warm_start
 from svdk.warmstart.data import save_examples
 
@@ -100,8 +101,7 @@ def run_demo(
     """
     check_matplotlib()
     settings = settings or Settings()
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 1 << 32:
-        raise InputError(f"seed was {seed!r}; allowed: an integer in [0, 2**32)")
+    check_seed(seed)
     output = Path(output)
     if output.exists() and not output.is_dir():
         raise InputError(f"output was {output}, which is not a folder; allowed: a new or existing folder")
@@ -147,8 +147,7 @@ def run_demo(
         print("\n" + examples(results))
         print("\n" + "\n".join(textwrap.fill(line, 110) for line in results.conclusion()))
         path = write_html(results, output / REPORT)
-        text = json.dumps(results.as_json(), indent=2, allow_nan=False, ensure_ascii=False)
-        replace_file(output / RESULTS, (text + "\n").encode())
+        write_json(output / RESULTS, results.as_json(), ensure_ascii=False)
     print(f"\n[{time.perf_counter() - stages.start:4.0f} s] wrote {path} and {output / RESULTS}")
     print(
         f"try it: svdk generate --model {model} --adapter {folder} --compare --max-new-tokens 16 --raw \\\n"

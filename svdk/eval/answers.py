@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from svdk.calibration.artifact import Steering, replace_file
+from svdk.calibration.artifact import Steering
 from svdk.calibration.calibrate import recalibrate
 from svdk.eval.generation import generate_answers
 from svdk.eval.spec import Study
 from svdk.eval.systems import BASE, WARM, System, system_key
 from svdk.eval.tasks import Question, Task
-from svdk.models.loading import adapter_fingerprint
+from svdk.models.fingerprints import adapter_fingerprint
+from svdk.utils.files import read_object, write_json
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -67,13 +67,13 @@ def run_answers(
                     max_new_tokens=MAX_NEW_TOKENS[task.kind], advance=bar.update,
                 )  # fmt: skip
             record["strengths"][key] = steering.strength if isinstance(steering, Steering) else None
-            replace_file(path, json.dumps(record, ensure_ascii=False, indent=1).encode())
+            write_json(path, record, ensure_ascii=False, indent=1)
 
 
 def read_answers(path: Path, questions: Sequence[Question], adapter: Path) -> dict[str, Any] | None:
     """The answers at ``path`` if they are those of this adapter to these questions."""
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = read_object(path)
         mine = record["questions"] == [question.id for question in questions]
         return record if mine and record["adapter"] == adapter_fingerprint(adapter) else None
     except (OSError, ValueError, KeyError, TypeError):

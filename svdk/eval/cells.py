@@ -18,9 +18,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from svdk.calibration.artifact import Steering, replace_file
+from svdk.calibration.artifact import Steering
 from svdk.calibration.estimators import (
-    bootstrap,
     fit,
     fit_kl_budget,
     kl_budget_strength,
@@ -37,6 +36,8 @@ from svdk.eval.scoring import OptionStatistics
 from svdk.eval.spec import Run, Study
 from svdk.eval.systems import System, scoring_systems
 from svdk.eval.tasks import Question, Task
+from svdk.utils.bootstrap import bootstrap
+from svdk.utils.files import write_file
 
 if TYPE_CHECKING:
     from svdk.eval.judge import Judge
@@ -176,8 +177,8 @@ def write_cells(
                     wanted[record["cell"]] = known.get(record["cell"]) or record | score_it()
             curves += _curves(study, run, steps, folds)
     lines = [json.dumps(cell, allow_nan=False) for cell in wanted.values()]
-    replace_file(output / CURVES, "".join(f"{line}\n" for line in curves).encode())
-    replace_file(path, "".join(f"{line}\n" for line in lines).encode())
+    write_file(output / CURVES, "".join(f"{line}\n" for line in curves))
+    write_file(path, "".join(f"{line}\n" for line in lines))
     return path
 
 
@@ -350,5 +351,5 @@ def _read_known(path: Path) -> dict[str, dict[str, Any]]:
             record = json.loads(line)
             known[record["cell"]] = record
     text = "".join(json.dumps(record, allow_nan=False) + "\n" for record in known.values())
-    replace_file(path, text.encode())
+    write_file(path, text)
     return known

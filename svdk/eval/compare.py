@@ -10,17 +10,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from svdk.errors import InputError
-
-RESAMPLES = 10_000
-LEVEL = 0.95
-_CHUNK = 1 << 20
-"""Entries of the resampling weights that are expanded to floating point at once."""
+from svdk.utils.bootstrap import LEVEL, RESAMPLES, draws, quantiles
 
 
 @dataclass(frozen=True)
@@ -105,15 +100,6 @@ def _unknown(mean: float, n: int) -> Difference:
     return Difference(mean, -math.inf, math.inf, n, False, 1.0)
 
 
-def quantiles(drawn: Tensor, level: float = LEVEL) -> tuple[float, float]:
-    """The central interval of ``drawn`` (R,), which may hold infinities but no NaN, by order statistics."""
-    ordered = drawn.sort().values
-    outside = (1 - level) / 2
-    # Rounded outwards: never narrower than asked for, and no interpolation between infinities.
-    low = math.floor(outside * (len(ordered) - 1))
-    return float(ordered[low]), float(ordered[len(ordered) - 1 - low])
-
-
 def family(differences: Sequence[Difference], *, level: float = LEVEL) -> tuple[bool, ...]:
     """Which differences stay significant when all are judged together (Holm 1979, Scand. J. Statist. 6).
 
@@ -128,37 +114,6 @@ def family(differences: Sequence[Difference], *, level: float = LEVEL) -> tuple[
             break
         kept[index] = found.significant
     return tuple(kept)
-
-
-def draws(scores: Tensor, *, resamples: int = RESAMPLES, seed: int = 0) -> Tensor:
-    """The mean of each resample: (R,) float64 for scores (Q,), (R, M) for (Q, M), all M on the same draws."""
-    if isinstance(resamples, bool) or not isinstance(resamples, int) or resamples < 1:
-        raise InputError(f"resamples was {resamples!r}; allowed: an integer of at least 1")
-    columns = scores.double().reshape(len(scores), -1)
-    count, means = len(scores), []
-    constant = (columns == columns[0]).all(0)
-    for weights in _weights(count, resamples, seed).split(max(1, _CHUNK // count)):
-        means.append(weights.double() @ columns / count)
-    result = torch.cat(means)
-    # Scores that cancel leave a rounding error, which must not decide on which side of 0 an interval ends.
-    result[result.abs() < 1e-12 * columns.abs().amax(0)] = 0.0
-    result[:, constant] = columns[0, constant]  # not their value and a rounding error
-    return result.reshape(resamples, *scores.shape[1:])
-
-
-@lru_cache(maxsize=4)  # a report compares hundreds of systems on the same few sets of questions
-def _weights(count: int, resamples: int, seed: int) -> Tensor:
-    """(R, Q) uint8: how often each question is in each resample (255 or more: once in 10^500 draws)."""
-    generator = torch.Generator().manual_seed(seed)
-    rows = max(1, _CHUNK // count)
-    parts = []
-    for start in range(0, resamples, rows):
-        size = min(rows, resamples - start)
-        drawn = torch.randint(count, (size, count), generator=generator)
-        weights = torch.zeros(size, count, dtype=torch.int32)
-        weights.scatter_add_(1, drawn, torch.ones_like(drawn, dtype=torch.int32))
-        parts.append(weights.to(torch.uint8))
-    return torch.cat(parts)
 
 
 def _check(name: str, scores: Tensor) -> None:

@@ -20,6 +20,7 @@ from svdk.eval.question import Question
 from svdk.generation.generate import decode
 from svdk.generation.logits_processor import SteeringLogitsProcessor
 from svdk.models.pair import ModelPair
+from svdk.utils.checks import check_count
 from svdk.warmstart.data import encode_prompt
 
 if TYPE_CHECKING:
@@ -77,8 +78,7 @@ def generate_answers(
     options = _options(decoding)
     if isinstance(steering, str) and steering != BASE:
         raise InputError(f"steering was {steering!r}; allowed: a Steering, None for the warm start, {BASE!r}")
-    if batch_size < 1:
-        raise InputError(f"batch_size was {batch_size}; allowed: an integer of at least 1")
+    check_count("batch_size", batch_size)
     pair = ModelPair(peft_model)
     prompts = [encode_prompt(tokenizer, question.prompt) for question in questions]
     answers = [""] * len(questions)
@@ -201,8 +201,7 @@ def _options(decoding: str | Mapping[str, Any]) -> dict[str, Any]:
     if unknown:
         raise InputError(f"decoding held {', '.join(unknown)}; allowed: {', '.join(OPTIONS)}")
     beams = decoding.get("num_beams", 1)
-    if isinstance(beams, bool) or not isinstance(beams, int) or beams < 1:
-        raise InputError(f"num_beams was {beams!r}; allowed: an integer of at least 1")
+    check_count("num_beams", beams)
     if beams > 1 and decoding.get("do_sample"):
         raise InputError("decoding held num_beams and do_sample; allowed: one of them")
     return {name: value for name, value in decoding.items() if name != "num_beams" or value > 1}

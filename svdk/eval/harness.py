@@ -8,7 +8,6 @@ here, and its own bootstrap, which pickles into worker processes, is replaced by
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,11 +18,12 @@ from typing import Any
 import torch
 
 from svdk import __version__
-from svdk.calibration.artifact import check_choice, is_number, replace_file
 from svdk.calibration.calibrate import CALIBRATION_FILE, attached_pair
 from svdk.errors import DataError, InputError
 from svdk.eval.compare import paired
 from svdk.eval.harness_model import SYSTEMS, SteeredLM
+from svdk.utils.checks import check_choice, is_number
+from svdk.utils.files import write_json
 from svdk.warmstart.data import load_examples
 
 FORMAT_VERSION = 1
@@ -132,7 +132,7 @@ def evaluate_harness(
     if output is not None:
         path = Path(output)
         path.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(path, (json.dumps(report, indent=2, allow_nan=False) + "\n").encode())
+        write_json(path, report)
     return report
 
 

@@ -14,13 +14,14 @@ import torch
 from torch import Tensor
 
 from svdk import __version__
-from svdk.calibration.artifact import JSON_NAME, Steering, check_choice
+from svdk.calibration.artifact import JSON_NAME, Steering
 from svdk.calibration.sweep import MAX_OP
 from svdk.errors import InputError, InvalidLogitsError
 from svdk.generation.generate import decode
 from svdk.generation.sampler import FIELDS, Sampler, make_sampler
 from svdk.models.loading import load_adapter, load_model
 from svdk.models.pair import ModelPair
+from svdk.utils.checks import check_choice
 
 try:
     from lm_eval.api.registry import register_model

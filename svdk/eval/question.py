@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from svdk.errors import DataError
+from svdk.utils.files import parse_json, read_text
 
 
 @dataclass(frozen=True)
@@ -48,16 +48,7 @@ def seeded_order(keys: Iterable[str], seed: int, purpose: str) -> list[int]:
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """The objects of a JSON array in a UTF-8 file; ``DataError`` names the file and what is wrong."""
-    try:
-        rows = json.loads(path.read_text(encoding="utf-8-sig"))
-    except FileNotFoundError:
-        raise DataError(f"data file {path} does not exist") from None
-    except OSError as error:
-        raise DataError(f"data file {path} cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise DataError(f"data file {path} was not UTF-8 text (byte {error.start})") from None
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise DataError(f"data file {path} was not valid JSON: {error}") from None
+    rows = parse_json(read_text(path), f"data file {path}")
     if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
         raise DataError(f"data file {path} was not a list of objects; allowed: a JSON array of at least 1")
     return rows

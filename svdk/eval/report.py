@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from svdk.errors import InputError
-from svdk.eval.compare import RESAMPLES
 from svdk.eval.report_answers import answers
 from svdk.eval.report_cells import LIKELIHOOD, PEFTS, Results
 from svdk.eval.report_figures import pictures
@@ -16,6 +15,8 @@ from svdk.eval.report_format import HEADLINES, LEAST_QUESTIONS, LEGEND, listed, 
 from svdk.eval.report_reading import read_results
 from svdk.eval.report_style import Picture, png
 from svdk.eval.report_tables import paper_table, tables
+from svdk.utils.bootstrap import RESAMPLES
+from svdk.utils.files import write_file
 
 NAME = "evaluation.md"
 PAPER = (
@@ -53,7 +54,6 @@ def write_report(
         InputError: matplotlib is missing, or ``output`` is a file.
 
     """
-    from svdk.calibration.artifact import replace_file
     from svdk.calibration.plot import check_matplotlib
 
     check_matplotlib()
@@ -66,9 +66,9 @@ def write_report(
         machine = _this_machine()
     summary, figures = pictures(found)
     for picture in [*([summary] if summary else []), *(p for group in figures.values() for p in group)]:
-        replace_file(output / file_name(picture), png(picture.figure))
+        write_file(output / file_name(picture), png(picture.figure))
     text = render(found, command, paper, machine, summary, figures)
-    replace_file(output / NAME, text.encode())
+    write_file(output / NAME, text)
     return output / NAME
 
 

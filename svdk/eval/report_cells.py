@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from svdk.eval.compare import RESAMPLES, Difference, draws, summarise
+from svdk.eval.compare import Difference, summarise
+from svdk.utils.bootstrap import RESAMPLES, draws
 
 SYSTEMS = ("base", "warm", "steered")
 LIKELIHOOD = "likelihood"

@@ -22,6 +22,8 @@ from svdk.eval.report_cells import (
     Setting,
     Start,
 )
+from svdk.utils.checks import is_number
+from svdk.utils.files import read_text
 
 FORMAT_VERSION = 1
 
@@ -65,16 +67,8 @@ def read_results(path: Path) -> Results:
 
 
 def _lines(path: Path) -> tuple[list[tuple[int, dict[str, Any]]], list[str]]:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise DataError(f"results file {path} does not exist; make one with svdk eval") from None
-    except UnicodeDecodeError as error:
-        raise DataError(f"results file {path} was not UTF-8 text (byte {error.start})") from None
-    except OSError as error:
-        raise DataError(f"results file {path} cannot be read: {error.strerror}") from None
     found: list[tuple[int, dict[str, Any]]] = []
-    lines = text.split("\n")
+    lines = read_text(path, "results file", "make one with svdk eval").split("\n")
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -127,15 +121,11 @@ class _Reader:
 
     def numbers(self, name: str, value: object, count: int | None = None) -> tuple[float, ...]:
         """Null becomes NaN."""
-        if not isinstance(value, list) or not all(x is None or _is_number(x) for x in value):
+        if not isinstance(value, list) or not all(x is None or is_number(x) for x in value):
             raise self.fail(name, value, "a list of numbers")
         if count is not None and len(value) != count:
             raise self.fail(name, f"{len(value)} numbers", str(count))
         return tuple(math.nan if x is None else float(x) for x in value)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _cell(row: Mapping[str, Any], where: str) -> Cell:
@@ -149,7 +139,7 @@ def _cell(row: Mapping[str, Any], where: str) -> Cell:
     seed = read.integer("train_seed", 0, null=base) or 0
     metrics = read.get("metrics", dict, "an object")
     for name, value in metrics.items():
-        if value is not None and not _is_number(value):
+        if value is not None and not is_number(value):
             raise read.fail(f"metrics.{name}", value, "a number or null")
     scores = read.get("scores", dict, "an object")
     strength = read.get("strength", list, "a list", null=True)

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from svdk.bench.readme_tables import markdown
-from svdk.eval.compare import draws, quantiles
 from svdk.eval.report_cells import PEFTS, Benchmark, Results, Start
 from svdk.eval.report_format import HEADLINES, METRICS, Headline, choice_metric, number
+from svdk.utils.bootstrap import draws, quantiles
 
 
 def equivalent_steps(lengths: Sequence[int], warm: Tensor, target: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from svdk.calibration.artifact import Steering, replace_file
+from svdk.calibration.artifact import Steering
 from svdk.calibration.calibrate import CALIBRATION_FILE, calibrate
 from svdk.calibration.estimators import ESTIMATORS, OBJECTIVES, fit
 from svdk.calibration.kept_statistics import default_grid
@@ -31,8 +31,11 @@ from svdk.eval.base_cache import BaseCache
 from svdk.eval.scoring import OptionStatistics, score_options
 from svdk.eval.spec import Run, Study
 from svdk.eval.tasks import Question, Task, load_task
-from svdk.models.loading import adapter_fingerprint, detach, load_adapter, load_model
+from svdk.models.adapter_files import WARMSTART_FILE
+from svdk.models.fingerprints import adapter_fingerprint
+from svdk.models.loading import detach, load_adapter, load_model
 from svdk.models.pair import ModelPair
+from svdk.utils.files import read_object, write_file
 from svdk.warmstart.api import warm_start
 from svdk.warmstart.data import load_examples, split
 
@@ -184,7 +187,7 @@ def _train(
 def _trained(place: Place) -> dict[str, Any] | None:
     """The settings of the adapter that is there."""
     try:
-        record = json.loads((place.adapter / "warmstart.json").read_text(encoding="utf-8"))["settings"]
+        record = read_object(place.adapter / WARMSTART_FILE)["settings"]
     except (OSError, ValueError, KeyError):
         return None
     names = ("learning_rate", "batch_size", "peft", *place.run.peft_options)
@@ -220,7 +223,7 @@ def _score(
         base_cache=cache, progress=True,
     )  # fmt: skip
     place.statistics.parent.mkdir(parents=True, exist_ok=True)
-    replace_file(place.statistics, save(found.tensors(), metadata=_identity(place, task, study)))
+    write_file(place.statistics, save(found.tensors(), metadata=_identity(place, task, study)))
 
 
 def score_grid(steering: Steering, static: Steering | None, alpha: float) -> torch.Tensor:

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from svdk.calibration.artifact import check_alpha, check_choice, is_number
 from svdk.calibration.estimators import ESTIMATORS, OBJECTIVES
 from svdk.calibration.sweep import DIRECTIONS
 from svdk.errors import InputError
 from svdk.eval.generation import DECODINGS
 from svdk.eval.tasks import NAMES, TRUTHFULQA
+from svdk.utils.checks import check_choice, check_count, check_number, is_number
+from svdk.utils.files import parse_json, read_text
 from svdk.warmstart.peft_configs import PEFT_TYPES
 
 FOLDER = Path(__file__).parent / "studies"
@@ -53,8 +53,8 @@ class Run:
         for number, steps in enumerate(self.steps):
             counts[f"steps[{number}]"] = steps
         for name, value in counts.items():
-            _check_count(name, value, 1)
-        _check_count("generate", self.generate, 0)
+            check_count(name, value, 1)
+        check_count("generate", self.generate, 0)
         if not self.steps or len(set(self.steps)) < len(self.steps):
             raise InputError(f"steps was {list(self.steps)}; allowed: one or more different counts")
         if not set(self.generate_steps) <= set(self.steps):
@@ -63,8 +63,7 @@ class Run:
             raise InputError(
                 f"folds was {self.folds} for {self.task}; allowed: at least 2 for {TRUTHFULQA}, 1 for others"
             )
-        if not is_number(self.learning_rate) or not 0 < self.learning_rate < math.inf:
-            raise InputError(f"learning_rate was {self.learning_rate!r}; allowed: a number above 0")
+        check_number("learning_rate", self.learning_rate, "(0, inf)")
 
 
 @dataclass(frozen=True)
@@ -101,13 +100,12 @@ class Study:
                 check_choice(name, value, allowed)
         if not self.runs or not self.directions or not self.estimators:
             raise InputError("runs, directions and estimators were empty; allowed: at least one of each")
-        if not 0 < check_alpha(self.alpha) <= 1:
-            raise InputError(f"alpha was {self.alpha}; allowed: a number in (0, 1]")
-        check_alpha(self.static_alpha)
+        check_number("alpha", self.alpha, "(0, 1]")
+        check_number("static_alpha", self.static_alpha, "[0, 1]")
         for penalty in self.penalties:
             if not is_number(penalty) or math.isnan(penalty) or penalty == math.inf:
                 raise InputError(f"penalties held {penalty!r}; allowed: finite numbers or -inf")
-        _check_count("seed", self.seed, 0)
+        check_count("seed", self.seed, 0)
 
 
 def load_study(source: str | Path) -> Study:
@@ -120,12 +118,9 @@ def load_study(source: str | Path) -> Study:
     shipped = sorted(p.stem for p in FOLDER.glob("*.json"))
     if str(source) in shipped:
         path = FOLDER / f"{source}.json"
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"study was {source}; allowed: {', '.join(shipped)}, or a JSON file") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"study {path} was not valid JSON: {error}") from None
+    if not path.is_file():
+        raise InputError(f"study was {source}; allowed: {', '.join(shipped)}, or a JSON file")
+    record = parse_json(read_text(path, "study"), f"study {path}")
     try:
         return _study(record)
     except InputError as error:
@@ -154,8 +149,3 @@ def _fields(record: Any, kind: type, name: str) -> dict[str, Any]:
     if missing:
         raise InputError(f"{name} lacked the field {missing[0]!r}")
     return {k: tuple(v) if isinstance(v, list) and k != "runs" else v for k, v in record.items()}
-
-
-def _check_count(name: str, value: Any, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise InputError(f"{name} was {value!r}; allowed: an integer of at least {least}")

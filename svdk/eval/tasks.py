@@ -9,6 +9,7 @@ from pathlib import Path
 from svdk.errors import DataError, InputError
 from svdk.eval import commonsense, truthfulqa
 from svdk.eval.question import Question, normalised, seeded_order
+from svdk.utils.checks import check_choice, check_count
 from svdk.warmstart.data import Example
 
 __all__ = ["NAMES", "Question", "Task", "load_task"]
@@ -67,14 +68,12 @@ def load_task(
         DataError: data that cannot be read or is not what it should be.
 
     """
-    if name not in NAMES:
-        raise InputError(f"task was {name!r}; allowed: {', '.join(NAMES)}")
+    check_choice("task", name, NAMES)
     integers = {"folds": (folds, 2), "fold": (fold, 0), "seed": (seed, 0)}
     if limit is not None:
         integers["limit"] = (limit, 1)
     for argument, (value, low) in integers.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < low:
-            raise InputError(f"{argument} was {value!r}; allowed: an integer of at least {low}")
+        check_count(argument, value, low)
     folder = None if data_dir is None else Path(data_dir)
     if folder is not None and not folder.is_dir():
         raise DataError(f"data_dir was {str(folder)!r}, which is not a folder; allowed: a folder, or None")

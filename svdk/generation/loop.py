@@ -108,7 +108,7 @@ def run(
             input_ids = torch.cat([input_ids, token[:, None]], dim=1)
             if mask is not None:
                 mask = torch.cat([mask, mask.new_ones(batch, 1)], dim=1)
-            done = call.criteria(input_ids, tuple(scores) if call.scores else None)  # type: ignore[arg-type]
+            done = call.criteria(input_ids, tuple(scores) if call.scores else None)
             unfinished = unfinished & ~done
             if call.streamer is not None:
                 call.streamer.put(token.cpu())

@@ -5,15 +5,14 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import os
-import shutil
-import tempfile
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
-from svdk.errors import InputError, out_of_memory
+from svdk.errors import InputError, first_line, out_of_memory
+from svdk.utils.files import add_to_hash, new_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -39,7 +38,7 @@ def load_gguf(
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     dtype = torch.float32 if dtype == "auto" else dtype
-    folder = cache_folder() / f"gguf-{FORMAT}-{_digest(path)[:24]}"
+    folder = cache_folder() / f"gguf-{FORMAT}-{add_to_hash(hashlib.sha256(), path)[:24]}"
     if folder.is_dir():
         try:
             tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -50,7 +49,9 @@ def load_gguf(
             raise InputError(f"cache folder {folder} is damaged, delete it: {error}") from error
     model, tokenizer = _convert(path)
     try:
-        _store(folder, model, tokenizer)
+        with new_folder(folder) as partial:
+            model.save_pretrained(partial)
+            tokenizer.save_pretrained(partial)
     except (OSError, SafetensorError) as error:
         warnings.warn(f"cannot keep the de-quantised {path.name} in {folder}: {error}", stacklevel=2)
     return model.to(dtype), tokenizer
@@ -79,27 +80,6 @@ def _convert(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     except (OSError, ValueError, KeyError, IndexError, TypeError, RuntimeError) as error:
         if out_of_memory(error):
             raise
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise InputError(f"model {path} cannot be read as GGUF: {reason[0]}") from error
+        raise InputError(f"model {path} cannot be read as GGUF: {first_line(error)}") from error
     clear_quantized(model)
     return model, tokenizer
-
-
-def _store(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        model.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
-        if not folder.exists():  # another process may have been faster
-            os.replace(partial, folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def _digest(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

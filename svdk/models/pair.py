@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import Cache, DynamicCache, StaticCache
 
 from svdk.errors import InputError
+from svdk.utils.checks import check_choice
 
 WEIGHT_TYPES = ("LORA", "IA3", "ADALORA", "LOHA", "LOKR")
 """PEFT types that live inside layers, each with a flag that turns it off."""
@@ -99,8 +100,7 @@ class ModelPair:
         ``max_length``: real tokens a row may reach, needed by the "static" implementation.
         """
         implementation = implementation or "dynamic"
-        if implementation not in CACHES:
-            raise InputError(f"cache_implementation was {implementation!r}; allowed: {', '.join(CACHES)}")
+        check_choice("cache_implementation", implementation, CACHES)
         prefix = self.prefix_cache(batch_size) if view == "warm" and self.is_prefix else None
         if implementation == "dynamic":
             return ViewCache(DynamicCache(config=self.config) if prefix is None else prefix)

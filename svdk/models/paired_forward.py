@@ -15,6 +15,7 @@ from svdk.errors import BackendError, InputError
 from svdk.models.cpu_linear import fast_linears
 from svdk.models.pair import ModelPair, ViewCache, row_positions
 from svdk.models.paired_adapters import Rows, route
+from svdk.utils.checks import check_choice
 
 FORWARDS = ("auto", "paired", "two_pass")
 """How the two views of a step are run: "auto" pairs them when it can."""
@@ -185,8 +186,7 @@ def choose_forward(
         InputError: an unknown name, or "paired" (or ``row_adapters``) for a pair that cannot be.
 
     """
-    if forward not in FORWARDS:
-        raise InputError(f"forward was {forward!r}; allowed: {', '.join(FORWARDS)}")
+    check_choice("forward", forward, FORWARDS)
     if row_adapters is not None and forward == "two_pass":
         raise InputError("forward was 'two_pass' with row_adapters; allowed: 'auto' or 'paired'")
     if forward == "two_pass":

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from svdk.errors import InputError
 from svdk.ops.schema import DIRECTIONS, PARAMETER, PLAIN, VECTOR, Operands, Parameter, PerRow
+from svdk.utils.checks import fail
 
 LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TWO64 = 1 << 64
@@ -26,11 +27,6 @@ LARGEST = torch.finfo(torch.float32).max
 """Scalars are held to the range of the float32 tensors that carry one value a row."""
 COLDEST = 1e-30
 """Below this, logits over the temperature could leave the range of a double; 0 says greedy."""
-
-
-def fail(name: str, was: Any, allowed: str) -> InputError:
-    """The one wording of an argument error."""
-    return InputError(f"{name} was {was}; allowed: {allowed}")
 
 
 def choice(name: str, value: str, allowed: dict[str, int] | tuple[str, ...]) -> str:

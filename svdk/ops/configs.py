@@ -10,17 +10,11 @@ from typing import Any
 from torch import Tensor
 
 from svdk.errors import InputError
-from svdk.ops.arguments import choice, fail
+from svdk.ops.arguments import choice
+from svdk.utils.checks import fail, is_number
 
 DIRECTIONS = ("kl_gradient", "log_ratio", "vector")
 STRENGTH_MODES = ("constant", "kl_budget")
-
-
-def is_number(value: object) -> bool:
-    """True for a real int or float (NaN included), not for a bool or an int that no float can hold."""
-    if isinstance(value, int):
-        return not isinstance(value, bool) and value.bit_length() < 1024
-    return isinstance(value, float)
 
 
 @dataclass(frozen=True, eq=False)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import shutil
 from collections.abc import Mapping, Sequence
@@ -16,16 +15,14 @@ from safetensors import SafetensorError
 
 from svdk import __version__
 from svdk.errors import DataError, InputError
-from svdk.models.loading import (
-    WARMSTART_FILE,
-    default_dtype,
-    load_model,
-    model_fingerprint,
-    tokenizer_fingerprint,
-)
+from svdk.models.adapter_files import WARMSTART_FILE
+from svdk.models.fingerprints import model_fingerprint, tokenizer_fingerprint
+from svdk.models.loading import default_dtype, load_model
+from svdk.utils.checks import check_count, check_number, check_seed
+from svdk.utils.files import write_json
 from svdk.warmstart.data import Encoded, Example, data_hash, encode_all, load_examples, save_examples, split
 from svdk.warmstart.peft_configs import make_config
-from svdk.warmstart.run_folder import drop_broken_checkpoints, open_run, publish, put_back, write_json
+from svdk.warmstart.run_folder import drop_broken_checkpoints, open_run, publish, put_back
 from svdk.warmstart.training import as_os_error, attached, fit, seeded, training_arguments
 
 if TYPE_CHECKING:
@@ -81,15 +78,12 @@ def warm_start(
     Raises :class:`InputError` or :class:`DataError` before anything is written, and OSError when a
     write fails. Under ``accelerate launch`` it trains on all processes and the first one writes.
     """
-    _check_numbers(
-        epochs=epochs,
-        learning_rate=learning_rate,
-        batch_size=batch_size,
-        gradient_accumulation=gradient_accumulation,
-        max_length=max_length,
-    )
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 1 << 32:
-        raise InputError(f"seed was {seed!r}; allowed: an integer in [0, 2**32)")
+    check_number("epochs", epochs, "(0, inf)")
+    check_number("learning_rate", learning_rate, "(0, inf)")
+    check_count("batch_size", batch_size)
+    check_count("gradient_accumulation", gradient_accumulation)
+    check_count("max_length", max_length, 2)
+    check_seed(seed)
     if resume not in (True, False, "auto"):
         raise InputError(f"resume was {resume!r}; allowed: True, False, 'auto'")
     output = Path(output_dir)
@@ -192,15 +186,6 @@ def _check_output(output: Path, overwrite: bool) -> None:
         raise InputError(f"output_dir was {output}, which holds an adapter; overwrite replaces it")
 
 
-def _check_numbers(**values: float) -> None:
-    for name, value in values.items():
-        whole = name not in ("epochs", "learning_rate")
-        if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
-            raise InputError(f"{name} was {value!r}; allowed: {'an integer' if whole else 'a number'}")
-        if not 0 < value < math.inf:
-            raise InputError(f"{name} was {value}; allowed: above 0")
-
-
 def _encode(
     tokenizer: PreTrainedTokenizerBase, examples: list[Example], max_length: int, too_long: str
 ) -> tuple[list[Encoded], list[Example], int]:
@@ -227,4 +212,4 @@ def _write_adapter(folder: Path, peft_model: PeftModel, held_out: list[Example],
     peft_model.save_pretrained(folder, save_embedding_layers=False)
     if held_out:
         save_examples(held_out, folder / CALIBRATION_FILE)
-    write_json(folder / WARMSTART_FILE, record)
+    write_json(folder / WARMSTART_FILE, record, allow_nan=True)

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from svdk.errors import DataError, InputError
+from svdk.utils.checks import check_choice, check_count, check_number
+from svdk.utils.files import parse_json, read_text, write_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -55,15 +57,8 @@ def load_examples(
 
 
 def save_examples(examples: Iterable[Example], path: str | Path) -> None:
-    """Write examples as JSONL, atomically (beside, then renamed)."""
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with partial.open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps(asdict(e), ensure_ascii=False) + "\n" for e in examples)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    """Write examples as JSONL, atomically."""
+    write_file(path, "".join(json.dumps(asdict(e), ensure_ascii=False) + "\n" for e in examples))
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
@@ -127,10 +122,8 @@ def encode_all(
     ``too_long="error"`` raises one :class:`DataError` that counts them; ``"skip"`` leaves them out whole
     (an example without its end teaches the wrong end) and raises only if none is left.
     """
-    if too_long not in ("error", "skip"):
-        raise InputError(f"too_long was {too_long!r}; allowed: 'error', 'skip'")
-    if max_length < 2:
-        raise InputError(f"max_length was {max_length}; allowed: an integer of at least 2")
+    check_choice("too_long", too_long, ("error", "skip"))
+    check_count("max_length", max_length, 2)
     encoded = [encode(tokenizer, example) for example in examples]
     skipped = [i for i, e in enumerate(encoded) if len(e.input_ids) > max_length]
     if skipped and (too_long == "error" or len(skipped) == len(encoded)):
@@ -153,8 +146,7 @@ def split(
     trained on (when all prompts are equal: the same completion instead). With a fraction above 0 both
     sides get at least one example. Raises :class:`DataError` when that is impossible.
     """
-    if not 0 <= calibration_fraction < 1:
-        raise InputError(f"calibration_fraction was {calibration_fraction}; allowed: a number in [0, 1)")
+    check_number("calibration_fraction", calibration_fraction, "[0, 1)")
     if calibration_fraction == 0:
         return list(examples), []
     same_prompt = len({e.prompt for e in examples}) == 1
@@ -189,25 +181,9 @@ def data_hash(examples: Iterable[Example]) -> str:
 
 
 def _read_jsonl(path: Path) -> list[tuple[str, Any]]:
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise DataError(f"data file {path} does not exist") from None
-    except UnicodeDecodeError as error:
-        raise DataError(f"data file {path} was not UTF-8 text (byte {error.start})") from None
-    except OSError as error:
-        raise DataError(f"data file {path} cannot be read: {error.strerror}") from None
-    rows = []
     # Not splitlines(): JSON strings may hold U+2028 and other characters it would split at.
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        where = f"{path} line {number}"
-        try:
-            rows.append((where, json.loads(line)))
-        except json.JSONDecodeError as error:
-            raise DataError(f"{where} was not valid JSON: {error.msg} at column {error.colno}") from None
-    return rows
+    lines = {f"{path} line {number}": line for number, line in enumerate(read_text(path).split("\n"), 1)}
+    return [(where, parse_json(line, where)) for where, line in lines.items() if line.strip()]
 
 
 def _example(row: Any, where: str, tokenizer: PreTrainedTokenizerBase | None) -> Example:

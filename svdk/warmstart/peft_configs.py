@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from svdk.errors import InputError
+from svdk.utils.checks import check_choice, check_count, check_number
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -50,20 +51,13 @@ def make_config(
     ``target_modules`` names others (endings of module names). ``virtual_tokens`` is for the three prompt
     methods, ``encoder_hidden`` (units) and ``encoder_layers`` for p-tuning alone. Raises :class:`InputError`.
     """
-    if peft not in PEFT_TYPES:
-        raise InputError(f"peft was {peft!r}; allowed: {', '.join(PEFT_TYPES)}")
-    for name, value in (
-        ("lora_rank", lora_rank),
-        ("virtual_tokens", virtual_tokens),
-        ("encoder_hidden", encoder_hidden),
-        ("encoder_layers", encoder_layers),
-    ):
-        if not isinstance(value, int) or value < 1:
-            raise InputError(f"{name} was {value!r}; allowed: an integer of at least 1")
-    if not lora_alpha > 0:
-        raise InputError(f"lora_alpha was {lora_alpha}; allowed: a number above 0")
-    if not 0 <= lora_dropout < 1:
-        raise InputError(f"lora_dropout was {lora_dropout}; allowed: a number in [0, 1)")
+    check_choice("peft", peft, PEFT_TYPES)
+    check_count("lora_rank", lora_rank)
+    check_count("virtual_tokens", virtual_tokens)
+    check_count("encoder_hidden", encoder_hidden)
+    check_count("encoder_layers", encoder_layers)
+    check_number("lora_alpha", lora_alpha, "(0, inf)")
+    check_number("lora_dropout", lora_dropout, "[0, 1)")
     if peft == "lora":
         return _lora(model, target_modules, lora_rank, lora_alpha, lora_dropout)
     if peft == "ia3":

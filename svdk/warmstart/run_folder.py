@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from svdk.errors import InputError
-from svdk.models.loading import first_line
+from svdk.errors import InputError, first_line
+from svdk.utils.files import read_object, sync, unfinished, write_json
 
 RUN_FILE = "run.json"
 REPLACED = "replaced"
@@ -22,8 +21,8 @@ def open_run(partial: Path, record: dict[str, Any], resume: bool | str, main: bo
     """Make ``partial`` ready; the checkpoint to go on from, or None. Only the ``main`` process writes."""
     path = partial / RUN_FILE
     if main:
-        known = {_beside(path).name}  # of a run that was killed while it wrote its first file
-        if partial.exists() and not path.exists() and {p.name for p in partial.iterdir()} - known:
+        left = unfinished(path)  # of a run that was killed while it wrote its first file
+        if partial.exists() and not path.exists() and set(partial.iterdir()) - set(left):
             raise InputError(f"{partial} is in the way and not an interrupted warm start; move it away")
         if path.exists() and resume is False:
             shutil.rmtree(partial)
@@ -34,8 +33,10 @@ def open_run(partial: Path, record: dict[str, Any], resume: bool | str, main: bo
                 f"resume was True, and {partial} holds no interrupted run; allowed: 'auto', False"
             )
         partial.mkdir(parents=True, exist_ok=True)
+        for file in left:
+            file.unlink(missing_ok=True)
         try:
-            write_json(path, record)
+            write_json(path, record, allow_nan=True)  # the losses of a run that diverged
         except OSError:
             drop_broken_checkpoints(partial)
             raise
@@ -45,7 +46,7 @@ def open_run(partial: Path, record: dict[str, Any], resume: bool | str, main: bo
 
 def _check_same_run(path: Path, record: dict[str, Any]) -> None:
     try:
-        old = json.loads(path.read_text(encoding="utf-8"))
+        old = read_object(path)
         flat = [{**r, **r["settings"]} for r in (old, record)]
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path} is damaged; resume=False discards that run: {first_line(error)}") from error
@@ -63,7 +64,7 @@ def complete_checkpoints(folder: Path) -> list[Path]:
     found = []
     for path in folder.glob("checkpoint-*"):
         try:
-            json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
+            read_object(path / STATE_FILE)
         except (OSError, ValueError):
             continue
         found.append(path)
@@ -82,9 +83,7 @@ def drop_broken_checkpoints(folder: Path) -> None:
 
 def publish(partial: Path, output: Path) -> None:
     """Rename the finished adapter into place; one that it replaces is put back if that fails."""
-    for path in (partial / "adapter").iterdir():  # on the disk before the rename is
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
+    sync(partial / "adapter")  # on the disk before the rename is
     try:
         if output.exists():
             shutil.rmtree(partial / REPLACED, ignore_errors=True)  # of a run killed after its second rename
@@ -101,17 +100,3 @@ def put_back(partial: Path, output: Path) -> None:
     if not output.exists():
         with suppress(FileNotFoundError):  # the usual case; also where another process was faster
             os.replace(partial / REPLACED, output)
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write JSON atomically."""
-    beside = _beside(path)
-    try:
-        beside.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
-
-
-def _beside(path: Path) -> Path:
-    return path.with_name(f".{path.name}.partial")

@@ -27,6 +27,7 @@ from transformers import (
     SchedulerType,
     Trainer,
     TrainerCallback,
+    TrainerState,
     TrainingArguments,
     set_seed,
 )
@@ -34,6 +35,7 @@ from transformers import (
 from svdk.errors import InputError
 from svdk.models.loading import attach, detach
 from svdk.warmstart.data import Encoded
+from svdk.warmstart.run_folder import STATE_FILE
 
 WEIGHTS = "trainable.safetensors"
 IGNORE = -100
@@ -201,8 +203,13 @@ def fit(
     bar = Progress("warm start")
     if progress:
         trainer.add_callback(bar)
+    reached = None if checkpoint is None else TrainerState.load_from_json(str(checkpoint / STATE_FILE))
     try:
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        if reached is not None and reached.global_step >= reached.max_steps:  # the Trainer would go further
+            trainer._load_from_checkpoint(str(checkpoint))
+            trainer.state = reached
+        else:
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         trainer.accelerator.wait_for_everyone()
     finally:
         bar.close()

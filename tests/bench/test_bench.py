@@ -378,7 +378,12 @@ def test_compare_on_the_command_line(measured, tmp_path, capsys):
 
 def test_damaged_results_are_refused(measured, tmp_path):
     path = tmp_path / "bad.json"
-    for text, said in (("{", "not JSON"), ("[]", "format None"), ('{"format": 9}', "format 9")):
+    for text, said in (
+        ("{", "is damaged"),
+        ("[]", "no JSON object"),
+        ("{}", "format None"),
+        ('{"format": 9}', "format 9"),
+    ):
         path.write_text(text)
         with pytest.raises(InputError, match=said):
             bench_results.load(path)

@@ -14,7 +14,7 @@ from svdk import load_adapter
 from svdk.calibration import artifact
 from svdk.calibration.artifact import JSON_NAME, STAGED_NAME, TENSORS_NAME, Steering
 from svdk.errors import ArtifactError, InputError
-from svdk.models.loading import adapter_fingerprint, model_fingerprint, tokenizer_fingerprint
+from svdk.models.fingerprints import adapter_fingerprint, model_fingerprint, tokenizer_fingerprint
 from tests.helpers import tiny
 
 
@@ -158,12 +158,12 @@ def test_broken_safetensors_with_a_matching_checksum(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "not valid JSON"),
-        ("[" * 100000, "not valid JSON"),
+        ("", "is damaged"),
+        ("[" * 100000, "is damaged"),
         ("{}", "not a steering artifact"),
         ('{"format": "svdk-steering", "strength": NaN}', "NaN is not strict JSON"),
-        (b"\xff\xfe".decode("latin-1"), "not valid JSON"),
-        ("[1]", "not a steering artifact"),
+        (b"\xff\xfe".decode("latin-1"), "is damaged"),
+        ("[1]", "is damaged: it holds no JSON object"),
         (" " * (1 << 20) + "{}", "at most"),
     ],
 )

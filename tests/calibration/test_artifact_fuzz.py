@@ -24,7 +24,9 @@ from svdk import Steering
 from svdk.calibration.artifact import JSON_NAME, LOCK_NAME, MAX_TENSORS_BYTES, TENSORS_NAME, _checksum
 from svdk.calibration.calibrate import recalibrate
 from svdk.errors import ArtifactError, SvdkError
-from svdk.models.loading import MAX_CONFIG_BYTES, adapter_fingerprint, attach, load_adapter
+from svdk.models.adapter_files import MAX_CONFIG_BYTES
+from svdk.models.fingerprints import adapter_fingerprint
+from svdk.models.loading import attach, load_adapter
 from tests import ROOT
 from tests.helpers import tiny
 
@@ -97,7 +99,8 @@ def artifact(tmp_path_factory):
 @pytest.fixture(scope="module")
 def adapters(tmp_path_factory):
     """Folder by PEFT type, each with a record of the warm start that fits the tiny model."""
-    from svdk.models.loading import WARMSTART_FILE, model_fingerprint
+    from svdk.models.adapter_files import WARMSTART_FILE
+    from svdk.models.fingerprints import model_fingerprint
 
     found = {}
     for kind in tiny.PEFT_TYPES:

@@ -9,7 +9,6 @@ from svdk import extract, steered_logprob
 from svdk.calibration import estimators
 from svdk.calibration.estimators import (
     ESTIMATORS,
-    bootstrap,
     fit,
     out_of_fold,
     per_token_optimum,
@@ -18,6 +17,7 @@ from svdk.calibration.estimators import (
 )
 from svdk.calibration.kept_statistics import GridSums, Statistics, default_grid
 from svdk.errors import ArtifactError, InputError
+from svdk.utils.bootstrap import bootstrap
 
 V = 60
 EXAMPLES = 12
@@ -206,15 +206,6 @@ def test_choosing_among_settings_does_not_promise_a_gain_from_noise():
         _, (low, _) = bootstrap(gains.nll, torch.full((EXAMPLES,), 8.0), resamples=500)
         promised += low > 0
     assert promised <= 3  # 2.5 % expected; 4 of 20 has a probability of 0.2 %
-
-
-def test_bootstrap_is_deterministic_and_resamples_examples():
-    gain, tokens = torch.tensor([4.0, 0.0, 0.0, 0.0], dtype=torch.float64), torch.full((4,), 2.0).double()
-    mean, (low, high) = bootstrap(gain, tokens, seed=3)
-    assert (mean, (low, high)) == bootstrap(gain, tokens, seed=3)
-    assert mean == 0.5
-    # The example with the gain is drawn 0 times in 32 % of the resamples, 3 or more times in 5 %.
-    assert (low, high) == (0.0, 1.5)
 
 
 def test_statistics_survive_the_artifact_form(data):

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from svdk.errors import InputError
-from svdk.eval import compare
-from svdk.eval.compare import Difference, draws, family, macro, paired, quantiles, summarise
+from svdk.eval.compare import Difference, family, macro, paired, summarise
 from svdk.eval.report_steps import equivalent_steps
+from svdk.utils.bootstrap import RESAMPLES, draws
 
 
 def normal(count: int, seed: int) -> torch.Tensor:
@@ -18,14 +18,6 @@ def normal(count: int, seed: int) -> torch.Tensor:
 
 
 # --- draws and intervals ---
-
-
-def test_draws_follow_the_bootstrap_distribution():
-    # Two questions: the mean of a resample is 0, 1/2 or 1 with probability 1/4, 1/2, 1/4.
-    drawn = draws(torch.tensor([0.0, 1.0]), resamples=40_000)
-    shares = [float((drawn == x).double().mean()) for x in (0.0, 0.5, 1.0)]
-    assert sum(shares) == pytest.approx(1.0)
-    assert shares == pytest.approx([0.25, 0.5, 0.25], abs=0.01)  # 0.01: four standard errors
 
 
 def test_interval_is_the_normal_one_for_many_questions():
@@ -92,31 +84,10 @@ def test_same_arguments_same_interval():
     assert paired(a, b) != paired(a, b, seed=1)
 
 
-def test_memory_bound_does_not_change_the_draws(monkeypatch):
-    scores = normal(30, 11)
-    whole = draws(scores, resamples=500, seed=77)
-    compare._weights.cache_clear()
-    monkeypatch.setattr(compare, "_CHUNK", 100)
-    assert torch.allclose(draws(scores, resamples=500, seed=77), whole, rtol=0, atol=1e-12)
-    compare._weights.cache_clear()
-
-
-def test_scores_that_cancel_leave_no_rounding_error():
-    drawn = draws(torch.tensor([0.1, 0.2, -0.3], dtype=torch.float64), resamples=1000)
-    assert float(drawn.abs()[drawn != 0].min()) > 0.03  # each question once: 0, not 2e-17
-
-
-def test_columns_share_their_draws():
-    scores = torch.stack([normal(40, 12), normal(40, 13)], 1)
-    both = draws(scores, resamples=200)
-    assert both.shape == (200, 2)
-    assert torch.allclose(both[:, 1], draws(scores[:, 1].clone(), resamples=200), atol=1e-12)
-
-
 def test_p_value_agrees_with_the_interval():
     found = [paired(torch.zeros(60), 0.02 * k + normal(60, 14)) for k in range(25)]
     assert all(d.significant == (d.p < 0.05) for d in found if not 0.045 < d.p < 0.055)
-    assert min(d.p for d in found) >= 2 / (compare.RESAMPLES + 1)
+    assert min(d.p for d in found) >= 2 / (RESAMPLES + 1)
     assert {d.significant for d in found} == {True, False}
 
 
@@ -146,11 +117,6 @@ def test_unusable_scores_are_refused(a, b, message):
 def test_unusable_arguments_are_refused(arguments, message):
     with pytest.raises(InputError, match=message):
         paired(torch.zeros(3), torch.arange(3.0), **arguments)
-
-
-def test_quantiles_take_infinities():
-    drawn = torch.tensor([1.0, 2.0, 3.0] + [math.inf] * 97)
-    assert quantiles(drawn) == (3.0, math.inf)
 
 
 # --- means over tasks ---

@@ -10,7 +10,6 @@ import fcntl
 import os
 import resource
 import sys
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -76,19 +75,18 @@ class Killer:
 
     def arm(self) -> None:
         for owner, names in (
-            (os, ("open", "replace", "fsync", "chmod", "unlink")),
-            (tempfile, ("mkstemp",)),
+            (os, ("open", "replace", "fsync", "unlink")),
             (fcntl, ("flock",)),
         ):
             for name in names:
                 setattr(owner, name, self.around(getattr(owner, name)))
-        fdopen = os.fdopen
+        opened = self.around(Path.open)
 
-        def torn(*args: Any, **kwargs: Any) -> Any:
-            file = fdopen(*args, **kwargs)
-            return _Torn(file, self.tick) if hasattr(file, "write") else file
+        def torn(path: Path, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
+            file = opened(path, mode, *args, **kwargs)
+            return file if mode.startswith("r") else _Torn(file, self.tick)
 
-        os.fdopen = torn
+        Path.open = torn
 
 
 class _Torn:

@@ -20,7 +20,7 @@ import torch
 
 from svdk import warm_start
 from svdk.errors import InputError
-from svdk.models.loading import adapter_fingerprint
+from svdk.models.fingerprints import adapter_fingerprint
 from svdk.warmstart import training
 from svdk.warmstart.run_folder import put_back
 from tests.helpers import tiny
@@ -58,7 +58,7 @@ class Killer:
     def arm(self) -> None:
         for owner, name in (
             (os, "replace"), (os, "rename"), (torch, "save"), (safetensors.torch, "save_file"),
-            (training, "save_file"), (Path, "write_text"),
+            (training, "save_file"), (os, "fsync"),
         ):  # fmt: skip
             setattr(owner, name, self.around(getattr(owner, name)))
 

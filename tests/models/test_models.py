@@ -11,17 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from svdk.errors import ArtifactError, InputError
 from svdk.models import gguf
-from svdk.models.loading import (
-    SMOLLM2,
-    SMOLLM2_HUB,
-    adapter_fingerprint,
-    detach,
-    load_adapter,
-    load_model,
-    model_fingerprint,
-    resolve_model,
-    tokenizer_fingerprint,
-)
+from svdk.models.fingerprints import adapter_fingerprint, model_fingerprint, tokenizer_fingerprint
+from svdk.models.loading import SMOLLM2, SMOLLM2_HUB, detach, load_adapter, load_model, resolve_model
 from tests.helpers import tiny
 
 IDS = torch.tensor([[5, 6, 7, 8, 9]])

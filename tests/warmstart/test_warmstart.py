@@ -14,7 +14,9 @@ from transformers import TrainerCallback
 
 from svdk.cli import main
 from svdk.errors import ArtifactError, DataError, InputError
-from svdk.models.loading import adapter_fingerprint, load_adapter, model_fingerprint, tokenizer_fingerprint
+from svdk.models.fingerprints import adapter_fingerprint, model_fingerprint, tokenizer_fingerprint
+from svdk.models.loading import load_adapter
+from svdk.warmstart import api
 from svdk.warmstart.api import warm_start
 from svdk.warmstart.data import encode, load_examples, split
 from svdk.warmstart.peft_configs import make_config
@@ -182,6 +184,22 @@ def test_interrupted_run_ends_with_the_same_adapter(tmp_path, peft_type):
         assert (cut / name).read_text() == (whole / name).read_text()
 
 
+def test_a_run_that_was_cut_after_its_last_step_trains_no_further(tmp_path, monkeypatch):
+    options = {"max_steps": 3, "lr_scheduler": "constant"}  # within an epoch
+    whole = run(tmp_path, "whole", **options)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(api, "_write_adapter", interrupted)
+        run(tmp_path, "cut", **options)
+    assert (tmp_path / "cut.partial" / "checkpoint-3").exists()
+    cut = run(tmp_path, "cut", **options)
+    assert adapter_fingerprint(cut) == adapter_fingerprint(whole)
+    assert (cut / "warmstart.json").read_text() == (whole / "warmstart.json").read_text()
+
+
+def interrupted(*_):
+    raise KeyboardInterrupt
+
+
 def test_half_written_checkpoint_is_not_resumed_from(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path, epochs=3, callbacks=[InterruptAt(7)])
@@ -250,10 +268,10 @@ def test_adapter_is_refused_on_another_base_model(tmp_path):
     ("options", "message"),
     [
         ({"peft": "qlora"}, "peft was 'qlora'; allowed: lora, ia3, prompt_tuning, p_tuning, prefix_tuning"),
-        ({"epochs": 0}, "epochs was 0; allowed: above 0"),
-        ({"learning_rate": float("nan")}, "learning_rate was nan; allowed: above 0"),
+        ({"epochs": 0}, r"epochs was 0; allowed: a number in \(0, inf\)"),
+        ({"learning_rate": float("nan")}, r"learning_rate was nan; allowed: a number in \(0, inf\)"),
         ({"batch_size": 0.5}, "batch_size was 0.5; allowed: an integer"),
-        ({"max_length": 0}, "max_length was 0; allowed: above 0"),
+        ({"max_length": 0}, "max_length was 0; allowed: an integer of at least 2"),
         ({"calibration_fraction": 1}, "calibration_fraction was 1; allowed"),
         ({"lora_rank": 0}, "lora_rank was 0; allowed: an integer of at least 1"),
         ({"lora_dropout": 1.0}, r"lora_dropout was 1.0; allowed: a number in \[0, 1\)"),
