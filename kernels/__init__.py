@@ -1,5 +1,5 @@
 """Triton kernels of the ``triton`` backend; ``svdk.kernels.library.BACKEND`` is its entry.
 
-Reading order: ``noise`` (Philox), ``steering`` (the formulas, a tile at a time), ``sweep`` (one pass over a
-slice of a row, and the merge), ``filters``, then the ops ``sample``, ``logprob`` and ``extract``.
+Reading order: ``philox`` (random bits), ``steering`` (the formulas, a tile at a time), ``sweep`` (one pass
+over a slice of a row, and the merge), ``filters``, then the ops ``sample``, ``logprob`` and ``extract``.
 """

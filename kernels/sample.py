@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from .filters import RANK_LIMIT, ordered_key, rank_list, threshold
-from .noise import block_bits, gumbel, token_bits
+from .philox import block_bits, gumbel, token_bits
 from .steering import (
     CONSTANT,
     DIRECTION,

@@ -15,7 +15,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .noise import block_bits, gumbel
+from .philox import block_bits, gumbel
 from .steering import (
     DIRECTION,
     INF,

@@ -26,7 +26,8 @@ import triton  # noqa: E402
 import triton.language as tl  # noqa: E402
 
 import svdk  # noqa: E402
-from svdk.kernels import library, noise, tuning  # noqa: E402
+from svdk.kernels import library, tuning  # noqa: E402
+from svdk.kernels import philox as noise  # noqa: E402
 from svdk.ops import backends, philox  # noqa: E402
 from tests.helpers import ops_cases as oc  # noqa: E402
 
