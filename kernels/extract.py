@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .sample import in_unit
+from .candidates import load_tile
 from .steering import (
     DIRECTION,
     INF,
@@ -17,8 +17,8 @@ from .steering import (
     Row,
     delta_of,
     in_nats,
+    in_unit,
     inside_of,
-    load_tile,
     row_index,
     safe_log,
     value_of,

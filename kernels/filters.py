@@ -13,7 +13,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .steering import INF, MAX_ID, safe_log, steered_tile
+from .candidates import steered_tile
+from .steering import INF, MAX_ID, safe_log
 
 RANK_LIMIT = tl.constexpr(1024)  # a longer list is searched like a row: ranking costs its square
 RANKED = tl.constexpr(32)  # list entries compared at a time

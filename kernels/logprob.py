@@ -6,105 +6,34 @@ was not (alpha = 0, or a nearly flat row) every strength is another sweep, from 
 """
 
 # A condition known at compile time and one known at run time must not share an `if`.
-# ruff: noqa: SIM102
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from .sample import in_unit, is_finite
+from .candidates import in_play, load_token
+from .full_sweep import finite_argmax, log_outside, moments, partition
 from .steering import (
     DIRECTION,
     INF,
     LISTS,
-    MAX_ID,
     OUTSIDE,
     VECTOR,
     Row,
-    best_of,
     delta_of,
-    finite_argmax,
     in_nats,
+    in_unit,
     inside_of,
     inverse_power,
-    load_tile,
-    load_token,
-    log_outside,
-    moments,
-    or_zero,
+    is_finite,
     row_index,
     safe_log,
     scaled_strength,
     steered_inside,
     value_of,
 )
-from .sweep import BASE_MASKED, COUNTS, INVALID, SUMS, divergence, in_play, merge, sweep_slice
-
-
-@triton.jit
-def rise(z_sum, first, second, keep, shift):
-    """The sums of :func:`partition` times ``keep``, and about a pivot that is ``shift`` lower."""
-    second = keep * (second + shift * (2.0 * first + shift * z_sum))
-    return keep * z_sum, keep * (first + shift * z_sum), second
-
-
-@triton.jit
-def partition(row, outside, penalty, KIND: tl.constexpr, BLOCK: tl.constexpr):
-    """``(max, shift, log Z, mean, variance, greedy)`` of a steered row, all but the last float64.
-
-    Z is relative to ``max + shift``, a steered logit as of ``steered_inside``; shift is ``row.outside`` where
-    the tokens outside C have the mass, else 0. Mean and variance are those of what moves with mu (delta in C,
-    the penalty outside) under the steered distribution; greedy is the argmax over C. ``outside``: the log of
-    the warm mass outside C, relative to ``max_w``.
-
-    The sums are about the move of the largest steered logit so far: about 0, the variance of a row with one
-    likely token would be rounding noise.
-    """
-    z_sum, first = tl.zeros([BLOCK], tl.float64), tl.zeros([BLOCK], tl.float64)
-    second = tl.zeros([BLOCK], tl.float64)
-    best, best_id = tl.full([BLOCK], -INF, tl.float32), tl.full([BLOCK], MAX_ID, tl.int32)
-    high, pivot = tl.full([], -INF, tl.float32), tl.full([], 0.0, tl.float64)
-    nats = inverse_power(row.scale)
-    for start in range(0, row.count, BLOCK):
-        ids, w, other = load_tile(row, start, KIND, BLOCK)
-        inside = inside_of(w, row.max_w, row.log_alpha)
-        delta = tl.where(inside, delta_of(row, w, other, KIND), 0.0)
-        z = tl.where(inside, steered_inside(row, w, delta), -INF)
-        better = z > best
-        best, best_id = tl.where(better, z, best), tl.where(better, ids, best_id)
-        top = tl.max(z, 0)
-        if top > high:
-            keep = tl.exp((high - top) * nats).to(tl.float64)
-            new_pivot = tl.max(tl.where(z == top, delta, -INF), 0).to(tl.float64)
-            z_sum, first, second = rise(z_sum, first, second, keep, pivot - new_pivot)
-            high, pivot = top, new_pivot
-        e = tl.exp((z - or_zero(high)) * nats).to(tl.float64)
-        d = delta.to(tl.float64) - pivot
-        z_sum += e
-        first += e * d
-        second += e * d * d
-    total, mean, square = tl.sum(z_sum, 0), tl.sum(first, 0), tl.sum(second, 0)
-    unit = in_nats(tl.full([], 1.0, tl.float64), KIND)
-    pivot, mean, square = pivot * unit, mean * unit, square * unit * unit
-    high_z = high.to(tl.float64)
-    high_shift = high_z * 0.0
-    if OUTSIDE & KIND:
-        if outside > -INF:  # all tokens outside as one, of the logit that they have together
-            z, shift = outside * row.scale, row.outside.to(tl.float64)
-            move = tl.full([], 0.0, tl.float64) + penalty
-            if z + shift > high_z:
-                keep = tl.exp((high_z - (z + shift)) * nats)
-                total, mean, square = rise(total, mean, square, keep, pivot - move)
-                high_z, high_shift, pivot = z, shift, move
-            e, d = tl.exp(((z - high_z) + (shift - high_shift)) * nats), move - pivot
-            total += e
-            mean += e * d
-            square += e * d * d
-    mean = mean / total
-    variance = tl.maximum(square / total - mean * mean, 0.0)
-    _, greedy = best_of(best, best_id)
-    return high_z, high_shift, tl.log(total), pivot + mean, variance, greedy
+from .sweep import BASE_MASKED, COUNTS, INVALID, SUMS, divergence, merge, sweep_slice
 
 
 @triton.jit

@@ -10,15 +10,16 @@ where its logits are so large that the first sweep rounded the noise, or the war
 """
 
 # A condition known at compile time and one known at run time must not share an `if`.
-# ruff: noqa: SIM102, SIM108
+# ruff: noqa: SIM108
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from .filters import RANK_LIMIT, ordered_key, rank_list, threshold
-from .philox import block_bits, gumbel, token_bits
+from .candidates import in_play, load_token, top_token
+from .filters import RANK_LIMIT, rank_list, threshold
+from .full_sweep import draw, finite_argmax, moments
 from .steering import (
     CONSTANT,
     DIRECTION,
@@ -31,38 +32,21 @@ from .steering import (
     PLAIN,
     VECTOR,
     Row,
-    best_of,
     delta_of,
-    finite_argmax,
     in_nats,
+    in_unit,
     inside_of,
     inverse_power,
-    load_tile,
-    load_token,
-    moments,
-    or_zero,
+    is_finite,
     row_index,
     safe_log,
     scaled_strength,
     steered_of,
-    top_token,
     value_of,
 )
-from .sweep import BASE_MASKED, COUNTS, FAR, INVALID, SUMS, divergence, in_play, merge, sweep_slice
+from .sweep import BASE_MASKED, COUNTS, FAR, INVALID, SUMS, divergence, merge, sweep_slice
 
 ROUGH = tl.constexpr(1024.0)  # perturbed logits from here up are rounded by 3e-5 and more
-
-
-@triton.jit
-def in_unit(x):
-    """Whether a parameter is in [0, 1]; NaN is not."""
-    return (x >= 0.0) & (x <= 1.0)
-
-
-@triton.jit
-def is_finite(x):
-    """Whether a parameter is neither NaN nor infinite."""
-    return (x > -INF) & (x < INF)
 
 
 @triton.jit
@@ -83,56 +67,6 @@ def strength_of(row, vocab, strength, label, KIND: tl.constexpr, MODE: tl.conste
         tiny = variance < EPS
         mu = tl.where(tiny, 0.0, tl.sqrt(2.0 * strength.to(tl.float64) / tl.where(tiny, 1.0, variance)))
     return mu.to(tl.float32)
-
-
-@triton.jit
-def draw(
-    row, values, ranked, filtered, top, top_id, floor, last_tie, lowest, inverse, temperature, greedy,
-    seed, offset, KIND: tl.constexpr, FILTERS: tl.constexpr, INFO: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Greedy or perturbed argmax over the tokens in play that the filters keep.
-
-    Returns (token or MAX_ID, the largest steered logit, log of the sum of exp() relative to it, size of C),
-    the last three before filters and with INFO only. Scores are scale * temperature times the perturbed
-    logits: a low temperature cannot make them overflow.
-    """
-    best, best_id = tl.full([BLOCK], -INF, tl.float32), tl.full([BLOCK], MAX_ID, tl.int32)
-    inside_count = tl.zeros([BLOCK], tl.int32)
-    high, partition = tl.full([], -INF, tl.float32), tl.full([], 0.0, tl.float32)
-    nats, heat = inverse_power(row.scale), row.scale * temperature
-    for start in range(0, row.count, BLOCK):
-        ids, w, other = load_tile(row, start, KIND, BLOCK)
-        z = steered_of(row, w, delta_of(row, w, other, KIND), KIND)
-        if INFO:
-            inside_count += inside_of(w, row.max_w, row.log_alpha).to(tl.int32)
-            new_high = tl.maximum(high, tl.max(z, 0))
-            partition = partition * tl.exp((high - or_zero(new_high)) * nats)
-            partition += tl.sum(tl.exp((z - or_zero(new_high)) * nats), 0)
-            high = new_high
-        keep = z > -INF
-        if FILTERS:
-            if filtered:
-                if ranked:
-                    place = start + tl.arange(0, BLOCK)
-                    keep = keep & (tl.load(values + place, mask=place < row.count, other=-INF) > -INF)
-                else:
-                    key = ordered_key(z)
-                    keep = keep & ((key > floor) | ((key == floor) & (ids <= last_tie)) | (ids == top_id))
-                    keep = keep & ((z - top) * inverse >= lowest)
-        score = z
-        if not greedy:
-            if LISTS & KIND:
-                if row.from_list:
-                    bits = token_bits(ids, seed, offset)
-                else:
-                    bits = block_bits(start, seed, offset, BLOCK)
-            else:
-                bits = block_bits(start, seed, offset, BLOCK)
-            score = z + heat * gumbel(bits)
-        better = keep & (score > best)
-        best, best_id = tl.where(better, score, best), tl.where(better, ids, best_id)
-    _, token = best_of(best, best_id)
-    return token, high, tl.log(tl.where(partition > 0.0, partition, 1.0)), tl.sum(inside_count, 0)
 
 
 @triton.jit

@@ -12,7 +12,6 @@ differences are those of the steered logits, and -inf is left to tokens that can
 """
 
 # A condition known at compile time and one known at run time must not share an `if`.
-# ruff: noqa: SIM102, SIM108
 
 from __future__ import annotations
 
@@ -85,6 +84,18 @@ def or_zero(x):
 def safe_log(x):
     """Log of a parameter in [0, 1]; -inf at 0."""
     return tl.where(x > 0.0, tl.log(tl.where(x > 0.0, x, 1.0)), -INF)
+
+
+@triton.jit
+def in_unit(x):
+    """Whether a parameter is in [0, 1]; NaN is not."""
+    return (x >= 0.0) & (x <= 1.0)
+
+
+@triton.jit
+def is_finite(x):
+    """Whether a parameter is neither NaN nor infinite."""
+    return (x > -INF) & (x < INF)
 
 
 @triton.jit
@@ -162,133 +173,6 @@ def steered_of(row, w, delta, KIND: tl.constexpr):
         outside = (w > -INF) & (w - row.max_w < row.log_alpha)
         steered = tl.where(outside, (w * row.scale - row.max_w * row.scale) + row.outside, steered)
     return steered
-
-
-@triton.jit
-def load_tile(row, start, KIND: tl.constexpr, BLOCK: tl.constexpr):
-    """``(ids, warm, other)`` of the tokens in play from ``start`` on; warm is -inf past the end."""
-    place = start + tl.arange(0, BLOCK)
-    live = place < row.count
-    ids = place
-    if LISTS & KIND:
-        if row.from_list:
-            ids = tl.load(row.listed + place, mask=live, other=0)
-    w = tl.load(row.warm + ids, mask=live, other=-INF).to(tl.float32)
-    if DIRECTION & KIND == PLAIN:
-        other = w
-    else:
-        other = tl.load(row.other + ids, mask=live, other=0.0).to(tl.float32)
-    return ids, w, other
-
-
-@triton.jit
-def steered_tile(row, start, KIND: tl.constexpr, BLOCK: tl.constexpr):
-    """``(ids, z)`` of the tokens in play from ``start`` on; z as of :func:`steered_of`."""
-    ids, w, other = load_tile(row, start, KIND, BLOCK)
-    return ids, steered_of(row, w, delta_of(row, w, other, KIND), KIND)
-
-
-@triton.jit
-def load_token(row, token, KIND: tl.constexpr):
-    """``(warm, other)`` of one token."""
-    w = tl.load(row.warm + token).to(tl.float32)
-    if DIRECTION & KIND == PLAIN:
-        other = w
-    else:
-        other = tl.load(row.other + token).to(tl.float32)
-    return w, other
-
-
-@triton.jit
-def log_outside(warm, vocab, max_w, log_alpha, BLOCK: tl.constexpr):
-    """Log of the sum of exp(w - max_w) over the tokens outside C, float64; -inf if there are none.
-
-    Summed about each lane's own maximum: a strength can bring back what would underflow next to max_w.
-    """
-    top, mass = tl.full([BLOCK], -INF, tl.float32), tl.zeros([BLOCK], tl.float32)
-    for start in range(0, vocab, BLOCK):
-        ids = start + tl.arange(0, BLOCK)
-        w = tl.load(warm + ids, mask=ids < vocab, other=-INF).to(tl.float32)
-        w = tl.where(inside_of(w, max_w, log_alpha), -INF, w)
-        new_top = tl.maximum(top, w)
-        mass = mass * tl.exp(top - or_zero(new_top)) + tl.exp(w - or_zero(new_top))
-        top = new_top
-    highest = tl.max(top, 0)
-    mass = tl.sum(mass * tl.exp(top - or_zero(highest)), 0)
-    some = mass > 0.0
-    log_mass = highest.to(tl.float64) - max_w + tl.log(tl.where(some, mass, 1.0))
-    return tl.where(some, log_mass, -INF)
-
-
-@triton.jit
-def entry_at_top(row, KIND: tl.constexpr, BLOCK: tl.constexpr):
-    """A vector's entry at the likeliest token (the lowest id of them), float64."""
-    found = tl.full([BLOCK], MAX_ID, tl.int32)
-    for start in range(0, row.count, BLOCK):
-        ids, w, _ = load_tile(row, start, KIND, BLOCK)
-        found = tl.minimum(found, tl.where(w == row.max_w, ids, MAX_ID))
-    return tl.load(row.other + tl.min(found, 0)).to(tl.float64)
-
-
-@triton.jit
-def moments(row, vocab, KIND: tl.constexpr, BLOCK: tl.constexpr):
-    """``(sum p delta, ||delta||^2, Var_p delta)``, delta 0 outside C; float64 (squares may pass float32).
-
-    About 0, the variance of a vector with a common offset, or in a confident row, would be lost in rounding:
-    a vector is summed about its entry at the likeliest token.
-    """
-    pivot = tl.full([], 0.0, tl.float64)
-    if DIRECTION & KIND == VECTOR:
-        pivot = entry_at_top(row, KIND, BLOCK)
-    mass, norm2 = tl.zeros([BLOCK], tl.float64), tl.zeros([BLOCK], tl.float64)
-    first, second = tl.zeros([BLOCK], tl.float64), tl.zeros([BLOCK], tl.float64)
-    for start in range(0, row.count, BLOCK):
-        _, w, other = load_tile(row, start, KIND, BLOCK)
-        inside = inside_of(w, row.max_w, row.log_alpha)
-        delta = in_nats(tl.where(inside, delta_of(row, w, other, KIND), 0.0), KIND)
-        p = tl.exp(w - row.max_w - row.log_zw).to(tl.float64)
-        mass += p
-        first += p * (delta - pivot)
-        second += p * (delta - pivot) * (delta - pivot)
-        norm2 += delta * delta
-    mean, square = tl.sum(first, 0), tl.sum(second, 0)
-    if DIRECTION & KIND == VECTOR:
-        total = tl.sum(mass, 0)
-        if LISTS & KIND:
-            if row.from_list:  # what is not listed does not move
-                rest = 1.0 - total
-                if (rest < CLEAR) & (pivot != 0.0):
-                    rest = tl.exp(log_outside(row.warm, vocab, row.max_w, row.log_alpha, BLOCK) - row.log_zw)
-                mean -= rest * pivot
-                square += rest * pivot * pivot
-                total += rest
-        mean = mean / total
-        square = square / total
-    return pivot + mean, tl.sum(norm2, 0), tl.maximum(square - mean * mean, 0.0)
-
-
-@triton.jit
-def top_token(row, KIND: tl.constexpr, BLOCK: tl.constexpr):
-    """The largest steered logit (as of :func:`steered_of`) of the tokens in play and its lowest id."""
-    best, best_id = tl.full([BLOCK], -INF, tl.float32), tl.full([BLOCK], MAX_ID, tl.int32)
-    for start in range(0, row.count, BLOCK):
-        ids, z = steered_tile(row, start, KIND, BLOCK)
-        better = z > best
-        best, best_id = tl.where(better, z, best), tl.where(better, ids, best_id)
-    return best_of(best, best_id)
-
-
-@triton.jit
-def finite_argmax(warm, vocab, BLOCK: tl.constexpr):
-    """Lowest id of the largest finite logit of a row, 0 if there is none: the token of an invalid row."""
-    best, best_id = tl.full([BLOCK], -INF, tl.float32), tl.full([BLOCK], MAX_ID, tl.int32)
-    for start in range(0, vocab, BLOCK):
-        ids = start + tl.arange(0, BLOCK)
-        w = tl.load(warm + ids, mask=ids < vocab, other=-INF).to(tl.float32)
-        better = (w < INF) & (w > best)
-        best, best_id = tl.where(better, w, best), tl.where(better, ids, best_id)
-    _, token = best_of(best, best_id)
-    return tl.where(token == MAX_ID, 0, token)
 
 
 @triton.jit

@@ -15,6 +15,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .candidates import pack
 from .philox import block_bits, gumbel
 from .steering import (
     DIRECTION,
@@ -163,15 +164,6 @@ def sweep_slice(
 
 
 @triton.jit
-def in_play(count, vocab, KIND: tl.constexpr):
-    """How many tokens are in play: the listed ones, or the whole row where there is no complete list."""
-    number = vocab
-    if LISTS & KIND:
-        number = tl.where(count >= 0, count, vocab)
-    return number
-
-
-@triton.jit
 def arrive(counter, SPLITS: tl.constexpr):
     """Whether this program is the last of its row's SPLITS to get here; the last one zeroes the counter."""
     # All threads' writes come before the barrier, the barrier before the one thread's release.
@@ -218,36 +210,6 @@ def merge(sums, counts, listed, warm, log_alpha, SPLITS: tl.constexpr, KIND: tl.
     else:
         count = tl.sum(count_s, 0)
     return max_w, max_b, zw, zb, usable, cross, flags, count, best, best_id
-
-
-@triton.jit
-def pack(listed, warm, count_s, max_w, log_alpha, LANES: tl.constexpr, CAP: tl.constexpr):
-    """Move the listed ids that are inside C, in order, to the front of the row's list; how many, or -1.
-
-    Slice s wrote its ``count_s[s]`` ids from ``s * CAP`` on. Place i of all of them belongs to the slice
-    that is found by comparing i with the running totals. A move never goes up, and a store waits (through
-    the cumsum) for the loads of its tile, so it can be done in place.
-    """
-    if tl.max(count_s, 0) > CAP:
-        kept = tl.max(count_s, 0) * 0 - 1
-    else:
-        TILE: tl.constexpr = max(16, min(256, 2048 // LANES))
-        ends = tl.cumsum(count_s, 0)
-        total = tl.sum(count_s, 0)
-        kept = total * 0
-        for start in range(0, total, TILE):
-            place = start + tl.arange(0, TILE)
-            passed = ends[None, :] <= place[:, None]
-            slices = tl.sum(passed.to(tl.int32), 1)
-            within = place - tl.sum(tl.where(passed, count_s[None, :], 0), 1)
-            live = place < total
-            ids = tl.load(listed + slices * CAP + within, mask=live, other=0)
-            w = tl.load(warm + ids, mask=live, other=-INF).to(tl.float32)
-            inside = inside_of(w, max_w, log_alpha)
-            tl.store(listed + kept + tl.cumsum(inside.to(tl.int32), 0) - 1, ids, mask=inside)
-            kept += tl.sum(inside.to(tl.int32), 0)
-        tl.debug_barrier()  # the list is read back by other threads
-    return kept
 
 
 @triton.jit
