@@ -23,7 +23,7 @@ from .extract import KEPT, extract_count_kernel, extract_fill_kernel
 from .filters import RANK_LIMIT
 from .logprob import steered_logprob_kernel
 from .sample import steered_sample_kernel
-from .steering import LISTS, OUTSIDE
+from .steering import COMPACT, DIRECT, FILTERS, INFO, OUTSIDE
 from .sweep import COUNTS, SUMS
 
 INTERPRETED = not isinstance(steered_sample_kernel, triton.runtime.JITFunction)
@@ -63,9 +63,10 @@ def _operand(warm: Tensor, base: Tensor | None, vector: Tensor | None) -> tuple[
     return warm, 0
 
 
-def _kind(direction: int, finite_penalty: bool, lists: bool) -> int:
+def _kind(direction: int, **flags: bool) -> int:
     """``KIND`` of ``kernels/steering.py``."""
-    return direction | (OUTSIDE.value if finite_penalty else 0) | (LISTS.value if lists else 0)
+    values = {"outside": OUTSIDE, "compact": COMPACT, "direct": DIRECT, "filters": FILTERS, "info": INFO}
+    return direction | sum(values[name].value for name, given in flags.items() if given)
 
 
 def _everywhere(direction: int, alpha: float, alpha_rows: Tensor | None) -> bool:
@@ -76,7 +77,7 @@ def _everywhere(direction: int, alpha: float, alpha_rows: Tensor | None) -> bool
 class _Launch:
     """The arguments that all first sweeps share, for one configuration."""
 
-    def __init__(self, config: tuning.Config, warm: Tensor, batch: int, vocab: int, lists: bool):
+    def __init__(self, config: tuning.Config, warm: Tensor, batch: int, vocab: int, compact: bool):
         self.block, self.splits, self.slice_size = tuning.shape(config, warm, batch, vocab)
         self.grid = (batch * self.splits,)
         self.options = {"num_warps": config.num_warps} if warm.device.type == "cuda" else {}
@@ -84,7 +85,7 @@ class _Launch:
         slices = batch * self.splits
         self.sums = warm.new_empty(slices * SUMS.value, dtype=torch.float32)
         self.counts = warm.new_empty(slices * COUNTS.value, dtype=torch.int32)
-        self.listed = warm.new_empty(slices * self.cap, dtype=torch.int32) if lists else self.counts
+        self.candidates = warm.new_empty(slices * self.cap, dtype=torch.int32) if compact else self.counts
         self.counters = _arrivals(warm, batch) if self.splits > 1 else self.counts
 
 
@@ -116,21 +117,22 @@ def steered_sample(
     filters = filters or any(x is not None for x in (top_k_rows, top_p_rows, min_p_rows))
     compact = not everywhere and not finite_penalty
     direct = everywhere and direction != schema.KL_GRADIENT and mode == schema.CONSTANT and not filters
-    values = floats
+    ranking = floats
     if filters and compact:
-        values = warm.new_empty(batch * 2 * RANK_LIMIT.value, dtype=torch.float32)
+        ranking = warm.new_empty(batch * 2 * RANK_LIMIT.value, dtype=torch.float32)
 
     def launch(config: tuning.Config) -> None:
         at = _Launch(config, warm, batch, vocab, compact)
         wrap_triton(steered_sample_kernel)[at.grid](
-            warm, other, warm_rows, base_rows, labels, at.sums, at.counts, at.listed, values, at.counters,
-            token, floats, ints, warm.stride(0), other_stride, batch, vocab, at.slice_size,
-            penalty if finite_penalty else 0.0, strength, strength_rows, alpha, alpha_rows,
-            temperature, temperature_rows, min(top_k, vocab), top_k_rows, top_p, top_p_rows,
-            min_p, min_p_rows, seed, seed_rows, offset, offset_rows,
-            KIND=_kind(direction, finite_penalty, compact), MODE=mode, FILTERS=filters,
-            DIRECT=direct, INFO=info, SPLITS=at.splits, CAP=at.cap, BLOCK=at.block,
-            STAGES=at.stages, **at.options,
+            warm, other, warm_rows, base_rows, vocab, labels, strength, strength_rows, alpha, alpha_rows,
+            penalty if finite_penalty else 0.0, temperature, temperature_rows, min(top_k, vocab), top_k_rows,
+            top_p, top_p_rows, min_p, min_p_rows, seed, seed_rows, offset, offset_rows,
+            at.sums, at.counts, at.candidates, ranking, at.counters,
+            token, floats, ints, warm.stride(0), other_stride, batch, at.slice_size,
+            KIND=_kind(
+                direction, outside=finite_penalty, compact=compact, direct=direct, filters=filters, info=info
+            ),
+            MODE=mode, SPLITS=at.splits, CAP=at.cap, BLOCK=at.block, STAGES=at.stages, **at.options,
         )  # fmt: skip
 
     variant = "direct" if direct else "compact" if compact else "wide"
@@ -167,11 +169,12 @@ def steered_logprob(
     def launch(config: tuning.Config) -> None:
         at = _Launch(config, warm, batch, vocab, compact)
         wrap_triton(steered_logprob_kernel)[at.grid](
-            warm, other, warm_rows, base_rows, labels, at.sums, at.counts, at.listed, at.counters,
-            curves, greedy, rows, status, warm.stride(0), other_stride, batch, vocab, at.slice_size,
-            penalty if finite_penalty else 0.0, alpha, alpha_rows, strength, strength_rows, strengths, number,
-            KIND=_kind(direction, finite_penalty, compact), SPLITS=at.splits,
-            CAP=at.cap, BLOCK=at.block, STAGES=at.stages, **at.options,
+            warm, other, warm_rows, base_rows, vocab, labels, strength, strength_rows, alpha, alpha_rows,
+            penalty if finite_penalty else 0.0, strengths, number,
+            at.sums, at.counts, at.candidates, at.counters,
+            curves, greedy, rows, status, warm.stride(0), other_stride, batch, at.slice_size,
+            KIND=_kind(direction, outside=finite_penalty, compact=compact),
+            SPLITS=at.splits, CAP=at.cap, BLOCK=at.block, STAGES=at.stages, **at.options,
         )  # fmt: skip
 
     _configure(f"logprob.{'compact' if compact else 'wide'}.{direction}", warm, batch, vocab, launch)
@@ -193,8 +196,8 @@ def extract(
         kept = warm.new_empty(batch * KEPT.value, dtype=torch.float32)
         at = _Launch(tuning.config_for(f"extract.{direction}", warm, batch, vocab), warm, batch, vocab, False)
         extract_count_kernel[at.grid](
-            warm, other, warm_rows, base_rows, at.sums, at.counts, at.counters, sizes, kept, rows, status,
-            warm.stride(0), other_stride, batch, vocab, at.slice_size, alpha, alpha_rows,
+            warm, other, warm_rows, base_rows, vocab, alpha, alpha_rows, at.sums, at.counts, at.counters,
+            sizes, kept, rows, status, warm.stride(0), other_stride, batch, at.slice_size,
             KIND=direction, SPLITS=at.splits, BLOCK=at.block, STAGES=at.stages, **at.options,
         )  # fmt: skip
         torch.cumsum(sizes, 0, out=row_ptr[1:])
@@ -203,9 +206,8 @@ def extract(
     p, delta = (warm.new_empty(entries, dtype=torch.float32) for _ in range(2))
     if entries:
         extract_fill_kernel[(batch,)](
-            warm, other, warm_rows, base_rows, row_ptr, kept, ids, p, delta,
-            warm.stride(0), other_stride, vocab, alpha, alpha_rows, KIND=direction, BLOCK=at.block,
-            **at.options,
+            warm, other, warm_rows, base_rows, vocab, alpha, alpha_rows, row_ptr, kept, ids, p, delta,
+            warm.stride(0), other_stride, KIND=direction, BLOCK=at.block, **at.options,
         )  # fmt: skip
     return row_ptr, ids, p, delta, rows, status
 
