@@ -1,5 +1,6 @@
 """Triton kernels of the ``triton`` backend; ``svdk.kernels.library.BACKEND`` is its entry.
 
-Reading order: ``noise`` (Philox), ``steering`` (the formulas, a tile at a time), ``sweep`` (one pass over a
-slice of a row, and the merge), ``filters``, then the ops ``sample``, ``logprob`` and ``extract``.
+Reading order, with the steps of ``docs/algorithm.md`` that they hold: ``philox`` (random bits), ``steering``
+(5, 6, 8, 9: the formulas, a tile at a time), ``candidates`` (what later steps go over), ``sweep`` (2 to 4),
+``filters`` (10), ``full_sweep`` (7, 11, the partition), then the ops ``sample``, ``logprob`` and ``extract``.
 """

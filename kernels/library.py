@@ -1,15 +1,19 @@
 """The Triton backend's three ops: allocate, pick a configuration, launch once.
 
-``BACKEND`` takes the flat arguments of ``svdk/ops/schema.py``. Eager calls launch directly; under
-``torch.compile`` they become the ops ``svdk_triton::*``, which the compiler can look into
-(``triton_op``). The slices of a row count themselves in on counters that every launch leaves at zero:
-eager calls keep one set a stream, traced and captured calls get their own.
+``BACKEND`` takes the flat arguments of ``svdk/ops/schema.py``, whose table says which is which; a kernel's
+arguments have the names of the table too, and are found by name. Eager calls launch directly; under
+``torch.compile`` they become the ops ``svdk_triton::*``, which the compiler can look into (``triton_op``).
+The slices of a row count themselves in on counters that every launch leaves at zero: eager calls keep one set
+a stream, traced and captured calls get their own.
 """
 
 from __future__ import annotations
 
+import inspect
 import math
+from collections.abc import Callable
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 import triton
@@ -23,12 +27,14 @@ from .extract import KEPT, extract_count_kernel, extract_fill_kernel
 from .filters import RANK_LIMIT
 from .logprob import steered_logprob_kernel
 from .sample import steered_sample_kernel
-from .steering import LISTS, OUTSIDE
+from .steering import COMPACT, DIRECT, FILTERS, INFO, OUTSIDE
 from .sweep import COUNTS, SUMS
 
 INTERPRETED = not isinstance(steered_sample_kernel, triton.runtime.JITFunction)
 """TRITON_INTERPRET=1 was set when Triton was imported: kernels run on CPU tensors, slowly."""
 
+_NAMES = {op.name: op.names for op in schema.OPS.values()}
+_TYPES = {"Tensor": Tensor, "Tensor?": Tensor | None, "float": float, "int": int, "bool": bool}
 _counters: dict[tuple[torch.device, int], Tensor] = {}
 
 
@@ -50,178 +56,184 @@ def _arrivals(like: Tensor, batch: int) -> Tensor:
     return found
 
 
-def _batch(warm: Tensor, warm_rows: Tensor | None) -> int:
-    return warm.shape[0] if warm_rows is None else warm_rows.shape[0]
+class _Call:
+    """A call of an op: its arguments by name, and what follows from them for every kernel."""
+
+    def __init__(self, op: schema.Op, flat: tuple[Any, ...]):
+        self.operands = schema.Operands(*flat[: len(schema.Operands._fields)])
+        self.given = dict(zip(_NAMES[op.name], flat, strict=True))
+        warm, base, vector, *_ = self.operands
+        self.warm, self.batch, self.vocab = warm, self.operands.batch, self.operands.vocab
+        other, other_stride = warm, 0
+        if base is not None:
+            other, other_stride = base, base.stride(0)
+        elif vector is not None:
+            other, other_stride = vector, vector.stride(0) if vector.dim() == 2 else 0
+        self.everywhere = self.operands.direction == schema.PLAIN or (
+            self.given["alpha_rows"] is None and self.given["alpha"] == 0.0
+        )
+        """Whether C is known to be every token that can be drawn, so that none is outside."""
+        penalty = self.given.get("penalty", -math.inf)
+        self.finite_penalty = math.isfinite(penalty) and not self.everywhere
+        self.given |= {
+            "other": other,
+            "other_stride": other_stride,
+            "warm_stride": warm.stride(0),
+            "batch": self.batch,
+            "penalty": penalty if self.finite_penalty else 0.0,
+        }
+
+    def kind(self, compact: bool, direct: bool = False, filters: bool = False, info: bool = False) -> int:
+        """``KIND`` of ``kernels/steering.py``."""
+        flags = (OUTSIDE, self.finite_penalty), (COMPACT, compact), (DIRECT, direct), (FILTERS, filters)
+        return self.operands.direction + sum(bit.value for bit, on in (*flags, (INFO, info)) if on)
+
+    def sweep_arguments(self, config: tuning.Config, kind: int) -> dict[str, Any]:
+        """``given``, and how a first sweep cuts rows and where slices publish what they find."""
+        block, splits, slice_size = tuning.shape(config, self.warm, self.batch, self.vocab)
+        slices = self.batch * splits
+        counts = candidates = counters = self.warm.new_empty(slices * COUNTS.value, dtype=torch.int32)
+        if kind & COMPACT.value:
+            candidates = self.warm.new_empty(slices * config.cap, dtype=torch.int32)
+        if splits > 1:
+            counters = _arrivals(self.warm, self.batch)
+        return self.given | {
+            "sums": self.warm.new_empty(slices * SUMS.value, dtype=torch.float32),
+            "counts": counts,
+            "candidates": candidates,
+            "counters": counters,
+            "slice_size": slice_size,
+            "KIND": kind,
+            "SPLITS": splits,
+            "CAP": config.cap,
+            "BLOCK": block,
+            "STAGES": config.stages,
+        }
+
+    def options(self, config: tuning.Config) -> dict[str, int]:
+        """What a launch takes besides a kernel's arguments."""
+        return {"num_warps": config.num_warps} if self.warm.device.type == "cuda" else {}
+
+    def configure(self, name: str, launch: Callable[[tuning.Config], None]) -> None:
+        """Launch with the remembered configuration or, when asked to and possible, tune first."""
+        problem = (f"{name}.{self.operands.direction}", self.warm, self.batch, self.vocab)
+        on_gpu = self.warm.device.type == "cuda" and _is_eager(self.warm)
+        if on_gpu and tuning.wanted() and not torch.cuda.is_current_stream_capturing():
+            tuning.tune(*problem, launch)
+        launch(tuning.config_for(*problem))
 
 
-def _operand(warm: Tensor, base: Tensor | None, vector: Tensor | None) -> tuple[Tensor, int]:
-    """What the kernels call ``other``, and the distance between its rows."""
-    if base is not None:
-        return base, base.stride(0)
-    if vector is not None:
-        return vector, vector.stride(0) if vector.dim() == 2 else 0
-    return warm, 0
+def _taken(kernel, known: dict[str, Any]) -> list[Any]:
+    """The arguments of a kernel in its order, out of all that is known."""
+    return [known[name] for name in kernel.arg_names]
 
 
-def _kind(direction: int, finite_penalty: bool, lists: bool) -> int:
-    """``KIND`` of ``kernels/steering.py``."""
-    return direction | (OUTSIDE.value if finite_penalty else 0) | (LISTS.value if lists else 0)
-
-
-def _everywhere(direction: int, alpha: float, alpha_rows: Tensor | None) -> bool:
-    """Whether C is known to be every token that can be drawn, so that none is outside."""
-    return direction == schema.PLAIN or (alpha_rows is None and alpha == 0.0)
-
-
-class _Launch:
-    """The arguments that all first sweeps share, for one configuration."""
-
-    def __init__(self, config: tuning.Config, warm: Tensor, batch: int, vocab: int, lists: bool):
-        self.block, self.splits, self.slice_size = tuning.shape(config, warm, batch, vocab)
-        self.grid = (batch * self.splits,)
-        self.options = {"num_warps": config.num_warps} if warm.device.type == "cuda" else {}
-        self.cap, self.stages = config.cap, config.stages
-        slices = batch * self.splits
-        self.sums = warm.new_empty(slices * SUMS.value, dtype=torch.float32)
-        self.counts = warm.new_empty(slices * COUNTS.value, dtype=torch.int32)
-        self.listed = warm.new_empty(slices * self.cap, dtype=torch.int32) if lists else self.counts
-        self.counters = _arrivals(warm, batch) if self.splits > 1 else self.counts
-
-
-def _configure(name: str, warm: Tensor, batch: int, vocab: int, launch) -> None:
-    """Launch with the remembered configuration or, when asked to and possible, tune first."""
-    on_gpu = warm.device.type == "cuda" and _is_eager(warm)
-    if on_gpu and tuning.wanted() and not torch.cuda.is_current_stream_capturing():
-        tuning.tune(name, warm, batch, vocab, launch)
-    launch(tuning.config_for(name, warm, batch, vocab))
-
-
-def steered_sample(
-    warm: Tensor, base: Tensor | None, vector: Tensor | None, warm_rows: Tensor | None,
-    base_rows: Tensor | None, vocab: int, direction: int, labels: Tensor | None, mode: int,
-    strength: float, strength_rows: Tensor | None, alpha: float, alpha_rows: Tensor | None, penalty: float,
-    temperature: float, temperature_rows: Tensor | None, top_k: int, top_k_rows: Tensor | None,
-    top_p: float, top_p_rows: Tensor | None, min_p: float, min_p_rows: Tensor | None,
-    seed: int, seed_rows: Tensor | None, offset: int, offset_rows: Tensor | None, info: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+def steered_sample(*flat: Any) -> tuple[Tensor, Tensor, Tensor]:
     """See ``svdk.ops.schema.STEERED_SAMPLE`` and ``svdk.reference.steered_sample``."""
-    batch = _batch(warm, warm_rows)
-    token, floats, ints = _sample_outputs(warm, batch, info)
-    if batch == 0:
+    call = _Call(schema.STEERED_SAMPLE, flat)
+    given, info, mode = call.given, call.given["info"], call.given["mode"]
+    token = call.warm.new_empty(call.batch, dtype=torch.int64)
+    floats = call.warm.new_empty((5, call.batch) if info else (0,), dtype=torch.float32)
+    ints = call.warm.new_empty((2, call.batch) if info else (0,), dtype=torch.int32)
+    if call.batch == 0:
         return token, floats, ints
-    other, other_stride = _operand(warm, base, vector)
-    everywhere = _everywhere(direction, alpha, alpha_rows)
-    finite_penalty = math.isfinite(penalty) and not everywhere
-    filters = top_k > 0 or top_p < 1.0 or min_p > 0.0
-    filters = filters or any(x is not None for x in (top_k_rows, top_p_rows, min_p_rows))
-    compact = not everywhere and not finite_penalty
-    direct = everywhere and direction != schema.KL_GRADIENT and mode == schema.CONSTANT and not filters
-    values = floats
+    filters = given["top_k"] > 0 or given["top_p"] < 1.0 or given["min_p"] > 0.0
+    filters = filters or any(given[name] is not None for name in ("top_k_rows", "top_p_rows", "min_p_rows"))
+    compact = not call.everywhere and not call.finite_penalty
+    direct = call.everywhere and call.operands.direction != schema.KL_GRADIENT
+    direct = direct and mode == schema.CONSTANT and not filters
+    kind = call.kind(compact, direct, filters, info)
+    ranking = floats
     if filters and compact:
-        values = warm.new_empty(batch * 2 * RANK_LIMIT.value, dtype=torch.float32)
+        ranking = call.warm.new_empty(call.batch * 2 * RANK_LIMIT.value, dtype=torch.float32)
+    more = {"token_out": token, "floats_out": floats, "ints_out": ints, "ranking": ranking, "MODE": mode}
+    more["top_k"] = min(given["top_k"], call.vocab)
 
     def launch(config: tuning.Config) -> None:
-        at = _Launch(config, warm, batch, vocab, compact)
-        wrap_triton(steered_sample_kernel)[at.grid](
-            warm, other, warm_rows, base_rows, labels, at.sums, at.counts, at.listed, values, at.counters,
-            token, floats, ints, warm.stride(0), other_stride, batch, vocab, at.slice_size,
-            penalty if finite_penalty else 0.0, strength, strength_rows, alpha, alpha_rows,
-            temperature, temperature_rows, min(top_k, vocab), top_k_rows, top_p, top_p_rows,
-            min_p, min_p_rows, seed, seed_rows, offset, offset_rows,
-            KIND=_kind(direction, finite_penalty, compact), MODE=mode, FILTERS=filters,
-            DIRECT=direct, INFO=info, SPLITS=at.splits, CAP=at.cap, BLOCK=at.block,
-            STAGES=at.stages, **at.options,
-        )  # fmt: skip
+        known = call.sweep_arguments(config, kind) | more
+        wrap_triton(steered_sample_kernel)[(call.batch * known["SPLITS"],)](
+            *_taken(steered_sample_kernel, known), **call.options(config)
+        )
 
-    variant = "direct" if direct else "compact" if compact else "wide"
-    _configure(f"sample.{variant}.{direction}", warm, batch, vocab, launch)
+    call.configure(f"sample.{'direct' if direct else 'compact' if compact else 'wide'}", launch)
     return token, floats, ints
 
 
-def _sample_outputs(warm: Tensor, batch: int, info: bool) -> tuple[Tensor, Tensor, Tensor]:
-    return (
-        warm.new_empty(batch, dtype=torch.int64),
-        warm.new_empty((5, batch) if info else (0,), dtype=torch.float32),
-        warm.new_empty((2, batch) if info else (0,), dtype=torch.int32),
-    )
-
-
-def steered_logprob(
-    warm: Tensor, base: Tensor | None, vector: Tensor | None, warm_rows: Tensor | None,
-    base_rows: Tensor | None, vocab: int, direction: int, labels: Tensor,
-    strength: float, strength_rows: Tensor | None, alpha: float, alpha_rows: Tensor | None, penalty: float,
-    strengths: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+def steered_logprob(*flat: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See ``svdk.ops.schema.STEERED_LOGPROB`` and ``svdk.reference.steered_logprob``."""
-    batch, number = labels.shape[0], 1 if strengths is None else strengths.shape[0]
+    call = _Call(schema.STEERED_LOGPROB, flat)
+    warm, batch, strengths = call.warm, call.batch, call.given["strengths"]
+    number = 1 if strengths is None else strengths.shape[0]
     curves = warm.new_empty((3, batch, number), dtype=torch.float32)
     greedy = warm.new_empty((batch, number), dtype=torch.int64)
     rows = warm.new_empty((6, batch), dtype=torch.float32)
     status = warm.new_empty(batch, dtype=torch.int32)
     if batch == 0:
         return curves, greedy, rows, status
-    other, other_stride = _operand(warm, base, vector)
-    compact = not _everywhere(direction, alpha, alpha_rows)
-    finite_penalty = math.isfinite(penalty) and compact
+    kind = call.kind(compact=not call.everywhere)
+    more = {"curves_out": curves, "greedy_out": greedy, "rows_out": rows, "status_out": status}
+    more["number"] = number
 
     def launch(config: tuning.Config) -> None:
-        at = _Launch(config, warm, batch, vocab, compact)
-        wrap_triton(steered_logprob_kernel)[at.grid](
-            warm, other, warm_rows, base_rows, labels, at.sums, at.counts, at.listed, at.counters,
-            curves, greedy, rows, status, warm.stride(0), other_stride, batch, vocab, at.slice_size,
-            penalty if finite_penalty else 0.0, alpha, alpha_rows, strength, strength_rows, strengths, number,
-            KIND=_kind(direction, finite_penalty, compact), SPLITS=at.splits,
-            CAP=at.cap, BLOCK=at.block, STAGES=at.stages, **at.options,
-        )  # fmt: skip
+        known = call.sweep_arguments(config, kind) | more
+        wrap_triton(steered_logprob_kernel)[(call.batch * known["SPLITS"],)](
+            *_taken(steered_logprob_kernel, known), **call.options(config)
+        )
 
-    _configure(f"logprob.{'compact' if compact else 'wide'}.{direction}", warm, batch, vocab, launch)
+    call.configure(f"logprob.{'wide' if call.everywhere else 'compact'}", launch)
     return curves, greedy, rows, status
 
 
-def extract(
-    warm: Tensor, base: Tensor | None, vector: Tensor | None, warm_rows: Tensor | None,
-    base_rows: Tensor | None, vocab: int, direction: int, alpha: float, alpha_rows: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+def extract(*flat: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See ``svdk.ops.schema.EXTRACT`` and ``svdk.reference.extract``; synchronises (the output's size)."""
-    batch = _batch(warm, warm_rows)
+    call = _Call(schema.EXTRACT, flat)
+    warm, batch, kind = call.warm, call.batch, call.kind(compact=False)
     row_ptr = warm.new_zeros(batch + 1, dtype=torch.int64)
     rows = warm.new_empty((3, batch), dtype=torch.float32)
     status = warm.new_empty(batch, dtype=torch.int32)
-    other, other_stride = _operand(warm, base, vector)
+    config = tuning.config_for(f"extract.{call.operands.direction}", warm, batch, call.vocab)
+    known = {}
     if batch:
         sizes = warm.new_empty(batch, dtype=torch.int64)
         kept = warm.new_empty(batch * KEPT.value, dtype=torch.float32)
-        at = _Launch(tuning.config_for(f"extract.{direction}", warm, batch, vocab), warm, batch, vocab, False)
-        extract_count_kernel[at.grid](
-            warm, other, warm_rows, base_rows, at.sums, at.counts, at.counters, sizes, kept, rows, status,
-            warm.stride(0), other_stride, batch, vocab, at.slice_size, alpha, alpha_rows,
-            KIND=direction, SPLITS=at.splits, BLOCK=at.block, STAGES=at.stages, **at.options,
-        )  # fmt: skip
+        known = call.sweep_arguments(config, kind)
+        known |= {"sizes_out": sizes, "kept_out": kept, "rows_out": rows, "status_out": status}
+        extract_count_kernel[(batch * known["SPLITS"],)](
+            *_taken(extract_count_kernel, known), **call.options(config)
+        )
         torch.cumsum(sizes, 0, out=row_ptr[1:])
+        known |= {"row_ptr": row_ptr, "kept": kept}
     entries = int(row_ptr[-1])
     ids = warm.new_empty(entries, dtype=torch.int64)
     p, delta = (warm.new_empty(entries, dtype=torch.float32) for _ in range(2))
     if entries:
-        extract_fill_kernel[(batch,)](
-            warm, other, warm_rows, base_rows, row_ptr, kept, ids, p, delta,
-            warm.stride(0), other_stride, vocab, alpha, alpha_rows, KIND=direction, BLOCK=at.block,
-            **at.options,
-        )  # fmt: skip
+        known |= {"ids_out": ids, "p_out": p, "delta_out": delta}
+        extract_fill_kernel[(batch,)](*_taken(extract_fill_kernel, known), **call.options(config))
     return row_ptr, ids, p, delta, rows, status
+
+
+def _signature(op: schema.Op) -> inspect.Signature:
+    """The table's entry as a signature: torch.library makes the schema of a ``triton_op`` from that."""
+    declared = [argument.split() for argument in op.schema[1 : op.schema.index(")")].split(", ")]
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    parameters = [inspect.Parameter(name, kind, annotation=_TYPES[of]) for of, name in declared]
+    returned = tuple[(Tensor,) * op.returns.count("Tensor")]
+    return inspect.Signature(parameters, return_annotation=returned)
 
 
 def _register(function, fake, opaque: bool):
     """The op of a function and, as the backend's entry, what picks between the two."""
     name = f"svdk_triton::{function.__name__}"
+    function.__signature__ = _signature(schema.OPS[function.__name__])
     if opaque:
         op = torch.library.custom_op(name, function, mutates_args=())
         op.register_fake(fake)
     else:
         op = torch.library.triton_op(name, function, mutates_args=())
 
-    def entry(warm, *args):
+    def entry(*flat):
         # Straight to the launch where nothing traces: the dispatcher costs about as much as the kernel.
-        return function(warm, *args) if _is_eager(warm) else op(warm, *args)
+        return function(*flat) if _is_eager(flat[0]) else op(*flat)
 
     return entry
 

@@ -1,196 +1,157 @@
 """``steered_logprob``: log-probabilities of labels for any number of strengths, with their derivatives.
 
-Bytes moved, for B rows of V tokens of s bytes: 2 B V s. Where C was listed, every strength costs a pass
-over the list only, and a finite penalty one more sweep (what lies outside C enters as one mass). Where it
-was not (alpha = 0, or a nearly flat row) every strength is another sweep, from L2.
+Steps 1 to 9 and 12; nothing is drawn. Bytes moved, for B rows of V tokens of s bytes: 2 B V s. Where C has
+candidates, every strength costs a pass over these only, and a finite penalty one more sweep (what lies
+outside C enters as one mass). Where it has not (alpha = 0, or a nearly flat row) every strength is another
+sweep, from L2.
 """
 
-# A condition known at compile time and one known at run time must not share an `if`.
-# ruff: noqa: SIM102
-
 from __future__ import annotations
+
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 
-from .sample import in_unit, is_finite
+from .candidates import load_token, tokens_of
+from .full_sweep import fallback_token, log_outside, moments_of, partition_of
 from .steering import (
+    COMPACT,
     DIRECTION,
     INF,
-    LISTS,
-    MAX_ID,
     OUTSIDE,
     VECTOR,
-    Row,
-    best_of,
+    Operands,
+    PerRow,
     delta_of,
-    finite_argmax,
+    in_confidence_set,
     in_nats,
-    inside_of,
+    in_unit,
     inverse_power,
-    load_tile,
-    load_token,
-    log_outside,
-    moments,
-    or_zero,
+    is_finite,
+    log_p_of,
+    log_q_of,
     row_index,
     safe_log,
-    scaled_strength,
+    scale_strength,
     steered_inside,
     value_of,
 )
-from .sweep import BASE_MASKED, COUNTS, INVALID, SUMS, divergence, in_play, merge, sweep_slice
+from .sweep import BASE_MASKED, INVALID, Slices, make_constants, merge, slices_of_row, sweep_slice
+
+
+class Label(NamedTuple):
+    """The token of a row whose log-probability is asked for."""
+
+    warm: Any
+    other: Any
+    inside: Any
+    """Whether it is in C."""
+    delta: Any
+    """As of ``delta_of``, 0 outside C."""
+    move: Any
+    """What moves with mu: its delta in nats, or the penalty outside C."""
 
 
 @triton.jit
-def rise(z_sum, first, second, keep, shift):
-    """The sums of :func:`partition` times ``keep``, and about a pivot that is ``shift`` lower."""
-    second = keep * (second + shift * (2.0 * first + shift * z_sum))
-    return keep * z_sum, keep * (first + shift * z_sum), second
+def strength_at(strengths, strength, index, m):
+    """The m-th strength of a row."""
+    mu = value_of(strength, index)
+    if strengths is not None:
+        mu = tl.load(strengths + m)
+    return mu
 
 
 @triton.jit
-def partition(row, outside, penalty, KIND: tl.constexpr, BLOCK: tl.constexpr):
-    """``(max, shift, log Z, mean, variance, greedy)`` of a steered row, all but the last float64.
+def valid_parameters(valid, alpha, label, vocab, strengths, strength, index, number):
+    """Step 1: ``valid``, if a row's parameters are in range too; only tensors get this far unchecked."""
+    valid = valid & in_unit(alpha) & (label >= 0) & (label < vocab)
+    for m in range(number):
+        valid = valid & is_finite(strength_at(strengths, strength, index, m))
+    return valid
 
-    Z is relative to ``max + shift``, a steered logit as of ``steered_inside``; shift is ``row.outside`` where
-    the tokens outside C have the mass, else 0. Mean and variance are those of what moves with mu (delta in C,
-    the penalty outside) under the steered distribution; greedy is the argmax over C. ``outside``: the log of
-    the warm mass outside C, relative to ``max_w``.
 
-    The sums are about the move of the largest steered logit so far: about 0, the variance of a row with one
-    likely token would be rounding noise.
-    """
-    z_sum, first = tl.zeros([BLOCK], tl.float64), tl.zeros([BLOCK], tl.float64)
-    second = tl.zeros([BLOCK], tl.float64)
-    best, best_id = tl.full([BLOCK], -INF, tl.float32), tl.full([BLOCK], MAX_ID, tl.int32)
-    high, pivot = tl.full([], -INF, tl.float32), tl.full([], 0.0, tl.float64)
-    nats = inverse_power(row.scale)
-    for start in range(0, row.count, BLOCK):
-        ids, w, other = load_tile(row, start, KIND, BLOCK)
-        inside = inside_of(w, row.max_w, row.log_alpha)
-        delta = tl.where(inside, delta_of(row, w, other, KIND), 0.0)
-        z = tl.where(inside, steered_inside(row, w, delta), -INF)
-        better = z > best
-        best, best_id = tl.where(better, z, best), tl.where(better, ids, best_id)
-        top = tl.max(z, 0)
-        if top > high:
-            keep = tl.exp((high - top) * nats).to(tl.float64)
-            new_pivot = tl.max(tl.where(z == top, delta, -INF), 0).to(tl.float64)
-            z_sum, first, second = rise(z_sum, first, second, keep, pivot - new_pivot)
-            high, pivot = top, new_pivot
-        e = tl.exp((z - or_zero(high)) * nats).to(tl.float64)
-        d = delta.to(tl.float64) - pivot
-        z_sum += e
-        first += e * d
-        second += e * d * d
-    total, mean, square = tl.sum(z_sum, 0), tl.sum(first, 0), tl.sum(second, 0)
-    unit = in_nats(tl.full([], 1.0, tl.float64), KIND)
-    pivot, mean, square = pivot * unit, mean * unit, square * unit * unit
-    high_z = high.to(tl.float64)
-    high_shift = high_z * 0.0
+@triton.jit
+def describe(constants, label, moments, rows_out, batch, KIND: tl.constexpr):
+    """Step 12: write a row's column of ``rows_out`` (6, B)."""
+    HAS_BASE: tl.constexpr = DIRECTION & KIND < VECTOR
+    nan = tl.full([], float("nan"), tl.float32)
+    gain = in_nats(label.delta, KIND) - moments.mean
+    tl.store(rows_out, gain.to(tl.float32))
+    tl.store(rows_out + batch, moments.norm2.to(tl.float32))
+    tl.store(rows_out + 2 * batch, moments.variance.to(tl.float32))
+    tl.store(rows_out + 3 * batch, constants.kl.to(tl.float32) if HAS_BASE else nan)
+    tl.store(rows_out + 4 * batch, log_p_of(constants, label.warm))
+    tl.store(rows_out + 5 * batch, log_q_of(constants, label.other) if HAS_BASE else nan)
+
+
+@triton.jit
+def logprob_of(constants, strength, partition, label, KIND: tl.constexpr):
+    """Step 9 of the label: its log-probability under the steered distribution."""
+    w = label.warm
+    z = tl.where(label.inside, steered_inside(constants, strength, w, label.delta), -INF).to(tl.float64)
+    shift = partition.shift * 0.0
     if OUTSIDE & KIND:
-        if outside > -INF:  # all tokens outside as one, of the logit that they have together
-            z, shift = outside * row.scale, row.outside.to(tl.float64)
-            move = tl.full([], 0.0, tl.float64) + penalty
-            if z + shift > high_z:
-                keep = tl.exp((high_z - (z + shift)) * nats)
-                total, mean, square = rise(total, mean, square, keep, pivot - move)
-                high_z, high_shift, pivot = z, shift, move
-            e, d = tl.exp(((z - high_z) + (shift - high_shift)) * nats), move - pivot
-            total += e
-            mean += e * d
-            square += e * d * d
-    mean = mean / total
-    variance = tl.maximum(square / total - mean * mean, 0.0)
-    _, greedy = best_of(best, best_id)
-    return high_z, high_shift, tl.log(total), pivot + mean, variance, greedy
+        z = tl.where(label.inside, z, (w.to(tl.float64) - constants.max_w) * strength.scale)
+        shift = tl.where(label.inside, 0.0, strength.scaled_penalty).to(tl.float64)
+    above = (z - partition.max_z) + (shift - partition.shift)
+    return above * inverse_power(strength.scale) - partition.log_z
 
 
 @triton.jit
 def steered_logprob_kernel(
-    warm, other, warm_rows, other_rows, labels, sums, counts, listed, counters,
-    curves_out, greedy_out, rows_out, status_out, warm_stride, other_stride, batch, vocab, slice_size,
-    penalty, alpha, alpha_rows, strength, strength_rows, strengths, number,
-    KIND: tl.constexpr, SPLITS: tl.constexpr,
-    CAP: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
+    warm, other, warm_rows, base_rows, vocab, labels, strength, strength_rows, alpha, alpha_rows, penalty,
+    strengths, number, sums, counts, candidates, counters, curves_out, greedy_out, rows_out, status_out,
+    warm_stride, other_stride, batch, slice_size,
+    KIND: tl.constexpr, SPLITS: tl.constexpr, CAP: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Program ``row * SPLITS + slice``; ``strengths`` (number,) for every row, or none and number = 1."""
-    HAS_BASE: tl.constexpr = (DIRECTION & KIND) < VECTOR
     program = tl.program_id(0)
     index, part = program // SPLITS, program % SPLITS
     warm += row_index(warm_rows, index) * warm_stride
-    other += row_index(other_rows, index) * other_stride
-    sums += index.to(tl.int64) * (SPLITS * SUMS)
-    counts += index.to(tl.int64) * (SPLITS * COUNTS)
-    listed += index.to(tl.int64) * (SPLITS * CAP)
-    alpha = value_of(alpha_rows, alpha, index)
+    other += row_index(base_rows, index) * other_stride
+    operands = Operands(warm, other, vocab)
+    slices = Slices(part, slice_size, sums, counts, candidates, counters)
+    slices = slices_of_row(slices, index, SPLITS, CAP)
+    alpha = value_of(PerRow(alpha, alpha_rows), index)
     log_alpha = safe_log(alpha)
-    last = sweep_slice(
-        warm, other, part, slice_size, vocab, log_alpha, sums, counts, listed, counters + index,
-        1.0, 0.0, 1.0, True, 0, 0, KIND, False, True, SPLITS, CAP, BLOCK, STAGES,
-    )  # fmt: skip
-    if last:
-        max_w, max_b, zw, zb, usable, cross, flags, count, _, _ = merge(
-            sums, counts, listed, warm, log_alpha, SPLITS, KIND, CAP
-        )
-        label = tl.load(labels + index)
-        valid = in_unit(alpha) & (max_w > -INF) & ((flags & INVALID) == 0) & (label >= 0) & (label < vocab)
-        for m in range(number):
-            valid = valid & is_finite(strength_at(strengths, strength_rows, strength, index, m))
+    if sweep_slice(operands, slices, log_alpha, None, None, KIND, SPLITS, CAP, BLOCK, STAGES):
+        swept = merge(operands, slices, log_alpha, KIND, SPLITS, CAP)
+        token = tl.load(labels + index)
+        mus = PerRow(strength, strength_rows)
+        valid = (swept.sums.max_w > -INF) & ((swept.flags & INVALID) == 0)
+        valid = valid_parameters(valid, alpha, token, vocab, strengths, mus, index, number)
         curves_out += index.to(tl.int64) * number
         greedy_out += index.to(tl.int64) * number
         size = batch.to(tl.int64) * number
         nan = tl.full([], float("nan"), tl.float32)
         if valid:
-            log_zw, log_zb, kl, gap = divergence(
-                warm, other, vocab, max_w, max_b, zw, zb, usable, cross, valid, HAS_BASE
-            )
-            in_c = in_play(count, vocab, KIND)
-            row = Row(
-                warm, other, listed, count >= 0, in_c, max_w, log_zw, max_b, gap, log_alpha, 1.0, 0.0, 0.0,
-            )  # fmt: skip
-            mean, norm2, variance = moments(row, vocab, KIND, BLOCK)
-            outside = tl.full([], -INF, tl.float64)
-            if LISTS & KIND and OUTSIDE & KIND:
-                outside = log_outside(warm, vocab, max_w, log_alpha, BLOCK)
-            w, o = load_token(row, label, KIND)
-            inside = inside_of(w, max_w, log_alpha)
-            delta = tl.where(inside, delta_of(row, w, o, KIND), 0.0)
+            constants = make_constants(operands, swept.sums, log_alpha, valid, KIND)
+            tokens = tokens_of(operands, slices.candidates, swept.count, KIND)
+            moments = moments_of(tokens, constants, KIND, BLOCK)
+            log_mass_outside = tl.full([], -INF, tl.float64)
+            if COMPACT & KIND and OUTSIDE & KIND:
+                log_mass_outside = log_outside(operands, constants, BLOCK)
+            w, o = load_token(operands, token, KIND)
+            inside = in_confidence_set(w, constants.max_w, log_alpha)
+            delta = tl.where(inside, delta_of(constants, w, o, KIND), 0.0)
             move = in_nats(delta, KIND)
-            tl.store(rows_out + index, (move - mean).to(tl.float32))
-            tl.store(rows_out + batch + index, norm2.to(tl.float32))
-            tl.store(rows_out + 2 * batch + index, variance.to(tl.float32))
-            tl.store(rows_out + 3 * batch + index, kl.to(tl.float32) if HAS_BASE else nan)
-            tl.store(rows_out + 4 * batch + index, w - max_w - log_zw)
-            log_q = nan
-            if HAS_BASE:
-                log_q = tl.where(o > -INF, o - max_b - log_zb, -INF)
-            tl.store(rows_out + 5 * batch + index, log_q)
-            tl.store(status_out + index, flags & BASE_MASKED)
             if OUTSIDE & KIND:
                 move = tl.where(inside, move, penalty)
+            label = Label(w, o, inside, delta, move)
+            describe(constants, label, moments, rows_out + index, batch, KIND)
+            tl.store(status_out + index, swept.flags & BASE_MASKED)
             for m in range(number):
-                mu = strength_at(strengths, strength_rows, strength, index, m)
-                scale, push, lift = scaled_strength(mu, penalty, KIND)
-                at = Row(
-                    warm, other, listed, count >= 0, in_c, max_w, log_zw, max_b, gap, log_alpha, scale, push,
-                    lift,
-                )  # fmt: skip
-                high, shift, log_z, mean_m, variance_m, greedy = partition(at, outside, penalty, KIND, BLOCK)
-                z = tl.where(inside, steered_inside(at, w, delta), -INF).to(tl.float64)
-                z_shift = shift * 0.0
-                if OUTSIDE & KIND:
-                    z = tl.where(inside, z, (w.to(tl.float64) - max_w) * scale)
-                    z_shift = tl.where(inside, 0.0, lift).to(tl.float64)
-                logprob = ((z - high) + (z_shift - shift)) * inverse_power(scale) - log_z
+                at = scale_strength(strength_at(strengths, mus, index, m), penalty, KIND)
+                partition = partition_of(tokens, constants, at, log_mass_outside, penalty, KIND, BLOCK)
+                logprob = logprob_of(constants, at, partition, label, KIND)
                 tl.store(curves_out + m, logprob.to(tl.float32))
-                slope = tl.where(logprob > -INF, move - mean_m, 0.0)
+                slope = tl.where(logprob > -INF, label.move - partition.mean, 0.0)
                 tl.store(curves_out + size + m, slope.to(tl.float32))
-                tl.store(curves_out + 2 * size + m, variance_m.to(tl.float32))
-                tl.store(greedy_out + m, greedy.to(tl.int64))
+                tl.store(curves_out + 2 * size + m, partition.variance.to(tl.float32))
+                tl.store(greedy_out + m, partition.greedy.to(tl.int64))
         else:
-            fallback = finite_argmax(warm, vocab, BLOCK).to(tl.int64)
+            fallback = fallback_token(operands, BLOCK).to(tl.int64)
             for column in range(6):
                 tl.store(rows_out + column * batch + index, nan)
             tl.store(status_out + index, INVALID)
@@ -198,12 +159,3 @@ def steered_logprob_kernel(
                 for curve in range(3):
                     tl.store(curves_out + curve * size + m, nan)
                 tl.store(greedy_out + m, fallback)
-
-
-@triton.jit
-def strength_at(strengths, strength_rows, strength, index, m):
-    """The m-th strength of a row."""
-    mu = value_of(strength_rows, strength, index)
-    if strengths is not None:
-        mu = tl.load(strengths + m)
-    return mu

@@ -1,4 +1,4 @@
-"""``steered_sample``: softmax of both rows, steering, filters and the draw, in one launch.
+"""``steered_sample``: softmax of both rows, steering, filters and the draw, in one launch (steps 1 to 12).
 
 Bytes moved, for B rows of V tokens of s bytes: 2 B V s with a base model (B V s without), each logit read
 from memory once. That is all when the row's candidates fit (CAP a slice; any alpha > 0 with penalty -inf
@@ -10,295 +10,217 @@ where its logits are so large that the first sweep rounded the noise, or the war
 """
 
 # A condition known at compile time and one known at run time must not share an `if`.
-# ruff: noqa: SIM102, SIM108
 
 from __future__ import annotations
+
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 
-from .filters import RANK_LIMIT, ordered_key, rank_list, threshold
-from .noise import block_bits, gumbel, token_bits
+from .candidates import load_token, tokens_of
+from .filters import RANK_LIMIT, Limits, make_filter
+from .full_sweep import Drawn, draw_tokens, fallback_token, moments_of
+from .philox import Noise
 from .steering import (
     CONSTANT,
+    DIRECT,
     DIRECTION,
-    EPS,
     INF,
+    INFO,
     KL_BUDGET,
     LABEL,
-    LISTS,
     MAX_ID,
     PLAIN,
     VECTOR,
-    Row,
-    best_of,
+    Operands,
+    PerRow,
     delta_of,
-    finite_argmax,
+    in_confidence_set,
     in_nats,
-    inside_of,
+    in_unit,
     inverse_power,
-    load_tile,
-    load_token,
-    moments,
-    or_zero,
+    is_finite,
+    log_p_of,
+    log_q_of,
     row_index,
     safe_log,
-    scaled_strength,
-    steered_of,
-    top_token,
+    scale_strength,
+    steered_logits,
+    strength_of,
     value_of,
 )
-from .sweep import BASE_MASKED, COUNTS, FAR, INVALID, SUMS, divergence, in_play, merge, sweep_slice
+from .sweep import (
+    BASE_MASKED,
+    FAR_APART,
+    INVALID,
+    Slices,
+    Sums,
+    make_constants,
+    merge,
+    slices_of_row,
+    sweep_slice,
+)
 
-ROUGH = tl.constexpr(1024.0)  # perturbed logits from here up are rounded by 3e-5 and more
-
-
-@triton.jit
-def in_unit(x):
-    """Whether a parameter is in [0, 1]; NaN is not."""
-    return (x >= 0.0) & (x <= 1.0)
-
-
-@triton.jit
-def is_finite(x):
-    """Whether a parameter is neither NaN nor infinite."""
-    return (x > -INF) & (x < INF)
+NOISE_ROUNDED_FROM = tl.constexpr(1024.0)  # perturbed logits from here up are rounded by 3e-5 and more
 
 
-@triton.jit
-def per_score(scale, temperature):
-    """1 / (scale * temperature): it takes differences of scaled logits to those of the filters. Finite."""
-    return tl.minimum(1.0 / (scale.to(tl.float64) * temperature), 3e38).to(tl.float32)
+class Parameters(NamedTuple):
+    """What a caller asked for a row."""
 
-
-@triton.jit
-def strength_of(row, vocab, strength, label, KIND: tl.constexpr, MODE: tl.constexpr, BLOCK: tl.constexpr):
-    """The strength by the per-token optimum for a label, or by a budget of KL in nats."""
-    mean, norm2, variance = moments(row, vocab, KIND, BLOCK)
-    if MODE == LABEL:
-        w, other = load_token(row, label, KIND)
-        at_label = tl.where(inside_of(w, row.max_w, row.log_alpha), delta_of(row, w, other, KIND), 0.0)
-        mu = tl.where(norm2 < EPS, 0.0, (in_nats(at_label, KIND) - mean) / (norm2 + EPS))
-    else:
-        tiny = variance < EPS
-        mu = tl.where(tiny, 0.0, tl.sqrt(2.0 * strength.to(tl.float64) / tl.where(tiny, 1.0, variance)))
-    return mu.to(tl.float32)
+    strength: Any
+    """mu, or the budget of KL."""
+    label: Any
+    """For LABEL."""
+    alpha: Any
+    penalty: Any
+    limits: Limits
+    noise: Noise
 
 
 @triton.jit
-def draw(
-    row, values, ranked, filtered, top, top_id, floor, last_tie, lowest, inverse, temperature, greedy,
-    seed, offset, KIND: tl.constexpr, FILTERS: tl.constexpr, INFO: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Greedy or perturbed argmax over the tokens in play that the filters keep.
-
-    Returns (token or MAX_ID, the largest steered logit, log of the sum of exp() relative to it, size of C),
-    the last three before filters and with INFO only. Scores are scale * temperature times the perturbed
-    logits: a low temperature cannot make them overflow.
-    """
-    best, best_id = tl.full([BLOCK], -INF, tl.float32), tl.full([BLOCK], MAX_ID, tl.int32)
-    inside_count = tl.zeros([BLOCK], tl.int32)
-    high, partition = tl.full([], -INF, tl.float32), tl.full([], 0.0, tl.float32)
-    nats, heat = inverse_power(row.scale), row.scale * temperature
-    for start in range(0, row.count, BLOCK):
-        ids, w, other = load_tile(row, start, KIND, BLOCK)
-        z = steered_of(row, w, delta_of(row, w, other, KIND), KIND)
-        if INFO:
-            inside_count += inside_of(w, row.max_w, row.log_alpha).to(tl.int32)
-            new_high = tl.maximum(high, tl.max(z, 0))
-            partition = partition * tl.exp((high - or_zero(new_high)) * nats)
-            partition += tl.sum(tl.exp((z - or_zero(new_high)) * nats), 0)
-            high = new_high
-        keep = z > -INF
-        if FILTERS:
-            if filtered:
-                if ranked:
-                    place = start + tl.arange(0, BLOCK)
-                    keep = keep & (tl.load(values + place, mask=place < row.count, other=-INF) > -INF)
-                else:
-                    key = ordered_key(z)
-                    keep = keep & ((key > floor) | ((key == floor) & (ids <= last_tie)) | (ids == top_id))
-                    keep = keep & ((z - top) * inverse >= lowest)
-        score = z
-        if not greedy:
-            if LISTS & KIND:
-                if row.from_list:
-                    bits = token_bits(ids, seed, offset)
-                else:
-                    bits = block_bits(start, seed, offset, BLOCK)
-            else:
-                bits = block_bits(start, seed, offset, BLOCK)
-            score = z + heat * gumbel(bits)
-        better = keep & (score > best)
-        best, best_id = tl.where(better, score, best), tl.where(better, ids, best_id)
-    _, token = best_of(best, best_id)
-    return token, high, tl.log(tl.where(partition > 0.0, partition, 1.0)), tl.sum(inside_count, 0)
-
-
-@triton.jit
-def finish(
-    row, vocab, mode_value, penalty, label, temperature, top_k, top_p, min_p, seed, offset, values,
-    KIND: tl.constexpr, MODE: tl.constexpr, FILTERS: tl.constexpr, INFO: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Strength, filters and draw of a row after its first sweep: (token, mu, and what :func:`draw` has)."""
-    if MODE != CONSTANT:
-        mu = strength_of(row, vocab, mode_value, label, KIND, MODE, BLOCK)
-    else:
-        mu = mode_value
-    scale, push, outside = scaled_strength(mu, penalty, KIND)
-    row = Row(
-        row.warm, row.other, row.listed, row.from_list, row.count, row.max_w, row.log_zw, row.max_b, row.gap,
-        row.log_alpha, scale, push, outside,
-    )  # fmt: skip
-    greedy = temperature == 0.0
-    inverse = per_score(scale, tl.where(greedy, 1.0, temperature))
-    filtered = False
-    ranked = False
-    top, top_id, lowest = (
-        tl.full([], 0.0, tl.float32),
-        tl.full([], MAX_ID, tl.int32),
-        tl.full([], -INF, tl.float32),
-    )
-    floor, last_tie = tl.full([], 0, tl.uint32), tl.full([], MAX_ID, tl.int32)
-    if FILTERS:
-        filtered = (not greedy) & ((top_k > 0) | (top_p < 1.0) | (min_p > 0.0))
-        if LISTS & KIND:
-            ranked = row.from_list & (row.count <= RANK_LIMIT)
-        if filtered:
-            top, top_id = top_token(row, KIND, BLOCK)
-            lowest = safe_log(min_p)
-            if LISTS & KIND:
-                if ranked:
-                    rank_list(row, values, top, inverse, top_k, top_p, min_p, KIND)
-                else:
-                    floor, last_tie = threshold(row, top, inverse, top_k, top_p, KIND)
-            else:
-                floor, last_tie = threshold(row, top, inverse, top_k, top_p, KIND)
-    token, high, log_z, inside = draw(
-        row, values, ranked, filtered, top, top_id, floor, last_tie, lowest, inverse, temperature, greedy,
-        seed, offset, KIND, FILTERS, INFO, BLOCK,
-    )  # fmt: skip
-    return token, mu, high, log_z, inside
-
-
-@triton.jit(do_not_specialize=["top_k", "seed", "offset"])
-def steered_sample_kernel(
-    warm, other, warm_rows, other_rows, labels, sums, counts, listed, values, counters,
-    token_out, floats_out, ints_out, warm_stride, other_stride, batch, vocab, slice_size, penalty,
-    strength, strength_rows, alpha, alpha_rows, temperature, temperature_rows, top_k: tl.int64, top_k_rows,
-    top_p, top_p_rows, min_p, min_p_rows, seed: tl.int64, seed_rows, offset: tl.int64, offset_rows,
-    KIND: tl.constexpr, MODE: tl.constexpr, FILTERS: tl.constexpr, DIRECT: tl.constexpr, INFO: tl.constexpr,
-    SPLITS: tl.constexpr, CAP: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    """Program ``row * SPLITS + slice`` of ``batch * SPLITS``; ``kernels/library.py`` has the arguments."""
-    HAS_BASE: tl.constexpr = (DIRECTION & KIND) < VECTOR
-    SUMMED: tl.constexpr = HAS_BASE or INFO or not DIRECT
-    program = tl.program_id(0)
-    index, part = program // SPLITS, program % SPLITS
-    warm += row_index(warm_rows, index) * warm_stride
-    other += row_index(other_rows, index) * other_stride
-    sums += index.to(tl.int64) * (SPLITS * SUMS)
-    counts += index.to(tl.int64) * (SPLITS * COUNTS)
-    listed += index.to(tl.int64) * (SPLITS * CAP)
-    values += index.to(tl.int64) * (2 * RANK_LIMIT)
-
-    mu = value_of(strength_rows, strength, index)
-    log_alpha = tl.full([], -INF, tl.float32)
-    alpha_ok = True
+def valid_parameters(parameters, vocab, KIND: tl.constexpr, MODE: tl.constexpr):
+    """Step 1: whether a row's parameters are in range; only tensors get this far unchecked."""
+    limits, temperature = parameters.limits, parameters.noise.temperature
+    valid = is_finite(parameters.strength)
     if DIRECTION & KIND != PLAIN:
-        alpha = value_of(alpha_rows, alpha, index)
-        alpha_ok = in_unit(alpha)
-        log_alpha = safe_log(alpha)
-    temperature = value_of(temperature_rows, temperature, index)
-    seed, offset = value_of(seed_rows, seed, index), value_of(offset_rows, offset, index)
-    # The compiler of torch.compile does not heed the annotations: a small number arrives as 32 bits.
-    seed, offset = seed.to(tl.int64), offset.to(tl.int64)
-    top_k = value_of(top_k_rows, top_k, index).to(tl.int64)
-    greedy = temperature == 0.0
-    scale, push, _ = scaled_strength(mu, penalty, KIND)
-    heat = scale * temperature
-    last = sweep_slice(
-        warm, other, part, slice_size, vocab, log_alpha, sums, counts, listed, counters + index,
-        scale, push, heat, greedy, seed, offset, KIND, DIRECT, SUMMED, SPLITS, CAP, BLOCK, STAGES,
-    )  # fmt: skip
-    if last:
-        max_w, max_b, zw, zb, usable, cross, flags, count, best, best_id = merge(
-            sums, counts, listed, warm, log_alpha, SPLITS, KIND, CAP
-        )
-        top_p, min_p = value_of(top_p_rows, top_p, index), value_of(min_p_rows, min_p, index)
-        valid = alpha_ok & is_finite(mu) & is_finite(temperature) & (temperature >= 0.0) & (top_k >= 0)
-        valid = valid & in_unit(top_p) & in_unit(min_p) & ((flags & INVALID) == 0)
-        label = tl.full([], 0, tl.int64)
-        if MODE == KL_BUDGET:
-            valid = valid & (mu >= 0.0)
-        if MODE == LABEL:
-            label = tl.load(labels + index)
-            valid = valid & (label >= 0) & (label < vocab)
-            label = tl.where(valid, label, 0)
-        if not SUMMED:  # any logit of the row will do to be relative to
-            found = best_id != MAX_ID
-            max_w = tl.load(warm + best_id, mask=found, other=-INF).to(tl.float32)
-        valid = valid & (max_w > -INF)
+        valid = valid & in_unit(parameters.alpha)
+    valid = valid & is_finite(temperature) & (temperature >= 0.0) & (limits.top_k >= 0)
+    valid = valid & in_unit(limits.top_p) & in_unit(limits.min_p)
+    if MODE == KL_BUDGET:
+        valid = valid & (parameters.strength >= 0.0)
+    if MODE == LABEL:
+        valid = valid & (parameters.label >= 0) & (parameters.label < vocab)
+    return valid
 
-        token = tl.full([], MAX_ID, tl.int32)
-        log_zw, log_zb, kl, gap = divergence(
-            warm, other, vocab, max_w, max_b, zw, zb, usable, cross, valid, HAS_BASE
-        )
-        high, log_z, inside = tl.full([], 0.0, tl.float32), log_zw, count
-        if valid:
-            row = Row(
-                warm, other, listed, count >= 0, in_play(count, vocab, KIND), max_w, log_zw, max_b, gap,
-                log_alpha, scale, push, 0.0,
-            )  # fmt: skip
-            if DIRECT:
-                token = best_id
-                # The sweep's choice does not stand where a base of -inf has delta = 0, which depends on K,
-                # and where the rounding of large numbers would show next to the noise.
-                rough = tl.abs(best) > tl.where(greedy, scale, heat) * ROUGH
-                rough = rough | ((flags & (BASE_MASKED | FAR)) != 0)
-                if rough | (INFO and DIRECTION & KIND != PLAIN):
-                    again, _, high, log_z, inside = finish(
-                        row, vocab, mu, penalty, label, temperature, top_k, top_p, min_p, seed, offset,
-                        values, KIND, MODE, FILTERS, INFO, BLOCK,
-                    )  # fmt: skip
-                    token = tl.where(rough, again, token)
-            else:
-                token, mu, high, log_z, inside = finish(
-                    row, vocab, mu, penalty, label, temperature, top_k, top_p, min_p, seed, offset, values,
-                    KIND, MODE, FILTERS, INFO, BLOCK,
-                )  # fmt: skip
-        if token == MAX_ID:
-            token = finite_argmax(warm, vocab, BLOCK)
-        tl.store(token_out + index, token.to(tl.int64))
-        if INFO:
-            describe(
-                warm, other, floats_out + index, ints_out + index, batch, token, valid, mu, max_w, log_zw,
-                max_b, log_zb, kl, gap, high, log_z, inside, flags, log_alpha, penalty, KIND,
-            )  # fmt: skip
+
+@triton.jit
+def finish_row(
+    tokens, constants, parameters, ranking, KIND: tl.constexpr, MODE: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Steps 7 to 11, of a valid row: strength, filters and draw. ``ranking``: space for the filters."""
+    mu = parameters.strength
+    if MODE != CONSTANT:
+        moments = moments_of(tokens, constants, KIND, BLOCK)
+        delta = tl.full([], 0.0, tl.float64)
+        if MODE == LABEL:
+            w, other = load_token(tokens.operands, parameters.label, KIND)
+            inside = in_confidence_set(w, constants.max_w, constants.log_alpha)
+            delta = in_nats(tl.where(inside, delta_of(constants, w, other, KIND), 0.0), KIND)
+        mu = strength_of(moments, delta, parameters.strength, MODE)
+    strength = scale_strength(mu, parameters.penalty, KIND)
+    noise = parameters.noise
+    filter = make_filter(
+        tokens, constants, strength, parameters.limits, noise.temperature, ranking, KIND, BLOCK
+    )
+    return draw_tokens(tokens, constants, strength, filter, noise, KIND, BLOCK)
 
 
 @triton.jit
 def describe(
-    warm, other, floats_out, ints_out, batch, token, valid, mu, max_w, log_zw, max_b, log_zb, kl, gap,
-    high, log_z, inside, flags, log_alpha, penalty, KIND: tl.constexpr,
-):  # fmt: skip
-    """Write a row's column of ``SampleInfo``: floats (5, B) and ints (2, B)."""
-    scale, push, outside = scaled_strength(mu, penalty, KIND)
-    row = Row(
-        warm, other, warm, False, 0, max_w, log_zw, max_b, gap, log_alpha, scale, push, outside,
-    )  # fmt: skip
-    w, o = load_token(row, token, KIND)
+    operands, constants, drawn, valid, flags, penalty, floats_out, ints_out, batch, KIND: tl.constexpr
+):
+    """Step 12: write a row's column of ``SampleInfo``: floats (5, B) and ints (2, B)."""
+    strength = scale_strength(drawn.mu, penalty, KIND)
+    w, o = load_token(operands, drawn.token, KIND)
     nan = tl.full([], float("nan"), tl.float32)
-    tl.store(floats_out, tl.where(valid, mu, nan))
-    z = steered_of(row, w, delta_of(row, w, o, KIND), KIND)
-    tl.store(floats_out + 2 * batch, tl.where(valid, (z - high) * inverse_power(scale) - log_z, nan))
-    tl.store(floats_out + 3 * batch, tl.where(valid, w - max_w - log_zw, nan))
+    tl.store(floats_out, tl.where(valid, drawn.mu, nan))
+    z = steered_logits(constants, strength, w, delta_of(constants, w, o, KIND), KIND)
+    log_steered = (z - drawn.max_z) * inverse_power(strength.scale) - drawn.log_z
+    tl.store(floats_out + 2 * batch, tl.where(valid, log_steered, nan))
+    tl.store(floats_out + 3 * batch, tl.where(valid, log_p_of(constants, w), nan))
     if DIRECTION & KIND < VECTOR:
-        tl.store(floats_out + batch, tl.where(valid, kl.to(tl.float32), nan))
-        log_q = tl.where(o > -INF, o - max_b - log_zb, -INF)
-        tl.store(floats_out + 4 * batch, tl.where(valid, log_q, nan))
+        tl.store(floats_out + batch, tl.where(valid, constants.kl.to(tl.float32), nan))
+        tl.store(floats_out + 4 * batch, tl.where(valid, log_q_of(constants, o), nan))
     else:
         tl.store(floats_out + batch, nan)
         tl.store(floats_out + 4 * batch, nan)
-    tl.store(ints_out, tl.where(valid, inside, 0))
+    tl.store(ints_out, tl.where(valid, drawn.size, 0))
     tl.store(ints_out + batch, tl.where(valid, flags & BASE_MASKED, INVALID))
+
+
+@triton.jit(do_not_specialize=["top_k", "seed", "offset"])
+def steered_sample_kernel(
+    warm, other, warm_rows, base_rows, vocab, labels, strength, strength_rows, alpha, alpha_rows, penalty,
+    temperature, temperature_rows, top_k: tl.int64, top_k_rows, top_p, top_p_rows, min_p, min_p_rows,
+    seed: tl.int64, seed_rows, offset: tl.int64, offset_rows,
+    sums, counts, candidates, ranking, counters, token_out, floats_out, ints_out,
+    warm_stride, other_stride, batch, slice_size,
+    KIND: tl.constexpr, MODE: tl.constexpr,
+    SPLITS: tl.constexpr, CAP: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Program ``row * SPLITS + slice`` of ``batch * SPLITS``; ``kernels/library.py`` has the arguments."""
+    SUMMED: tl.constexpr = DIRECTION & KIND < VECTOR or INFO & KIND or not DIRECT & KIND
+    program = tl.program_id(0)
+    index, part = program // SPLITS, program % SPLITS
+    warm += row_index(warm_rows, index) * warm_stride
+    other += row_index(base_rows, index) * other_stride
+    operands = Operands(warm, other, vocab)
+    slices = Slices(part, slice_size, sums, counts, candidates, counters)
+    slices = slices_of_row(slices, index, SPLITS, CAP)
+    ranking += index.to(tl.int64) * (2 * RANK_LIMIT)
+
+    mu = value_of(PerRow(strength, strength_rows), index)
+    log_alpha = tl.full([], -INF, tl.float32)
+    if DIRECTION & KIND != PLAIN:
+        alpha = value_of(PerRow(alpha, alpha_rows), index)
+        log_alpha = safe_log(alpha)
+    temperature = value_of(PerRow(temperature, temperature_rows), index)
+    seed, offset = value_of(PerRow(seed, seed_rows), index), value_of(PerRow(offset, offset_rows), index)
+    # The compiler of torch.compile does not heed the annotations: a small number arrives as 32 bits.
+    noise = Noise(temperature, seed.to(tl.int64), offset.to(tl.int64))
+    top_k = value_of(PerRow(top_k, top_k_rows), index).to(tl.int64)
+    given = scale_strength(mu, penalty, KIND)
+    if sweep_slice(operands, slices, log_alpha, given, noise, KIND, SPLITS, CAP, BLOCK, STAGES):
+        swept = merge(operands, slices, log_alpha, KIND, SPLITS, CAP)
+        top_p, min_p = value_of(PerRow(top_p, top_p_rows), index), value_of(PerRow(min_p, min_p_rows), index)
+        label = tl.full([], 0, tl.int64)
+        if MODE == LABEL:
+            label = tl.load(labels + index)
+        parameters = Parameters(mu, label, alpha, penalty, Limits(top_k, top_p, min_p), noise)
+        valid = valid_parameters(parameters, vocab, KIND, MODE) & ((swept.flags & INVALID) == 0)
+        row_sums = swept.sums
+        if not SUMMED:  # any logit of the row will do to be relative to
+            found = swept.best_id != MAX_ID
+            max_w = tl.load(warm + swept.best_id, mask=found, other=-INF).to(tl.float32)
+            row_sums = Sums(
+                max_w, row_sums.max_b, row_sums.z_w, row_sums.z_b, row_sums.usable, row_sums.cross
+            )
+        valid = valid & (row_sums.max_w > -INF)
+
+        constants = make_constants(operands, row_sums, log_alpha, valid, KIND)
+        nothing, zero = tl.full([], MAX_ID, tl.int32), tl.full([], 0.0, tl.float32)
+        drawn = Drawn(nothing, mu, zero, constants.log_zw, swept.count)
+        if valid:
+            tokens = tokens_of(operands, slices.candidates, swept.count, KIND)
+            if DIRECT & KIND:
+                drawn = Drawn(swept.best_id, mu, zero, constants.log_zw, swept.count)
+                # The sweep's choice does not stand where a base of -inf has delta = 0, which depends on K,
+                # and where the rounding of large numbers would show next to the noise.
+                unit = tl.where(temperature == 0.0, given.scale, given.scale * temperature)
+                rounds_noise = tl.abs(swept.best) > unit * NOISE_ROUNDED_FROM
+                rounds_noise = rounds_noise | ((swept.flags & (BASE_MASKED | FAR_APART)) != 0)
+                if rounds_noise | ((INFO & KIND) != 0 and DIRECTION & KIND != PLAIN):
+                    again = finish_row(tokens, constants, parameters, ranking, KIND, MODE, BLOCK)
+                    token = tl.where(rounds_noise, again.token, swept.best_id)
+                    drawn = Drawn(token, mu, again.max_z, again.log_z, again.size)
+            else:
+                drawn = finish_row(tokens, constants, parameters, ranking, KIND, MODE, BLOCK)
+        token = drawn.token
+        if token == MAX_ID:
+            token = fallback_token(operands, BLOCK)
+        tl.store(token_out + index, token.to(tl.int64))
+        if INFO & KIND:
+            drawn = Drawn(token, drawn.mu, drawn.max_z, drawn.log_z, drawn.size)
+            describe(
+                operands,
+                constants,
+                drawn,
+                valid,
+                swept.flags,
+                penalty,
+                floats_out + index,
+                ints_out + index,
+                batch,
+                KIND,
+            )

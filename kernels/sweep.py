@@ -1,10 +1,10 @@
-"""The first sweep over a slice of a row, and how the last slice to finish takes over the row.
+"""Steps 2, 3 and 4: the first sweep over a slice of a row, the merge of the slices, the row's constants.
 
-A slice yields the online-softmax sums of both rows (``SUMS`` float32 numbers), the ids that may be in C,
-and for one-sweep problems its best token. Sums are kept per lane and reduced once, so that a tile costs
-one or two block-wide maxima and no more. With several slices a row, each publishes its numbers and
-counts itself in with an acquire-release atomic; whichever counts last sees all of them, merges them and
-finishes the row within the same launch, and leaves the counter at zero for the next one.
+A slice yields the streaming softmax sums of both rows, the ids that may be in C, and for one-sweep problems
+its best token. Sums are kept per lane and reduced once, so that a tile costs one or two block-wide maxima
+and no more. With several slices a row, each publishes its numbers and counts itself in with an
+acquire-release atomic; whichever counts last sees all of them, merges them and finishes the row within the
+same launch, and leaves the counter at zero for the next one.
 """
 
 # A condition known at compile time and one known at run time must not share an `if`.
@@ -12,85 +12,154 @@ finishes the row within the same launch, and leaves the counter at zero for the 
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
-from .noise import block_bits, gumbel
+from .candidates import compact_candidates
+from .philox import block_bits, gumbel
 from .steering import (
+    COMPACT,
+    DIRECT,
     DIRECTION,
     INF,
-    LISTS,
+    INFO,
     LOG_RATIO,
     MAX_ID,
     PLAIN,
     SHRINK,
     UNIT,
     VECTOR,
+    Constants,
     best_of,
-    inside_of,
+    in_confidence_set,
     or_zero,
 )
 
 INVALID = tl.constexpr(1)  # the status bits of svdk.ops.results.Status
 BASE_MASKED = tl.constexpr(2)
-FAR = tl.constexpr(4)  # ours alone: some log-ratio is so large that DIRECT rounds the warm logits away
-APART = tl.constexpr(256.0)
-RARE = tl.constexpr(256)  # tokens a sweep handles at a time that is so rare that registers matter more
+FAR_APART = tl.constexpr(4)  # ours alone: a log-ratio so large that DIRECT rounds the warm logits away
+FAR_APART_FROM = tl.constexpr(256.0)
+RARE_BLOCK = tl.constexpr(256)  # tokens at a time in a sweep so rare that registers matter more
 SUMS = tl.constexpr(8)  # float32 numbers a slice publishes: the six sums, its best score, one spare
 COUNTS = tl.constexpr(4)  # int32 numbers: flags, count, best id, one spare
 
 
+class Slices(NamedTuple):
+    """How a row is cut, which slice this program has, and where slices publish what they found."""
+
+    part: Any
+    """The slice of this program."""
+    size: Any
+    """Tokens a slice."""
+    sums: Any
+    """Pointer to SUMS float32 numbers a slice."""
+    counts: Any
+    """Pointer to COUNTS int32 numbers a slice."""
+    candidates: Any
+    """Pointer to CAP ids a slice; unused unless KIND has COMPACT."""
+    counter: Any
+    """Pointer to how many of the row's slices are done."""
+
+
+class Sums(NamedTuple):
+    """Streaming softmax sums of a row or a slice; z_w, z_b and cross are relative to the maxima."""
+
+    max_w: Any
+    max_b: Any
+    z_w: Any
+    z_b: Any
+    usable: Any
+    """The part of z_w with a finite base logit."""
+    cross: Any
+    """Sum of exp(w - max_w) ((w - max_w) - (b - max_b)) over that part."""
+
+
+class Swept(NamedTuple):
+    """What the first sweep finds in a slice, or in a row once the slices are merged."""
+
+    sums: Sums
+    flags: Any
+    """Status bits."""
+    count: Any
+    """How many candidates (of a row: in C, or -1 when some slice had too many); without COMPACT how many
+    tokens have a finite warm logit, where that is counted."""
+    best: Any
+    """DIRECT: the best score and its token."""
+    best_id: Any
+
+
+@triton.jit
+def slices_of_row(slices, index, SPLITS: tl.constexpr, CAP: tl.constexpr):
+    """The slices of one row out of those of the launch."""
+    row = index.to(tl.int64)
+    sums = slices.sums + row * (SPLITS * SUMS)
+    counts = slices.counts + row * (SPLITS * COUNTS)
+    candidates = slices.candidates + row * (SPLITS * CAP)
+    return Slices(slices.part, slices.size, sums, counts, candidates, slices.counter + index)
+
+
 @triton.jit
 def first_sweep(
-    warm, other, begin, end, log_alpha, listed, scale, push, heat, greedy, seed, offset,
-    KIND: tl.constexpr, DIRECT: tl.constexpr, SUMMED: tl.constexpr,
-    CAP: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    """Tokens [begin, end) of a row, begin a multiple of BLOCK.
+    operands,
+    slices,
+    log_alpha,
+    strength,
+    noise,
+    KIND: tl.constexpr,
+    CAP: tl.constexpr,
+    BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Step 2: what the tokens of this program's slice add up to, as :class:`Swept`; slices begin at a BLOCK.
 
-    LISTS in KIND lists at ``listed`` (at most CAP) the ids within log_alpha of the running maximum, a
-    superset of those in C; the count goes on past CAP. DIRECT takes part in the draw already here (C is
-    the whole row and the steered logits need no sums); scale and push are those of a Row, heat is scale times
-    the temperature. SUMMED asks for the sums, and where there is no base for the number of finite tokens.
-
-    Returns (max_w, max_b, Z_w, Z_b, usable, cross, flags, count, best, best_id): Z relative to the maxima;
-    usable: the part of Z_w with a finite base; cross: sum of exp(w - max_w) ((w - max_w) - (b - max_b))
-    over it.
+    COMPACT collects as candidates (at most CAP) the ids within log_alpha of the running maximum, a superset
+    of those in C; the count goes on past CAP. DIRECT takes part in the draw already here, by ``strength``
+    and ``noise`` (else None). Without a base there are sums only if something asks for them, and DIRECT then
+    counts the finite tokens.
     """
     HAS_BASE: tl.constexpr = (DIRECTION & KIND) < VECTOR
+    SUMMED: tl.constexpr = HAS_BASE or INFO & KIND or not DIRECT & KIND
+    begin = slices.part * slices.size
+    end = tl.minimum(begin + slices.size, operands.vocab)
+    candidates = slices.candidates + slices.part * CAP
+    if DIRECT & KIND:
+        greedy = noise.temperature == 0.0
+        scaled_temperature = strength.scale * noise.temperature
     lane = tl.arange(0, BLOCK)
     zero = tl.zeros([BLOCK], tl.float32)
-    zw, zb, usable, cross = zero, zero, zero, zero
+    z_w, z_b, usable, cross = zero, zero, zero, zero
     best, best_id = zero - INF, tl.full([BLOCK], MAX_ID, tl.int32)
-    found, finite = tl.zeros([BLOCK], tl.int32), tl.zeros([BLOCK], tl.int32)
+    flags, n_finite = tl.zeros([BLOCK], tl.int32), tl.zeros([BLOCK], tl.int32)
     max_w, max_b = tl.max(best, 0), tl.max(best, 0)
-    count = tl.min(found, 0)
+    count = tl.min(flags, 0)
     for start in tl.range(begin, end, BLOCK, num_stages=STAGES):
         ids = start + lane
         live = ids < end
-        w = tl.load(warm + ids, mask=live, other=-INF).to(tl.float32)
-        found |= tl.where(w < INF, 0, INVALID)  # NaN compares false
+        w = tl.load(operands.warm + ids, mask=live, other=-INF).to(tl.float32)
+        flags |= tl.where(w < INF, 0, INVALID)  # NaN compares false
         if DIRECTION & KIND != PLAIN:
-            o = tl.load(other + ids, mask=live, other=-INF if HAS_BASE else 0.0).to(tl.float32)
-            found |= tl.where(o < INF, 0, INVALID)
+            o = tl.load(operands.other + ids, mask=live, other=-INF if HAS_BASE else 0.0).to(tl.float32)
+            flags |= tl.where(o < INF, 0, INVALID)
         if DIRECTION & KIND == VECTOR:
-            found |= tl.where(o > -INF, 0, INVALID)
+            flags |= tl.where(o > -INF, 0, INVALID)
 
-        if SUMMED or LISTS & KIND:
+        if SUMMED or COMPACT & KIND:
             tile_max = tl.max(w, 0)
             new_w = tl.maximum(max_w, tile_max)
         if SUMMED:
             ref_w = or_zero(new_w)
             dw, keep = w - ref_w, tl.exp(max_w - ref_w)
             e = tl.exp(dw)
-            zw = zw * keep + e
+            z_w = z_w * keep + e
             if HAS_BASE:
                 new_b = tl.maximum(max_b, tl.max(o, 0))
                 ref_b = or_zero(new_b)
                 db = o - ref_b
-                zb = zb * tl.exp(max_b - ref_b) + tl.exp(db)
+                z_b = z_b * tl.exp(max_b - ref_b) + tl.exp(db)
                 both = (w > -INF) & (o > -INF)
-                found |= tl.where((w > -INF) & (o == -INF), BASE_MASKED, 0)
+                flags |= tl.where((w > -INF) & (o == -INF), BASE_MASKED, 0)
                 shift = (max_w - ref_w) - (max_b - ref_b)
                 # Where nothing is kept, the rest may be infinite. (What overflows is summed again later.)
                 kept = usable * keep
@@ -98,77 +167,56 @@ def first_sweep(
                 cross = moved + tl.where(both & (e > 0.0), e * (dw - db), 0.0)
                 usable = kept + tl.where(both, e, 0.0)
                 max_b = new_b
-        if LISTS & KIND:
+        if COMPACT & KIND:
             if tile_max - new_w >= log_alpha:  # else nothing in this tile can be in C
-                near = inside_of(w, new_w, log_alpha)
+                near = in_confidence_set(w, new_w, log_alpha)
                 place = count + tl.cumsum(near.to(tl.int32), 0) - 1
-                tl.store(listed + place, ids, mask=near & (place < CAP))
+                tl.store(candidates + place, ids, mask=near & (place < CAP))
                 count += tl.sum(near.to(tl.int32), 0)
-        if SUMMED or LISTS & KIND:
+        if SUMMED or COMPACT & KIND:
             max_w = new_w
-        if DIRECT:
-            z = w * scale
+        if DIRECT & KIND:
+            z = w * strength.scale
             if DIRECTION & KIND == LOG_RATIO:
                 ratio = tl.where((w > -INF) & (o > -INF), w * SHRINK - o * SHRINK, 0.0)
-                found |= tl.where(tl.abs(ratio) * UNIT <= APART, 0, FAR)
-                z += push * ratio
+                flags |= tl.where(tl.abs(ratio) * UNIT <= FAR_APART_FROM, 0, FAR_APART)
+                z += strength.scaled_strength * ratio
             if DIRECTION & KIND == VECTOR:
-                z += push * o
+                z += strength.scaled_strength * o
             if not greedy:
-                z += heat * gumbel(block_bits(start, seed, offset, BLOCK))
+                z += scaled_temperature * gumbel(block_bits(start, noise.seed, noise.offset, BLOCK))
             better = (w > -INF) & (z > best)
             best, best_id = tl.where(better, z, best), tl.where(better, ids, best_id)
             if SUMMED and not HAS_BASE:
-                finite += (w > -INF).to(tl.int32)
-    if DIRECT:
-        count = tl.sum(finite, 0)
+                n_finite += (w > -INF).to(tl.int32)
+    if DIRECT & KIND:
+        count = tl.sum(n_finite, 0)
     top, top_id = best_of(best, best_id)
-    flags = tl.max(found & INVALID, 0) | tl.max(found & BASE_MASKED, 0) | tl.max(found & FAR, 0)
-    return (max_w, max_b, tl.sum(zw, 0), tl.sum(zb, 0), tl.sum(usable, 0), tl.sum(cross, 0),
-            flags, count, top, top_id)  # fmt: skip
+    found = any_flags(flags)
+    sums = Sums(max_w, max_b, tl.sum(z_w, 0), tl.sum(z_b, 0), tl.sum(usable, 0), tl.sum(cross, 0))
+    return Swept(sums, found, count, top, top_id)
 
 
 @triton.jit
-def publish(sums, counts, max_w, max_b, zw, zb, usable, cross, flags, count, best, best_id):
-    """Write a slice's numbers where the finishing program finds them."""
-    tl.store(sums, max_w)
-    tl.store(sums + 1, max_b)
-    tl.store(sums + 2, zw)
-    tl.store(sums + 3, zb)
-    tl.store(sums + 4, usable)
-    tl.store(sums + 5, cross)
-    tl.store(sums + 6, best)
-    tl.store(counts, flags)
-    tl.store(counts + 1, count)
-    tl.store(counts + 2, best_id)
+def any_flags(flags):
+    """The bits that are set anywhere in a tile."""
+    return tl.max(flags & INVALID, 0) | tl.max(flags & BASE_MASKED, 0) | tl.max(flags & FAR_APART, 0)
 
 
 @triton.jit
-def sweep_slice(
-    warm, other, part, slice_size, vocab, log_alpha, sums, counts, listed, counter,
-    scale, push, heat, greedy, seed, offset,
-    KIND: tl.constexpr, DIRECT: tl.constexpr, SUMMED: tl.constexpr,
-    SPLITS: tl.constexpr, CAP: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    """Sweep slice ``part`` of a row and publish it; whether this program is to finish the row."""
-    begin = part * slice_size
-    end = tl.minimum(begin + slice_size, vocab)
-    max_w, max_b, zw, zb, usable, cross, flags, count, best, best_id = first_sweep(
-        warm, other, begin, end, log_alpha, listed + part * CAP, scale, push, heat, greedy, seed, offset,
-        KIND, DIRECT, SUMMED, CAP, BLOCK, STAGES,
-    )  # fmt: skip
-    publish(sums + part * SUMS, counts + part * COUNTS, max_w, max_b, zw, zb, usable, cross, flags, count,
-            best, best_id)  # fmt: skip
-    return arrive(counter, SPLITS)
-
-
-@triton.jit
-def in_play(count, vocab, KIND: tl.constexpr):
-    """How many tokens are in play: the listed ones, or the whole row where there is no complete list."""
-    number = vocab
-    if LISTS & KIND:
-        number = tl.where(count >= 0, count, vocab)
-    return number
+def publish(slices, swept):
+    """Write this slice's numbers where the finishing program finds them."""
+    sums, counts = slices.sums + slices.part * SUMS, slices.counts + slices.part * COUNTS
+    tl.store(sums, swept.sums.max_w)
+    tl.store(sums + 1, swept.sums.max_b)
+    tl.store(sums + 2, swept.sums.z_w)
+    tl.store(sums + 3, swept.sums.z_b)
+    tl.store(sums + 4, swept.sums.usable)
+    tl.store(sums + 5, swept.sums.cross)
+    tl.store(sums + 6, swept.best)
+    tl.store(counts, swept.flags)
+    tl.store(counts + 1, swept.count)
+    tl.store(counts + 2, swept.best_id)
 
 
 @triton.jit
@@ -185,102 +233,88 @@ def arrive(counter, SPLITS: tl.constexpr):
 
 
 @triton.jit
-def merge(sums, counts, listed, warm, log_alpha, SPLITS: tl.constexpr, KIND: tl.constexpr,
-          CAP: tl.constexpr):  # fmt: skip
-    """The whole row's numbers out of its slices', in the order of :func:`first_sweep`.
+def sweep_slice(
+    operands,
+    slices,
+    log_alpha,
+    strength,
+    noise,
+    KIND: tl.constexpr,
+    SPLITS: tl.constexpr,
+    CAP: tl.constexpr,
+    BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Sweep this program's slice and publish it; whether this program is to finish the row."""
+    publish(slices, first_sweep(operands, slices, log_alpha, strength, noise, KIND, CAP, BLOCK, STAGES))
+    return arrive(slices.counter, SPLITS)
 
-    LISTS: the ids that are in C are moved to the front of ``listed``; ``count`` is how many, or -1
-    if some slice had more than fitted.
-    """
+
+@triton.jit
+def merge(operands, slices, log_alpha, KIND: tl.constexpr, SPLITS: tl.constexpr, CAP: tl.constexpr):
+    """Step 3: the row's numbers out of its slices'; its candidates come to the front, less those not in C."""
     LANES: tl.constexpr = triton.next_power_of_2(SPLITS)
     lane = tl.arange(0, LANES)
     live = lane < SPLITS
-    at, of = sums + lane * SUMS, counts + lane * COUNTS
+    at, of = slices.sums + lane * SUMS, slices.counts + lane * COUNTS
     max_w_s, max_b_s = tl.load(at, mask=live, other=-INF), tl.load(at + 1, mask=live, other=-INF)
     max_w, max_b = tl.max(max_w_s, 0), tl.max(max_b_s, 0)
     ref_w, ref_b = or_zero(max_w), or_zero(max_b)
-    scale = tl.exp(max_w_s - ref_w)
-    zw = tl.sum(tl.load(at + 2, mask=live, other=0.0) * scale, 0)
-    zb = tl.sum(tl.load(at + 3, mask=live, other=0.0) * tl.exp(max_b_s - ref_b), 0)
+    rescale = tl.exp(max_w_s - ref_w)
+    z_w = tl.sum(tl.load(at + 2, mask=live, other=0.0) * rescale, 0)
+    z_b = tl.sum(tl.load(at + 3, mask=live, other=0.0) * tl.exp(max_b_s - ref_b), 0)
     usable_s = tl.load(at + 4, mask=live, other=0.0)
     cross_s = tl.load(at + 5, mask=live, other=0.0)
     shift = (max_w_s - ref_w) - (max_b_s - ref_b)
-    kept = usable_s * scale
-    cross = tl.sum(tl.where(kept > 0.0, scale * (cross_s + usable_s * shift), 0.0), 0)
+    kept = usable_s * rescale
+    cross = tl.sum(tl.where(kept > 0.0, rescale * (cross_s + usable_s * shift), 0.0), 0)
     usable = tl.sum(kept, 0)
-    flags_s = tl.load(of, mask=live, other=0)
-    flags = tl.max(flags_s & INVALID, 0) | tl.max(flags_s & BASE_MASKED, 0) | tl.max(flags_s & FAR, 0)
+    flags = any_flags(tl.load(of, mask=live, other=0))
     count_s = tl.load(of + 1, mask=live, other=0)
     best, best_id = best_of(tl.load(at + 6, mask=live, other=-INF), tl.load(of + 2, mask=live, other=MAX_ID))
-    if LISTS & KIND:
-        count_s = tl.where(inside_of(max_w_s, max_w, log_alpha), count_s, 0)
-        count = pack(listed, warm, count_s, max_w, log_alpha, LANES, CAP)
+    if COMPACT & KIND:
+        count_s = tl.where(in_confidence_set(max_w_s, max_w, log_alpha), count_s, 0)
+        count = compact_candidates(slices.candidates, operands.warm, count_s, max_w, log_alpha, LANES, CAP)
     else:
         count = tl.sum(count_s, 0)
-    return max_w, max_b, zw, zb, usable, cross, flags, count, best, best_id
+    return Swept(Sums(max_w, max_b, z_w, z_b, usable, cross), flags, count, best, best_id)
 
 
 @triton.jit
-def pack(listed, warm, count_s, max_w, log_alpha, LANES: tl.constexpr, CAP: tl.constexpr):
-    """Move the listed ids that are inside C, in order, to the front of the row's list; how many, or -1.
-
-    Slice s wrote its ``count_s[s]`` ids from ``s * CAP`` on. Place i of all of them belongs to the slice
-    that is found by comparing i with the running totals. A move never goes up, and a store waits (through
-    the cumsum) for the loads of its tile, so it can be done in place.
-    """
-    if tl.max(count_s, 0) > CAP:
-        kept = tl.max(count_s, 0) * 0 - 1
-    else:
-        TILE: tl.constexpr = max(16, min(256, 2048 // LANES))
-        ends = tl.cumsum(count_s, 0)
-        total = tl.sum(count_s, 0)
-        kept = total * 0
-        for start in range(0, total, TILE):
-            place = start + tl.arange(0, TILE)
-            passed = ends[None, :] <= place[:, None]
-            slices = tl.sum(passed.to(tl.int32), 1)
-            within = place - tl.sum(tl.where(passed, count_s[None, :], 0), 1)
-            live = place < total
-            ids = tl.load(listed + slices * CAP + within, mask=live, other=0)
-            w = tl.load(warm + ids, mask=live, other=-INF).to(tl.float32)
-            inside = inside_of(w, max_w, log_alpha)
-            tl.store(listed + kept + tl.cumsum(inside.to(tl.int32), 0) - 1, ids, mask=inside)
-            kept += tl.sum(inside.to(tl.int32), 0)
-        tl.debug_barrier()  # the list is read back by other threads
-    return kept
-
-
-@triton.jit
-def sums_again(warm, other, vocab, max_w, max_b):
-    """``(Z_w, usable, cross)`` of :func:`first_sweep` in float64, where they passed float32's range."""
-    zw, usable = tl.zeros([RARE], tl.float64), tl.zeros([RARE], tl.float64)
-    cross = tl.zeros([RARE], tl.float64)
-    for start in range(0, vocab, RARE):
-        ids = start + tl.arange(0, RARE)
-        w = tl.load(warm + ids, mask=ids < vocab, other=-INF).to(tl.float64)
-        o = tl.load(other + ids, mask=ids < vocab, other=-INF).to(tl.float64)
+def sums_in_float64(operands, sums):
+    """``(z_w, usable, cross)`` of :class:`Sums` in float64, where they passed float32's range."""
+    z_w, usable = tl.zeros([RARE_BLOCK], tl.float64), tl.zeros([RARE_BLOCK], tl.float64)
+    cross = tl.zeros([RARE_BLOCK], tl.float64)
+    for start in range(0, operands.vocab, RARE_BLOCK):
+        ids = start + tl.arange(0, RARE_BLOCK)
+        w = tl.load(operands.warm + ids, mask=ids < operands.vocab, other=-INF).to(tl.float64)
+        o = tl.load(operands.other + ids, mask=ids < operands.vocab, other=-INF).to(tl.float64)
         both = (w > -INF) & (o > -INF)
-        e = tl.exp(w - max_w)
-        zw += e
+        e = tl.exp(w - sums.max_w)
+        z_w += e
         usable += tl.where(both, e, 0.0)
-        cross += tl.where(both, e * ((w - max_w) - (o - max_b)), 0.0)
-    return tl.sum(zw, 0), tl.sum(usable, 0), tl.sum(cross, 0)
+        cross += tl.where(both, e * ((w - sums.max_w) - (o - sums.max_b)), 0.0)
+    return tl.sum(z_w, 0), tl.sum(usable, 0), tl.sum(cross, 0)
 
 
 @triton.jit
-def divergence(
-    warm, other, vocab, max_w, max_b, zw, zb, usable, cross, valid, HAS_BASE: tl.constexpr
-):  # fmt: skip
-    """``(log Z_w, log Z_b, K, gap)`` of a row from its sums; Z relative to the maxima, K float64."""
-    log_zw = tl.log(zw)
+def kl_divergence(operands, sums, log_zw, log_zb, valid):
+    """K = KL(p || q) of a row, float64."""
+    z_w, usable, cross = sums.z_w.to(tl.float64), sums.usable.to(tl.float64), sums.cross.to(tl.float64)
+    overflown = (tl.abs(sums.cross) < INF) == 0
+    if valid & overflown:
+        z_w, usable, cross = sums_in_float64(operands, sums)
+    return (cross - usable * (log_zw - log_zb)) / z_w
+
+
+@triton.jit
+def make_constants(operands, sums, log_alpha, valid, KIND: tl.constexpr):
+    """Step 4: a row's constants from its sums; of use only where ``valid``."""
+    log_zw = tl.log(sums.z_w)
     log_zb = log_zw
     kl = tl.full([], 0.0, tl.float64)
-    if HAS_BASE:
-        log_zb = tl.where(zb > 0.0, tl.log(tl.where(zb > 0.0, zb, 1.0)), 0.0)
-        mass, part, total = zw.to(tl.float64), usable.to(tl.float64), cross.to(tl.float64)
-        overflown = (tl.abs(cross) < INF) == 0
-        if valid & overflown:
-            mass, part, total = sums_again(warm, other, vocab, max_w, max_b)
-        kl = (total - part * (log_zw - log_zb)) / mass
+    if DIRECTION & KIND < VECTOR:
+        log_zb = tl.where(sums.z_b > 0.0, tl.log(tl.where(sums.z_b > 0.0, sums.z_b, 1.0)), 0.0)
+        kl = kl_divergence(operands, sums, log_zw, log_zb, valid)
     gap = (((log_zw - log_zb) + kl) * SHRINK).to(tl.float32)
-    return log_zw, log_zb, kl, gap
+    return Constants(sums.max_w, log_zw, sums.max_b, log_zb, kl, gap, log_alpha)

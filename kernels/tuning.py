@@ -35,7 +35,7 @@ class Config:
     programs: int = 4
     """Programs a multiprocessor that splitting rows aims at; under the interpreter, slices a row."""
     cap: int = 512
-    """Candidates a slice may list."""
+    """Candidates a slice has space for."""
 
 
 DEFAULT = Config()

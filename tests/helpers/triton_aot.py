@@ -25,54 +25,53 @@ from svdk.kernels.sample import steered_sample_kernel
 from svdk.kernels.tuning import DEFAULT
 from svdk.ops import schema
 
-LISTS, OUTSIDE = steering.LISTS.value, steering.OUTSIDE.value
+COMPACT, DIRECT, FILTERS, INFO, OUTSIDE = (
+    getattr(steering, name).value for name in ("COMPACT", "DIRECT", "FILTERS", "INFO", "OUTSIDE")
+)
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-POINTERS = {
-    "warm": "*fp32", "other": "*fp32", "warm_rows": "*i64", "other_rows": "*i64", "labels": "*i64",
-    "sums": "*fp32", "counts": "*i32", "listed": "*i32", "values": "*fp32", "counters": "*i32",
-    "token_out": "*i64", "floats_out": "*fp32", "ints_out": "*i32", "curves_out": "*fp32",
-    "greedy_out": "*i64", "rows_out": "*fp32", "status_out": "*i32", "sizes_out": "*i64", "kept_out": "*fp32",
-    "kept": "*fp32", "row_ptr": "*i64", "ids_out": "*i64", "p_out": "*fp32", "delta_out": "*fp32",
-    "strength_rows": "*fp32", "alpha_rows": "*fp32", "temperature_rows": "*fp32", "top_k_rows": "*i64",
-    "top_p_rows": "*fp32", "min_p_rows": "*fp32", "seed_rows": "*i64", "offset_rows": "*i64",
-    "strengths": "*fp32",
-}  # fmt: skip
-SCALARS = {
-    "warm_stride": "i64", "other_stride": "i64", "batch": "i32", "vocab": "i32", "slice_size": "i32",
-    "number": "i32", "penalty": "fp32", "strength": "fp32", "alpha": "fp32", "temperature": "fp32",
-    "top_k": "i64", "top_p": "fp32", "min_p": "fp32", "seed": "i64", "offset": "i64",
-}  # fmt: skip
-ROWS = ("strength_rows", "alpha_rows", "temperature_rows", "top_k_rows", "top_p_rows", "min_p_rows",
-        "seed_rows", "offset_rows", "warm_rows", "other_rows", "strengths", "labels")  # fmt: skip
+ROWS = {
+    f"{x.name}_rows": {"float": "*fp32", "int": "*i64"}[x.kind]
+    for x in schema.PARAMETERS
+    if x.kind != "scalar"
+}
+ROWS |= {"warm_rows": "*i64", "base_rows": "*i64", "labels": "*i64", "strengths": "*fp32"}
+"""What a call may be without."""
+OTHERS = {
+    "*fp32": "warm other sums ranking kept kept_out floats_out curves_out rows_out p_out delta_out",
+    "*i32": "counts candidates counters ints_out status_out",
+    "*i64": "row_ptr token_out greedy_out sizes_out ids_out",
+    "i32": "batch vocab slice_size number",
+    "i64": "warm_stride other_stride",
+}
+"""What is not in the table of parameters."""
+TYPES = {name: kind for kind, names in OTHERS.items() for name in names.split()}
+TYPES |= ROWS | {x.name: {"float": "fp32", "scalar": "fp32", "int": "i64"}[x.kind] for x in schema.PARAMETERS}
 ALIGNED = ("warm_stride", "other_stride", "vocab", "slice_size")
 """Multiples of 16 for every usual model; a launch finds that out by itself."""
 SHAPE = {"BLOCK": DEFAULT.block, "STAGES": DEFAULT.stages}
 KL = schema.KL_GRADIENT
-LISTED = KL | LISTS
-SAMPLE = {
-    "KIND": LISTED, "MODE": schema.CONSTANT, "FILTERS": False, "DIRECT": False, "INFO": False, "SPLITS": 8,
-    "CAP": DEFAULT.cap, **SHAPE,
-}  # fmt: skip
-LOGPROB = {"KIND": LISTED | OUTSIDE, "SPLITS": 1, "CAP": DEFAULT.cap, **SHAPE}
+COMPACTED = KL | COMPACT
+SAMPLE = {"KIND": COMPACTED, "MODE": schema.CONSTANT, "SPLITS": 8, "CAP": DEFAULT.cap, **SHAPE}
+LOGPROB = {"KIND": COMPACTED | OUTSIDE, "SPLITS": 1, "CAP": DEFAULT.cap, **SHAPE}
 SAMPLES = (
     ("sample", {}, "fp32", ()),
     ("sample.bf16.rows", {"SPLITS": 128}, "bf16", ("seed_rows", "offset_rows")),
-    ("sample.alone", {"SPLITS": 1}, "bf16", ("warm_rows", "other_rows")),
-    ("sample.filters.info", {"FILTERS": True, "INFO": True}, "bf16", ROWS),
+    ("sample.alone", {"SPLITS": 1}, "bf16", ("warm_rows", "base_rows")),
+    ("sample.filters.info", {"KIND": COMPACTED | FILTERS | INFO}, "bf16", tuple(ROWS)),
     ("sample.label", {"MODE": schema.LABEL}, "fp16", ("labels",)),
     ("sample.kl_budget", {"MODE": schema.KL_BUDGET}, "fp32", ()),
     ("sample.wide", {"KIND": KL | OUTSIDE}, "fp32", ()),
-    ("sample.wide.filters", {"KIND": KL, "FILTERS": True}, "fp32", ()),
-    ("sample.log_ratio", {"KIND": schema.LOG_RATIO, "DIRECT": True}, "bf16", ()),
-    ("sample.vector", {"KIND": schema.VECTOR | LISTS}, "bf16", ()),
-    ("sample.vector.wide", {"KIND": schema.VECTOR, "DIRECT": True, "INFO": True}, "bf16", ()),
-    ("sample.vector.budget", {"KIND": schema.VECTOR | LISTS, "MODE": schema.KL_BUDGET}, "bf16", ()),
-    ("sample.plain", {"KIND": schema.PLAIN, "DIRECT": True}, "fp32", ()),
-    ("sample.plain.filters", {"KIND": schema.PLAIN, "FILTERS": True}, "fp32", ()),
+    ("sample.wide.filters", {"KIND": KL | FILTERS}, "fp32", ()),
+    ("sample.log_ratio", {"KIND": schema.LOG_RATIO | DIRECT}, "bf16", ()),
+    ("sample.vector", {"KIND": schema.VECTOR | COMPACT}, "bf16", ()),
+    ("sample.vector.wide", {"KIND": schema.VECTOR | DIRECT | INFO}, "bf16", ()),
+    ("sample.vector.budget", {"KIND": schema.VECTOR | COMPACT, "MODE": schema.KL_BUDGET}, "bf16", ()),
+    ("sample.plain", {"KIND": schema.PLAIN | DIRECT}, "fp32", ()),
+    ("sample.plain.filters", {"KIND": schema.PLAIN | FILTERS}, "fp32", ()),
 )
 VARIANTS = (
     *((label, steered_sample_kernel, SAMPLE | changed, *rest) for label, changed, *rest in SAMPLES),
@@ -103,7 +102,7 @@ def compile_variant(kernel, constants: dict, dtype: str, given: tuple[str, ...],
             vector = constants["KIND"] & 3 == schema.VECTOR and name == "other"
             signature[name] = "*fp32" if vector else f"*{dtype}"
         else:
-            signature[name] = POINTERS.get(name) or SCALARS[name]
+            signature[name] = TYPES[name]
     aligned = [n for n in kernel.arg_names if signature[n][0] == "*" or n in ALIGNED]
     attributes = {(kernel.arg_names.index(n),): [["tt.divisibility", 16]] for n in aligned}
     source = ASTSource(kernel, signature, constexprs, attributes)

@@ -1,4 +1,4 @@
-"""What is the Triton backend's own: noise, slices, lists, filters' two ways, tuning, tracing, compilation.
+"""What is the Triton backend's own: noise, slices, candidates, the two filters, tuning, tracing, compilation.
 
 Its results are tested in ``test_ops.py`` with every other backend's.
 """
@@ -26,13 +26,14 @@ import triton  # noqa: E402
 import triton.language as tl  # noqa: E402
 
 import svdk  # noqa: E402
-from svdk.kernels import library, noise, tuning  # noqa: E402
-from svdk.ops import backends, philox  # noqa: E402
+from svdk.kernels import library, tuning  # noqa: E402
+from svdk.kernels import philox as noise  # noqa: E402
+from svdk.ops import backends, philox, schema  # noqa: E402
 from tests.helpers import ops_cases as oc  # noqa: E402
 
 DEVICE = oc.device_of("triton")
 TINY = tuning.Config(block=64, cap=16, programs=16, stages=1)
-"""Many tiles, slices and overflowing lists even in a small vocabulary."""
+"""Many tiles, slices and overflowing candidates even in a small vocabulary."""
 
 
 @pytest.fixture
@@ -97,7 +98,7 @@ def test_slices_tiles_and_configurations_change_no_token(tiny_config):
 @pytest.mark.parametrize(
     "kwargs", [{}, {"temperature": 0.0}, {"top_p": 0.3}, {"top_k": 7}, {"strength_mode": "kl_budget"}]
 )
-def test_a_list_that_overflows_is_replaced_by_the_row(tiny_config, kwargs):
+def test_candidates_that_overflow_are_replaced_by_the_row(tiny_config, kwargs):
     warm, base = (x.to(DEVICE) for x in oc.logits(3, 700, scale=0.2, seed=4))
     kwargs = {"alpha": 0.05, "seed": 11, **kwargs}
     token, info = svdk.steered_sample(warm, base, **kwargs, backend="triton", return_info=True)
@@ -153,7 +154,7 @@ def test_extreme_logits_in_any_slice(tiny_config, kwargs):
     "kwargs", [{"top_p": 0.5}, {"top_p": 0.0}, {"top_k": 3}, {"top_k": 3, "top_p": 0.4}, {"min_p": 1.0}]
 )
 def test_ties_in_the_filters(alpha, kwargs):
-    # alpha picks the way: 0.5 ranks a list, 0 searches the row for the threshold.
+    # alpha picks the way: 0.5 ranks candidates, 0 searches the row for the threshold.
     warm = torch.zeros(12, 80, device=DEVICE)
     warm[6:, ::2] = 1.0
     base = warm.clone()
@@ -170,6 +171,13 @@ def test_a_real_vocabulary(name):
     oc.assert_same_tokens(svdk.steered_sample(*args, **kwargs, backend="triton"), args, kwargs)
 
 
+def _flat(op: schema.Op, warm, base, **more) -> tuple:
+    """Flat arguments of an op, with the table's defaults."""
+    operands = schema.Operands(warm, base, None, None, None, warm.shape[1], schema.KL_GRADIENT)
+    given = {x.name: x.default if x.kind == "scalar" else schema.PerRow(x.default) for x in op.parameters}
+    return tuple(op.flatten(operands, given | more))
+
+
 def test_the_op_in_a_compiled_graph():
     warm, base = (x.to(DEVICE) for x in oc.logits(2, 64))
     labels = torch.tensor([1, 2], device=DEVICE)
@@ -182,18 +190,14 @@ def test_the_op_in_a_compiled_graph():
     compiled = torch.compile(step, fullgraph=True, backend="inductor" if DEVICE == "cuda" else "aot_eager")
     for got, want in zip(compiled(warm, base, seed), step(warm, base, seed), strict=True):
         assert torch.equal(got, want)
-    flat = (warm, base, None, None, None)
-    scalars = (1.0, None, 0.1, None, 1.0, None, 0, None, 1.0, None, 0.0, None, 0, None, 0, None, True)
     tests = ("test_schema", "test_faketensor")
-    torch.library.opcheck(
-        torch.ops.svdk_triton.steered_sample, (*flat, None, 64, 0, 0, -math.inf, *scalars), test_utils=tests
-    )
-    torch.library.opcheck(
-        torch.ops.svdk_triton.steered_logprob,
-        (*flat, labels, 64, 0, 0.0, 0.1, None, 1.0, None, None),
-        test_utils=tests,
-    )
-    torch.library.opcheck(torch.ops.svdk_triton.extract, (*flat, 64, 0, 0.1, None), test_utils=tests)
+    for name, more in (
+        ("steered_sample", {"labels": None, "mode": schema.CONSTANT, "info": True}),
+        ("steered_logprob", {"labels": labels, "penalty": 0.0, "strengths": None}),
+        ("extract", {}),
+    ):
+        op = getattr(torch.ops.svdk_triton, name)
+        torch.library.opcheck(op, _flat(schema.OPS[name], warm, base, **more), test_utils=tests)
 
 
 def test_auto_never_interprets(monkeypatch):

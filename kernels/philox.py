@@ -1,4 +1,4 @@
-"""Philox4x32-10 bits keyed by token id, and the Gumbel noise made of them.
+"""Philox4x32-10 bits keyed by token id, and the Gumbel noise made of them (for step 11).
 
 The bits are those of ``svdk/ops/philox.py``: key = the row's seed, counter = (token id >> 2, offset low,
 offset high, stream 0), word = token id & 3. ``tl.philox`` is the same generator; what is ours is which
@@ -7,8 +7,19 @@ word belongs to which token, and a conversion that keeps all 32 bits in float32.
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
+
+
+class Noise(NamedTuple):
+    """What the draw of a row takes besides its steered logits."""
+
+    temperature: Any
+    """0 is greedy."""
+    seed: Any
+    offset: Any
 
 
 @triton.jit
