@@ -15,7 +15,7 @@
 #include <optional>
 #include <tuple>
 
-#include "call.h"
+#include "arguments.cuh"
 
 namespace {
 

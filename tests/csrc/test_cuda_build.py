@@ -14,7 +14,7 @@ from tests.helpers import cuda_resources
 
 NEEDS_NVCC = pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc on PATH")
 SOURCE = """
-#include "call.h"
+#include "arguments.cuh"
 using namespace svdk::cuda;
 template __global__ void svdk::cuda::steered_sample_kernel<BFloat16, kBase>(SampleArgs);
 template __global__ void svdk::cuda::steered_sample_kernel<float, kNone>(SampleArgs);

@@ -59,7 +59,7 @@ _LAYOUT = (
 
 
 class Call(ctypes.Structure):
-    """``svdk::cuda::Call`` of csrc/cuda/call.h."""
+    """``svdk::cuda::Call`` of csrc/cuda/arguments.cuh."""
 
     _fields_ = _LAYOUT
 
@@ -80,7 +80,7 @@ def build(sources: Path = ROOT, **macros: int) -> ctypes.CDLL:
     shim = sources / "tests" / "shim"
     digest = hashlib.sha256(repr(flags).encode())
     for folder in (sources / "csrc" / "cuda", shim, sources / "csrc"):
-        for path in sorted([*folder.glob("*.h"), *folder.glob("*.cpp")]):
+        for path in sorted([*folder.glob("*.*h"), *folder.glob("*.cpp")]):
             digest.update(path.read_bytes())
     kept = Path(tempfile.gettempdir()) / f"svdk-shim-{os.getuid()}"
     kept.mkdir(mode=0o700, exist_ok=True)

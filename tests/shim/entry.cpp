@@ -3,7 +3,7 @@
 #include <utility>
 #include <vector>
 
-#include "../../csrc/cuda/call.h"
+#include "../../csrc/cuda/arguments.cuh"
 #include "fibers.h"
 
 using namespace svdk::cuda;

@@ -1,7 +1,7 @@
 // Reading rows 16 bytes at a time. The token a thread reads never depends on the row's alignment,
 // so neither do the sums: rows that do not start on 16 bytes are put together from two loads.
 #pragma once
-#include "problem.h"
+#include "steering.cuh"
 
 namespace svdk::cuda {
 

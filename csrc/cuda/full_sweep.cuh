@@ -1,7 +1,7 @@
 // Sweeps over a whole row once its constants are known: for rows whose tokens in play do not fit
 // the list. Done by all CTAs of the row together.
 #pragma once
-#include "list.h"
+#include "candidates.cuh"
 
 namespace svdk::cuda {
 

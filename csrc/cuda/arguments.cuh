@@ -4,8 +4,8 @@
 #include <cmath>
 #include <type_traits>
 
-#include "extract.h"
-#include "score.h"
+#include "extract.cuh"
+#include "logprob.cuh"
 
 namespace svdk::cuda {
 

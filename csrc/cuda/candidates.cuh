@@ -2,7 +2,7 @@
 // diagnostics, in double but for exponentials and logarithms. Everything here is done by one CTA on
 // part.list, which is in order of id.
 #pragma once
-#include "sums.h"
+#include "sweep.cuh"
 
 namespace svdk::cuda {
 

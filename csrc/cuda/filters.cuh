@@ -1,7 +1,7 @@
 // Top-k, top-p and min-p over a whole row, by histograms instead of a sort. Masses are summed in
 // 64-bit fixed point: integer sums do not depend on the order of the atomics.
 #pragma once
-#include "whole.h"
+#include "full_sweep.cuh"
 
 namespace svdk::cuda {
 

@@ -1,6 +1,6 @@
 // steered_sample: one launch, one or more CTAs a row.
 #pragma once
-#include "select.h"
+#include "filters.cuh"
 
 namespace svdk::cuda {
 

@@ -1,7 +1,7 @@
 // steered_logprob: log-probabilities of labels along strengths, with slopes, curvatures and
 // moments.
 #pragma once
-#include "sample.h"
+#include "sample.cuh"
 
 namespace svdk::cuda {
 

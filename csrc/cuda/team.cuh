@@ -1,7 +1,7 @@
 // The CTAs that share a row, their shared memory, and reductions whose result depends neither on
 // the schedule nor on how many CTAs there are.
 #pragma once
-#include "read.h"
+#include "read.cuh"
 
 namespace svdk::cuda {
 
@@ -27,7 +27,7 @@ struct Binning {
   float top, per_unit, floor;  // only tokens from `floor` up; for kTies: at it
 };
 
-// The state of a search for thresholds over a whole row; see select.h.
+// The state of a search for thresholds over a whole row; see filters.cuh.
 struct Search {
   Binning bins;
   int level, limit;

@@ -2,7 +2,7 @@
 // specification; csrc/cpu is the same algorithm in double.
 #pragma once
 #include "../philox.h"
-#include "platform.h"
+#include "platform.cuh"
 
 // The tests build with smaller ones, so that short rows meet every path.
 #ifndef SVDK_SLICE_TOKENS

@@ -1,7 +1,7 @@
 // extract: sizes first, then row pointers, then the entries. The size of the output depends on the
 // data, so the caller has to wait for it between the second and the third kernel.
 #pragma once
-#include "sample.h"
+#include "sample.cuh"
 
 namespace svdk::cuda {
 

@@ -1,7 +1,7 @@
 // The first sweep: both softmax denominators, sum p (w - b), and the candidates for C, reading each
 // logit once.
 #pragma once
-#include "team.h"
+#include "team.cuh"
 
 namespace svdk::cuda {
 
