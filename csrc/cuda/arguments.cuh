@@ -1,45 +1,87 @@
-// From the flat arguments of an operation to those of its kernels. Host code without PyTorch,
-// shared by the binding and by the tests that run the kernels on the CPU.
+// The arguments of the kernels, and how they follow from a call of an operation. Also host code
+// without PyTorch, shared by the binding and by the tests that run the kernels on the CPU.
 #pragma once
 #include <cmath>
+#include <cstdint>
 #include <type_traits>
 
-#include "extract.cuh"
-#include "logprob.cuh"
+#include "../common.h"
+
+// The tests build with shorter ones, so that short rows meet every path.
+#ifndef SVDK_SLICE_TOKENS
+#define SVDK_SLICE_TOKENS 8192
+#endif
 
 namespace svdk::cuda {
 
-enum DType : int { kFloat = 0, kBFloat16 = 1, kHalf = 2 };
+constexpr int kMaxSlices = 16;
+constexpr int kSliceTokens = SVDK_SLICE_TOKENS;
+
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Half {
+  uint16_t bits;
+};
+
+// The second operand of a kernel, a template parameter.
+enum Source : int { kNone = 0, kBase = 1, kVectorRow = 2 };
+// How the CTAs of a row exchange what they found.
+enum Transport : int { kSolo = 0, kCluster = 1, kWorkspace = 2 };
+
+// A logits tensor (or a table of vectors): rows picked by index, or in order.
+struct Table {
+  const void* data;
+  int64_t stride;        // elements
+  const int64_t* index;  // or null
+  int64_t limit;         // rows
+};
+
+struct Part;       // team.cuh
+struct Constants;  // steering.cuh
+
+// The rows of a call, their parameters, and how many CTAs share a row.
+struct BatchArgs {
+  Table warm, other;
+  int batch, vocab, direction, split, transport;
+  BatchParameters parameters;
+  double log_alpha;   // of the scalar alpha
+  Part* parts;        // kWorkspace: (batch, split)
+  uint32_t* tickets;  // kWorkspace: (batch,), all zero between launches
+};
+
+struct SampleArgs {
+  BatchArgs rows;
+  int64_t* token;  // (B,)
+  float* floats;   // (5, B) or null
+  int32_t* ints;   // (2, B) or null
+};
+
+struct LogprobArgs {
+  BatchArgs rows;
+  const float* strengths;  // (M,) or null: one value a row
+  int count;               // M
+  float* curves;           // (3, B, M)
+  int64_t* greedy;         // (B, M)
+  float* stats;            // (6, B)
+  int32_t* status;         // (B,)
+};
+
+struct ExtractArgs {
+  BatchArgs rows;
+  Constants* constants;  // (B,), from the first kernel to the others
+  float* stats;          // (3, B)
+  int32_t* status;       // (B,)
+  int64_t* row_ptr;      // (B + 1,), second kernel
+  int64_t* ids;          // (N,), third kernel
+  float *p, *delta;      // (N,), third kernel
+};
 
 // Everything a caller of any of the operations gives; unused fields are zero.
 struct Call {
-  int64_t dtype, source, batch, vocab, direction, mode, split, transport;
-  const void* warm;
-  int64_t warm_stride;
-  const int64_t* warm_index;
-  int64_t warm_limit;
-  const void* other;
-  int64_t other_stride;
-  const int64_t* other_index;
-  int64_t other_limit;
-  double penalty;
-  double strength;
-  const float* strength_rows;
-  double alpha;
-  const float* alpha_rows;
-  double temperature;
-  const float* temperature_rows;
-  double top_p;
-  const float* top_p_rows;
-  double min_p;
-  const float* min_p_rows;
-  int64_t top_k;
-  const int64_t* top_k_rows;
-  int64_t seed;
-  const int64_t* seed_rows;
-  int64_t offset;
-  const int64_t* offset_rows;
-  const int64_t* labels;
+  int64_t dtype, source, batch, vocab, direction, split, transport;
+  Table warm, other;
+  BatchParameters parameters;
   const float* strengths;
   int64_t count;
   void* parts;
@@ -51,58 +93,35 @@ struct Call {
   int64_t* greedy;
   float* stats;
   int32_t* status;
-  void* extracted;
+  void* constants;
   int64_t* row_ptr;
   int64_t* ids;
   float *p, *delta;
 };
 
-inline RowArgs row_args(const Call& c) {
-  return {{c.warm, c.warm_stride, c.warm_index, c.warm_limit},
-          {c.other, c.other_stride, c.other_index, c.other_limit},
+inline BatchArgs batch_args(const Call& c) {
+  return {c.warm,
+          c.other,
           static_cast<int>(c.batch),
           static_cast<int>(c.vocab),
           static_cast<int>(c.direction),
           static_cast<int>(c.split),
           static_cast<int>(c.transport),
-          c.penalty,
-          {c.alpha, c.alpha_rows},
-          std::log(c.alpha),
+          c.parameters,
+          std::log(c.parameters.alpha.scalar),
           static_cast<Part*>(c.parts),
           c.tickets};
 }
-
-inline SampleArgs sample_args(const Call& c) {
-  return {row_args(c),
-          static_cast<int>(c.mode),
-          {c.strength, c.strength_rows},
-          {c.temperature, c.temperature_rows},
-          {c.top_p, c.top_p_rows},
-          {c.min_p, c.min_p_rows},
-          {c.top_k, c.top_k_rows},
-          {c.seed, c.seed_rows},
-          {c.offset, c.offset_rows},
-          c.labels,
-          c.token,
-          c.floats,
-          c.ints};
+inline SampleArgs sample_args(const Call& c) { return {batch_args(c), c.token, c.floats, c.ints}; }
+inline LogprobArgs logprob_args(const Call& c) {
+  BatchArgs rows = batch_args(c);
+  rows.parameters.mode = kLabel;  // every row has one
+  if (c.strengths) rows.parameters.strength = {0, nullptr};
+  return {rows, c.strengths, static_cast<int>(c.count), c.curves, c.greedy, c.stats, c.status};
 }
-
-inline ScoreArgs score_args(const Call& c) {
-  return {row_args(c),
-          c.labels,
-          {c.strength, c.strength_rows},
-          c.strengths,
-          static_cast<int>(c.count),
-          c.curves,
-          c.greedy,
-          c.stats,
-          c.status};
-}
-
 inline ExtractArgs extract_args(const Call& c) {
   return {
-      row_args(c), static_cast<Extracted*>(c.extracted), c.stats, c.status, c.row_ptr, c.ids, c.p,
+      batch_args(c), static_cast<Constants*>(c.constants), c.stats, c.status, c.row_ptr, c.ids, c.p,
       c.delta};
 }
 
@@ -127,9 +146,10 @@ void dispatch(const Call& c, const F& f) {
     if (c.source == kBase) f(tag, std::integral_constant<int, kBase>());
     if (c.source == kVectorRow) f(tag, std::integral_constant<int, kVectorRow>());
   };
-  if (c.dtype == kFloat) by_source(Tag<float>());
-  if (c.dtype == kBFloat16) by_source(Tag<BFloat16>());
-  if (c.dtype == kHalf) by_source(Tag<Half>());
+  const DType dtype = static_cast<DType>(c.dtype);
+  if (dtype == DType::kFloat) by_source(Tag<float>());
+  if (dtype == DType::kBFloat16) by_source(Tag<BFloat16>());
+  if (dtype == DType::kHalf) by_source(Tag<Half>());
 }
 
 }  // namespace svdk::cuda

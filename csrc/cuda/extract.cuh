@@ -1,55 +1,49 @@
-// extract: sizes first, then row pointers, then the entries. The size of the output depends on the
-// data, so the caller has to wait for it between the second and the third kernel.
+// extract: steps 1 to 6, in three kernels: sizes first, then row pointers, then the entries. The
+// size of the output depends on the data, so the caller has to wait for it between the second and
+// the third.
 #pragma once
-#include "sample.cuh"
+#include "read.cuh"
+#include "reduce.cuh"
+#include "steering.cuh"
+#include "sweep.cuh"
+#include "team.cuh"
 
 namespace svdk::cuda {
 
+struct MeasureShared {
+  RowShared row;
+  Candidate unordered[kCapacity];
+};
+
+// Steps 1 to 5. The rows' constants are kept for the other kernels: n_inside is the number of
+// entries, 0 for an invalid row.
 template <typename T, int S>
-SVDK_DEVICE void measure_row(const ExtractArgs& a, Shared& s) {
-  Cta cta(s, a.rows);
-  Pair<T, S> row{};
-  const bool refused = !alpha_is_valid(a.rows, cta.row) || open_pair(a.rows, cta.row, row);
-  if (!refused && !open_row(cta, a.rows, row, log_alpha_of(a.rows, cta.row))) return;
+SVDK_DEVICE void measure_row(const ExtractArgs& a, MeasureShared& s) {
+  Cta cta(s.row, a.rows);
+  Operands<T, S> row{};
+  load_parameters(s.row, a.rows, cta.row);
+  const bool refused = !s.row.parameters.valid || open_operands(a.rows, cta.row, row) != kBoth;
+  if (!refused && !open_row(cta, a.rows, row, s.unordered)) return;
   if (!cta.leads() || threadIdx.x != 0) return;
-  const bool invalid = refused || s.verdict.next == kFinished;
+  const bool invalid = refused || s.row.broadcast.next == kRefuse;
   const int64_t plane = a.rows.batch;
   if (invalid) {
-    a.extracted[cta.row].count = 0;
-    for (int k = 0; k < 3; ++k) a.stats[k * plane + cta.row] = SVDK_NAN;
+    a.constants[cta.row].n_inside = 0;
+    for (int k = 0; k < 3; ++k) a.stats[k * plane + cta.row] = static_cast<float>(kNaN);
     a.status[cta.row] = kInvalid;
     return;
   }
-  const Context& c = s.verdict.context;
-  a.extracted[cta.row] = {
-      c.log_w, c.log_b, c.kl, c.max_w, c.max_b, inside_from(c.max_w, c.log_alpha), c.inside};
-  a.stats[cta.row] = S == kBase ? static_cast<float>(c.kl) : SVDK_NAN;
+  Constants& c = s.row.broadcast.constants;
+  c.inside_from = inside_from(c.max_w, c.log_alpha);
+  a.constants[cta.row] = c;
+  a.stats[cta.row] = static_cast<float>(S == kBase ? c.kl : kNaN);
   a.stats[plane + cta.row] = c.max_w;
-  a.stats[2 * plane + cta.row] = static_cast<float>(c.max_w + c.log_w);
-  a.status[cta.row] = s.sums.flags & kBaseMasked;
-}
-
-// Exclusive prefix sum over the block; `all` is the sum.
-SVDK_DEVICE int64_t block_scan(unsigned long long* slots, int64_t mine, int64_t& all) {
-  int64_t until = mine;
-  for (int o = 1; o < 32; o <<= 1) {
-    const int64_t x = __shfl_up_sync(0xffffffffu, until, o);
-    if (lane_id() >= o) until += x;
-  }
-  if (lane_id() == 31) slots[warp_id()] = static_cast<unsigned long long>(until);
-  __syncthreads();
-  all = 0;
-  int64_t before = 0;
-  for (int i = 0; i < kWarps; ++i) {
-    if (i == warp_id()) before = all;
-    all += static_cast<int64_t>(slots[i]);
-  }
-  __syncthreads();
-  return before + until - mine;
+  a.stats[2 * plane + cta.row] = static_cast<float>(c.max_w + c.log_zw);
+  a.status[cta.row] = s.row.sums.exceptional.flags & kBaseMasked;
 }
 
 struct ScanShared {
-  unsigned long long slots[kWarps];
+  SlotsOf<8> slots;
 };
 
 // row_ptr from the counts, by one CTA.
@@ -57,37 +51,31 @@ SVDK_DEVICE void point_rows(const ExtractArgs& a, ScanShared& s) {
   int64_t start = 0;
   SVDK_ROLLED
   for (int from = 0; from < a.rows.batch; from += kThreads) {
-    const int i = from + static_cast<int>(threadIdx.x);
-    const int64_t mine = i < a.rows.batch ? a.extracted[i].count : 0;
+    const int i = from + thread_id();
+    const int64_t mine = i < a.rows.batch ? a.constants[i].n_inside : 0;
     int64_t all;
-    const int64_t before = block_scan(s.slots, mine, all);
-    if (i < a.rows.batch) a.row_ptr[i] = start + before;
+    const int64_t until = block_scan(s.slots, mine, all);
+    if (i < a.rows.batch) a.row_ptr[i] = start + until - mine;
     start += all;
   }
   if (threadIdx.x == 0) a.row_ptr[a.rows.batch] = start;
 }
 
-// The entries of a row, in order of id, by one CTA.
+// Step 6: the entries of a row, in order of id, by one CTA.
 template <typename T, int S>
 SVDK_DEVICE void fill_row(const ExtractArgs& a, ScanShared& s) {
-  constexpr int N = Pair<T, S>::N;
-  using Other = typename Pair<T, S>::Other;
+  constexpr int N = Operands<T, S>::N;
+  using Other = typename Operands<T, S>::Other;
   const int i = static_cast<int>(blockIdx.x);
-  const Extracted x = a.extracted[i];
-  if (x.count == 0) return;
-  Pair<T, S> row{};
-  open_pair(a.rows, i, row);
-  Context c{};
+  Constants c = a.constants[i];
+  if (c.n_inside == 0) return;
   c.direction = a.rows.direction;
-  c.max_w = x.max_w;
-  c.max_b = x.max_b;
-  c.log_w = x.log_w;
-  c.log_b = x.log_b;
-  c.kl = x.kl;
+  Operands<T, S> row{};
+  open_operands(a.rows, i, row);
   int64_t start = a.row_ptr[i];
   SVDK_ROLLED
   for (int from = 0; from < a.rows.vocab; from += kThreads * N) {
-    const int at = from + static_cast<int>(threadIdx.x) * N;
+    const int at = from + thread_id() * N;
     float w[N], y[N];
     int hits = 0;
     if (at < a.rows.vocab) {
@@ -95,10 +83,10 @@ SVDK_DEVICE void fill_row(const ExtractArgs& a, ScanShared& s) {
       warm.fetch(row.warm, at);
       warm.unpack(w);
       SVDK_UNROLL
-      for (int e = 0; e < N; ++e) hits += at + e < a.rows.vocab && w[e] >= x.inside_from;
+      for (int e = 0; e < N; ++e) hits += at + e < a.rows.vocab && w[e] >= c.inside_from;
     }
     int64_t all;
-    int64_t place = start + block_scan(s.slots, hits, all);
+    int64_t place = start + block_scan<int64_t>(s.slots, hits, all) - hits;
     start += all;
     if (hits == 0) continue;
     Lanes<Other, N> other;
@@ -106,10 +94,10 @@ SVDK_DEVICE void fill_row(const ExtractArgs& a, ScanShared& s) {
     other.unpack(y);
     SVDK_UNROLL
     for (int e = 0; e < N; ++e) {
-      if (!(at + e < a.rows.vocab && w[e] >= x.inside_from)) continue;
+      if (!(at + e < a.rows.vocab && w[e] >= c.inside_from)) continue;
       a.ids[place] = at + e;
-      a.p[place] = fast_exp(static_cast<float>(log_p_of(c, w[e])));
-      a.delta[place] = static_cast<float>(delta_of(c, w[e], y[e]));
+      a.p[place] = static_cast<float>(Math::exp(c.log_p_of(w[e])));
+      a.delta[place] = static_cast<float>(c.delta_of(w[e], y[e]));
       ++place;
     }
   }
@@ -117,7 +105,7 @@ SVDK_DEVICE void fill_row(const ExtractArgs& a, ScanShared& s) {
 
 template <typename T, int S>
 __global__ void __launch_bounds__(kThreads, kMinBlocks) extract_measure_kernel(ExtractArgs a) {
-  SVDK_SHARED(Shared, s);
+  SVDK_SHARED(MeasureShared, s);
   measure_row<T, S>(a, s);
 }
 

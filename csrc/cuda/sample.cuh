@@ -1,70 +1,57 @@
-// steered_sample: one launch, one or more CTAs a row.
+// steered_sample: one launch, one or more CTAs a row, all twelve steps. Where the tokens in play
+// are few, the first CTA finishes with the candidates; else all CTAs go on with sweeps of the whole
+// row. A direct draw makes do with one sweep and no sums.
 #pragma once
+#include "candidates.cuh"
 #include "filters.cuh"
+#include "full_sweep.cuh"
+#include "noise.cuh"
+#include "steering.cuh"
+#include "sweep.cuh"
+#include "team.cuh"
 
 namespace svdk::cuda {
 
-SVDK_DEVICE bool in_unit(double x) { return x >= 0 && x <= 1; }
-
-// The natural logarithm of a row's alpha; that of the scalar comes from the host.
-SVDK_DEVICE double log_alpha_of(const RowArgs& a, int row) {
-  if (a.direction == kPlain) return -static_cast<double>(SVDK_INF);
-  return a.alpha.rows ? log(a.alpha.at(row)) : a.log_alpha;
-}
-SVDK_DEVICE bool alpha_is_valid(const RowArgs& a, int row) {
-  return a.direction == kPlain || in_unit(a.alpha.at(row));
-}
-
-// A row's parameters into shared memory, by thread 0.
-SVDK_DEVICE void load_parameters(const SampleArgs& a, int row, SampleRow& p) {
-  if (threadIdx.x == 0) {
-    p.mode = a.mode;
-    p.strength = a.strength.at(row);
-    p.temperature = a.temperature.at(row);
-    p.top_p = a.top_p.at(row);
-    p.min_p = a.min_p.at(row);
-    p.top_k = a.top_k.at(row);
-    p.label = a.labels ? a.labels[row] : 0;
-    p.seed = static_cast<uint64_t>(a.seed.at(row));
-    p.offset = static_cast<uint64_t>(a.offset.at(row));
-    p.log_alpha = log_alpha_of(a.rows, row);
-    p.valid = is_finite(p.strength) && (p.mode != kKlBudget || p.strength >= 0) &&
-              alpha_is_valid(a.rows, row) && is_finite(p.temperature) && p.temperature >= 0 &&
-              in_unit(p.top_p) && in_unit(p.min_p) && p.top_k >= 0 &&
-              (p.mode != kLabel || (p.label >= 0 && p.label < a.rows.vocab));
-  }
-  __syncthreads();
-}
+struct SampleShared {
+  RowShared row;
+  Search search;
+  Noise noise;
+  union {
+    CandidateScratch candidates;
+    Histogram bins;
+  } scratch;
+};
 
 // What a direct draw needs: no sums, everything in C.
-SVDK_DEVICE Context direct_context(const RowArgs& a, double mu) {
-  Context c{};
+SVDK_DEVICE Constants direct_constants(const BatchArgs& a, double mu) {
+  Constants c{};
   c.direction = a.direction;
   c.inside_from = -FLT_MAX;
   c.mu = mu;
-  c.penalty = a.penalty;
+  c.penalty = a.parameters.penalty;
   return c;
 }
 
-// The operands of a row; 0: both readable, 1: the second is not, 2: the warm row is not.
-template <typename T, int S>
-SVDK_DEVICE int open_pair(const RowArgs& a, int row, Pair<T, S>& pair) {
-  const int64_t warm = a.warm.index ? a.warm.index[row] : row;
-  if (warm < 0 || warm >= a.warm.limit) return 2;
-  pair.warm = open_stream<T>(a.warm, warm, a.vocab);
-  if (S == kNone) return 0;
-  const int64_t other = a.other.index ? a.other.index[row] : row;
-  if (other < 0 || other >= a.other.limit) return 1;
-  pair.other = open_stream<typename Pair<T, S>::Other>(a.other, other, a.vocab);
-  return 0;
+// What the direct draws of all parts came to; the token, or -1 if the row must be opened after all.
+SVDK_DEVICE int merge_direct(Cta& cta, const Parts& parts, const Noise& noise, bool& invalid) {
+  const BestKey best =
+      reduce_over(parts.count, BestKey{0}, [&](int rank) { return parts.at(rank).best; }, Better());
+  const Exceptional found = reduce_over(
+      parts.count, Exceptional{0, 0}, [&](int rank) { return parts.at(rank).exceptional; }, Sum());
+  cta.team_barrier();
+  invalid = found.flags & kInvalid || found.warm_masked == cta.vocab;
+  // A masked base token does not get the shift that the others get. And a large shift, or a large
+  // score, rounds away what is added to it, as long as it is not taken relative to the maxima.
+  const bool exact = !(found.flags & (kBaseMasked | kFarApart));
+  return exact && !noise.rounds_noise(best_score(best)) ? best_id(best) : -1;
 }
 
-struct Outcome {
+struct SampleOutcome {
   int token, status, candidates;
   double strength, kl, steered, warm, base;
 };
 
-SVDK_DEVICE void write_sample(const SampleArgs& a, int row, const Outcome& x) {
+SVDK_DEVICE void write_sample(const SampleArgs& a, int row, const SampleOutcome& x) {
   if (threadIdx.x != 0) return;
   a.token[row] = x.token;
   if (!a.floats) return;
@@ -79,162 +66,106 @@ SVDK_DEVICE void write_sample(const SampleArgs& a, int row, const Outcome& x) {
 }
 
 template <typename T, int S>
-SVDK_DEVICE void refuse(const SampleArgs& a, Cta& cta, const Pair<T, S>& row, bool readable) {
+SVDK_DEVICE void refuse(const SampleArgs& a, Cta& cta, const Operands<T, S>& row, bool readable) {
   const int token = readable ? fallback_token(cta.s, row, cta.vocab) : 0;
-  const double nan = SVDK_NAN;
-  write_sample(a, cta.row, {token, kInvalid, 0, nan, nan, nan, nan, nan});
+  write_sample(a, cta.row, {token, kInvalid, 0, kNaN, kNaN, kNaN, kNaN, kNaN});
 }
 
+// Step 12.
 template <typename T, int S>
-SVDK_DEVICE void report(const SampleArgs& a, int row, const Pair<T, S>& pair, const Context& c,
-                        int token, double steered, int flags) {
+SVDK_DEVICE void describe(const SampleArgs& a, Cta& cta, const Operands<T, S>& row, int token,
+                          double steered) {
   if (threadIdx.x != 0) return;
-  const float w = read_one(pair.warm, token);
-  const float other = a.floats ? other_at(pair, token) : 0.0f;
-  const double nan = SVDK_NAN;
-  const bool base = S == kBase;
-  write_sample(a, row,
-               {token, flags & kBaseMasked, c.inside, c.mu, base ? c.kl : nan, steered,
-                log_p_of(c, w), base ? log_q_of(c, other) : nan});
-}
-
-// Adds the row up; true in every CTA that is to go on, with the first CTA's verdict. On kFinished
-// the row is invalid. verdict.listed is the size of C if it fits the list (then it is there), or
-// -1.
-template <typename T, int S>
-SVDK_DEVICE bool open_row(Cta& cta, const RowArgs& a, const Pair<T, S>& row, double log_alpha) {
-  Shared& s = cta.s;
-  const bool masked = log_alpha > -DBL_MAX;
-  const bool collect = masked || cta.vocab <= kList;
-  clear_part(s);
-  first_sweep(cta, row, static_cast<float>(log_alpha), collect);
-  Parts parts;
-  if (!publish(cta, a, parts)) return false;
-  int total = -1;
-  for (bool first = true;; first = false) {
-    if (cta.leads()) {
-      if (first) merge_sums(cta, parts);
-      const Context c = first ? make_context<S>(s, a, log_alpha) : s.verdict.context;
-      const bool valid = !(s.sums.flags & kInvalid) && c.finite > 0;
-      const bool look = first ? valid && collect : total <= kList;
-      const int listed = look ? compact(cta, parts, c, !first) : -1;
-      const bool again = first && valid && listed < 0 && (masked || c.finite <= kList);
-      if (threadIdx.x == 0) {
-        s.verdict.next = !valid ? kFinished : again ? kCollect : kWhole;
-        s.verdict.listed = listed;
-        if (first) s.verdict.context = c;
-        if (listed >= 0 || !first) s.verdict.context.inside = first ? listed : total;
-      }
-    }
-    cta.hand_out();
-    if constexpr (S == kBase) {
-      if (s.verdict.next != kFinished && first && !is_finite(s.verdict.context.kl)) {
-        sum_in_double(cta, row);
-      }
-    }
-    if (s.verdict.next != kCollect) return true;
-    // Candidates were lost: the running maximum was low for too long, or C is large.
-    total = collect_sweep(cta, row, inside_from(s.verdict.context.max_w, log_alpha));
-    parts = cta.own_parts();
-  }
-}
-
-// What the direct draws of all parts came to; the token, or -1 if the row must be opened after all.
-SVDK_DEVICE int merge_direct(Cta& cta, const Parts& parts, bool& invalid) {
-  unsigned long long best = 0;
-  int dead = 0, flags = 0;
-  SVDK_ROLLED
-  for (int r = 0; r < parts.count; ++r) {
-    const Part& part = parts.at(r);
-    if (part.best > best) best = part.best;
-    dead += part.dead;
-    flags |= part.flags;
-  }
-  cta.team_barrier();
-  invalid = flags & kInvalid || dead == cta.vocab;
-  // A masked base token does not get the shift that the others get. And a large shift, or a large
-  // score, rounds away what is added to it, as long as it is not taken relative to the maxima.
-  const Noise& noise = cta.s.noise;
-  const bool loud = !noise.greedy && fabsf(best_score(best)) * noise.per_unit() > kLoud;
-  return flags & (kBaseMasked | kFar) || loud ? -1 : best_id(best);
+  const Constants& c = cta.s.broadcast.constants;
+  const float w = read_one(row.warm, token);
+  const float other = a.floats ? other_at(row, token) : 0.0f;
+  constexpr bool base = S == kBase;
+  write_sample(a, cta.row,
+               {token, cta.s.sums.exceptional.flags & kBaseMasked, c.n_inside, c.mu,
+                base ? c.kl : kNaN, steered, c.log_p_of(w), base ? c.log_q_of(other) : kNaN});
 }
 
 template <typename T, int S>
-SVDK_DEVICE void sample_row(const SampleArgs& a, Shared& s) {
-  Cta cta(s, a.rows);
-  Pair<T, S> row{};
-  const SampleRow& p = s.sample;
-  load_parameters(a, cta.row, s.sample);
-  const int unreadable = open_pair(a.rows, cta.row, row);
-  bool invalid = !p.valid || unreadable;
+SVDK_DEVICE void sample_row(const SampleArgs& a, SampleShared& s) {
+  Cta cta(s.row, a.rows);
+  Operands<T, S> row{};
+  const RowParameters& p = s.row.parameters;
+  const Broadcast& found = s.row.broadcast;
+  Constants& c = s.row.broadcast.constants;
+  load_parameters(s.row, a.rows, cta.row);
+  const Readable readable = open_operands(a.rows, cta.row, row);
+  bool invalid = !p.valid || readable != kBoth;
   // Plain sampling, and steering whose direction needs nothing of the row but a constant shift: the
   // token is found in the first sweep.
-  bool direct = p.log_alpha < -DBL_MAX && !p.filtered() && p.mode == kConstant &&
+  bool direct = p.log_alpha < -DBL_MAX && !p.has_filters() && p.mode == kConstant &&
                 a.rows.direction != kKlGradient;
   int token = -1;
   double steered = 0;  // log-probability of the token
-  Context& c = s.verdict.context;
   while (!invalid) {
     if (threadIdx.x == 0) {
-      s.search.filter = {-SVDK_INF, kMaxId};
+      s.search.filter = Filter::none();
       s.search.total = -1;
     }
-    int listed = -1;        // entries of the list to draw from
-    bool complete = false;  // the list is all that can be drawn, before filters
+    int n = -1;             // candidates to draw from; -1: the whole row
+    bool complete = false;  // they are all that can be drawn, before filters
     if (direct) {
-      if (threadIdx.x == 0) c = direct_context(a.rows, p.strength);
-      clear_part(s);
+      if (threadIdx.x == 0) c = direct_constants(a.rows, p.strength);
+      clear_part(s.row);
     } else {
-      if (!open_row(cta, a.rows, row, p.log_alpha)) return;
-      invalid = s.verdict.next == kFinished;
+      Candidate* unordered = s.scratch.candidates.unordered;
+      if (!open_row(cta, a.rows, row, unordered)) return;
+      invalid = found.next == kRefuse;
       if (invalid) break;
-      const int in_list = s.verdict.listed;
-      const bool drop = c.penalty < -DBL_MAX;
-      if (token < 0 && in_list >= 0 && (drop || in_list == c.finite)) {
+      const int in_c = found.n_candidates;
+      if (token < 0 && in_c >= 0 && (c.drops_outside() || in_c == c.n_finite)) {
         if (!cta.leads()) return;
         cta.go_alone();
-        listed = in_list;
+        n = in_c;
         complete = true;
       } else {
-        cta.team_barrier();  // the verdict has been read
+        cta.team_barrier();  // what was broadcast has been read
         if (threadIdx.x == 0) c.inside_from = inside_from(c.max_w, c.log_alpha);
         __syncthreads();
       }
+      // Steps 7 and 8.
       double mu = p.strength;
       if (p.mode != kConstant) {
         Moments m{0, 0, 0};
-        if (in_list < 0 || cta.leads()) m = moments_of(cta, row, c, in_list);
+        if (in_c < 0 || cta.leads()) m = moments_of(cta, row, c, in_c);
         mu = strength_of(p, m, p.mode == kLabel ? delta_at(row, c, static_cast<int>(p.label)) : 0);
       }
       if (threadIdx.x == 0) c.mu = mu;
-      if (p.mode != kConstant && in_list >= 0) {
-        cta.hand_out();
+      if (p.mode != kConstant && in_c >= 0) {
+        cta.broadcast();
       } else {
         __syncthreads();
       }
-      if (token < 0 && listed < 0 && p.filtered() && select(cta, row, c, p)) {
-        listed = cta.leads() ? compact(cta, cta.own_parts(), c, true) : 0;
+      // Step 10.
+      if (token < 0 && n < 0 && p.has_filters() &&
+          filter_row(cta, row, c, p, s.scratch.bins, s.search)) {
+        n = cta.leads() ? compact(cta, cta.own_parts(), c, unordered, true) : 0;
         cta.team_barrier();
       }
     }
 
-    if (listed >= 0) {
+    // Steps 9 to 11.
+    if (n >= 0) {
       if (cta.leads()) {
-        const LogSum sum = steer_list(s, c, listed);
-        token = draw_list(s, p, listed, s.search.total);
+        const LogSum sum = steer_candidates(s.row, s.scratch.candidates, c, n);
+        token = draw_candidates(s.row, s.scratch.candidates, p, n, s.search.total);
         if (complete && a.floats) {
           const float w = read_one(row.warm, token);
-          steered = (steered_of(c, c.mu, w, other_at(row, token)) - sum.top) - sum.log_sum;
+          steered = (c.steered_logit(w, other_at(row, token)) - sum.top) - sum.log_sum;
         }
       }
     } else if (token < 0) {
-      draw_sweep(cta, row, c, s.search.filter, p);
+      draw_row(cta, row, c, s.search.filter, p, s.noise);
       if (direct) {
         Parts parts;
         if (!publish(cta, a.rows, parts)) return;
-        token = merge_direct(cta, parts, invalid);
+        token = merge_direct(cta, parts, s.noise, invalid);
       } else {
-        token = best_id(merge_best(cta));
+        token = best_id(team_best(cta));
       }
     }
     if (direct && !invalid && (token < 0 || a.floats)) {
@@ -242,28 +173,28 @@ SVDK_DEVICE void sample_row(const SampleArgs& a, Shared& s) {
       continue;
     }
     if (S == kNone) {
-      if (cta.leads() && a.floats && !direct) steered = log_p_of(c, read_one(row.warm, token));
+      if (cta.leads() && a.floats && !direct) steered = c.log_p_of(read_one(row.warm, token));
     } else if (a.floats && !complete && !direct) {
-      const Summary x = whole_partition(cta, row, c);
+      const RowPartition x = partition_of(cta, row, c);
       if (cta.leads()) {
-        const FastContext fast(c);
+        const FastConstants fast(c);
         const float w = read_one(row.warm, token);
-        steered = log_share<S>(x, fast, fast.template steered<S>(w, other_at(row, token)));
+        steered = log_share<S>(x, fast, fast.template steered_logit<S>(w, other_at(row, token)));
       }
     }
     break;
   }
   if (!cta.leads()) return;
   if (invalid) {
-    refuse(a, cta, row, unreadable < 2);
+    refuse(a, cta, row, readable != kNothing);
   } else {
-    report(a, cta.row, row, c, token, steered, s.sums.flags);
+    describe(a, cta, row, token, steered);
   }
 }
 
 template <typename T, int S>
 __global__ void __launch_bounds__(kThreads, kMinBlocks) steered_sample_kernel(SampleArgs a) {
-  SVDK_SHARED(Shared, s);
+  SVDK_SHARED(SampleShared, s);
   sample_row<T, S>(a, s);
 }
 

@@ -1,125 +1,113 @@
-// The CTAs that share a row, their shared memory, and reductions whose result depends neither on
-// the schedule nor on how many CTAs there are.
+// The CTAs that share a row: what they publish, how they wait for each other, and how what one of
+// them found reaches the others. No result depends on how many CTAs there are.
 #pragma once
-#include "read.cuh"
+#include "../common.h"
+#include "arguments.cuh"
+#include "platform.cuh"
+#include "reduce.cuh"
+#include "steering.cuh"
+
+// The tests build with a smaller one, so that short rows meet every path.
+#ifndef SVDK_CAPACITY
+#define SVDK_CAPACITY 1024
+#endif
 
 namespace svdk::cuda {
 
-// Sums over a whole row, relative to its maxima.
-struct Sums {
-  float max_w, max_b;
-  double z_w, z_b, usable, cross;  // usable, cross: over tokens with a finite base logit
-  int dead, flags;
+// Candidates that a CTA keeps; a row with more of them is swept again.
+constexpr int kCapacity = SVDK_CAPACITY;
+
+// How a row is cut: always the same way, so that sums do not depend on how many CTAs share them.
+struct Slices {
+  int count, length;
+  SVDK_DEVICE explicit Slices(int vocab) {
+    count = (vocab + kSliceTokens - 1) / kSliceTokens;
+    if (count > kMaxSlices) count = kMaxSlices;
+    length = ((vocab + count - 1) / count + 63) / 64 * 64;
+    count = (vocab + length - 1) / length;
+  }
 };
 
-// Where a threshold on the steered logits lies among bins or keys, counted from the best.
-struct Cut {
-  uint32_t bin;
-  unsigned long long count_before, count, mass_before, mass;
+SVDK_DEVICE Exceptional from_lane_xor(Exceptional x, int distance) {
+  return {from_lane_xor(x.warm_masked, distance), from_lane_xor(x.flags, distance)};
+}
+
+// Along mu, of a whole row; max and what moves in FastConstants' units.
+using Partition = PartitionOf<Math, float>;
+
+// Four sums of a sweep over the whole row.
+struct FourSums {
+  double x[4];
+};
+SVDK_DEVICE FourSums operator+(FourSums a, const FourSums& b) {
+  SVDK_UNROLL
+  for (int k = 0; k < 4; ++k) a.x[k] += b.x[k];
+  return a;
+}
+SVDK_DEVICE FourSums from_lane_xor(FourSums a, int distance) {
+  SVDK_UNROLL
+  for (int k = 0; k < 4; ++k) a.x[k] = from_lane_xor(a.x[k], distance);
+  return a;
+}
+
+// Of the tokens outside C: sum exp(warm - max).
+struct Outside {
+  double max, sum;
 };
 
-// Which bin a token falls into: by its distance from the largest steered logit, or by 11 bits of a
-// 32-bit key whose higher bits are known. Keys ascend from the best steered logit down, or are ids.
-enum SearchKind : int { kLinear = 0, kByCount = 1, kByMass = 2, kTies = 3 };
-struct Binning {
-  int kind, shift, width;
-  uint32_t prefix;
-  float top, per_unit, floor;  // only tokens from `floor` up; for kTies: at it
+// What one warp adds up over one slice, one sweep at a time.
+union WarpSums {
+  RunningSums running;
+  Partition partition;
+  Outside outside;
+  FourSums four;
 };
 
-// The state of a search for thresholds over a whole row; see filters.cuh.
-struct Search {
-  Binning bins;
-  int level, limit;
-  bool use_k, done;
-  unsigned long long target, wanted;
-  Cut sum;     // of the levels so far
-  float rate;  // from steered logits to nats over the temperature
-  double total;
-  Filter filter;
+// What a CTA publishes about its slices of a row.
+struct alignas(128) Part {
+  WarpSums sums[kMaxSlices][kWarps];
+  BestKey best;
+  uint32_t count;  // candidates offered; those beyond kCapacity are lost
+  Exceptional exceptional;
+  Candidate candidates[kCapacity];
+
+  SVDK_DEVICE bool overflow() const { return count > static_cast<uint32_t>(kCapacity); }
+  SVDK_DEVICE void add(int id, float warm, float other) {
+    const uint32_t place = atomicAdd(&count, 1u);
+    if (place < static_cast<uint32_t>(kCapacity)) candidates[place] = {id, warm, other};
+  }
 };
 
-enum Next : int { kFinished, kCollect, kWhole };
+// What a CTA that handles the candidates alone works with.
+struct CandidateScratch {
+  union {
+    Candidate unordered[kCapacity];
+    double weight[kCapacity];  // in order of rank
+  };
+  double z[kCapacity];  // steered logits
+  int order[kCapacity];
+};
+
+enum Next : int { kRefuse, kCollect, kGoOn };
 
 // What the first CTA of a row found out and the others need.
-struct Verdict {
-  int next, listed;  // listed: entries in the first CTA's list, or -1
-  Context context;
+struct Broadcast {
+  int next;
+  int n_candidates;  // in the first CTA's part, exactly those of C; or -1: they are too many
+  Constants constants;
 };
 
-struct ListScratch {
-  Candidate items[kList];  // reused: weights in order of rank
-  double z[kList];
-  int order[kList];
-};
-struct BinScratch {
-  uint32_t count[kBins];
-  unsigned long long mass[kBins];  // in units of kMassUnit
-};
-
-struct Shared {
+// A row, in the shared memory of each of its CTAs.
+struct RowShared {
   Part part;
-  Sums sums;
-  Verdict verdict;
-  SampleRow sample;
-  Search search;
-  Noise noise;
-  Cut cut;
-  unsigned long long best;
-  double slot[kWarps];
-  unsigned long long slot64[2][kWarps];
-  uint32_t running;  // ordered key of the largest warm logit so far
-  uint32_t listed;
-  bool last;
-  union {
-    ListScratch list;
-    BinScratch bins;
-  } scratch;
+  RowParameters parameters;
+  Sums sums;  // of the whole row, in the CTA that merges
+  Broadcast broadcast;
+  Slots slots;
+  uint32_t running;       // ordered key of the largest value so far
+  uint32_t n_candidates;  // while they are compacted
+  bool last;              // of the CTAs that publish
 };
-
-SVDK_DEVICE int lane_id() { return static_cast<int>(threadIdx.x & 31); }
-SVDK_DEVICE int warp_id() { return static_cast<int>(threadIdx.x >> 5); }
-
-template <typename T>
-SVDK_DEVICE T warp_sum(T x) {
-  for (int o = 16; o; o >>= 1) x += __shfl_xor_sync(0xffffffffu, x, o);
-  return x;
-}
-SVDK_DEVICE float warp_max_of(float x) { return key_value(warp_max(ordered_key(x))); }
-
-// Sum over the block, the same in every thread.
-SVDK_DEVICE double block_sum(Shared& s, double x) {
-  x = warp_sum(x);
-  if (lane_id() == 0) s.slot[warp_id()] = x;
-  __syncthreads();
-  double total = 0;
-  for (int i = 0; i < kWarps; ++i) total += s.slot[i];
-  __syncthreads();
-  return total;
-}
-
-SVDK_DEVICE double block_max(Shared& s, double x) {
-  for (int o = 16; o; o >>= 1) x = fmax(x, __shfl_xor_sync(0xffffffffu, x, o));
-  if (lane_id() == 0) s.slot[warp_id()] = x;
-  __syncthreads();
-  for (int i = 0; i < kWarps; ++i) x = fmax(x, s.slot[i]);
-  __syncthreads();
-  return x;
-}
-
-SVDK_DEVICE unsigned long long block_max(Shared& s, unsigned long long x) {
-  for (int o = 16; o; o >>= 1) {
-    const unsigned long long y = __shfl_xor_sync(0xffffffffu, x, o);
-    if (y > x) x = y;
-  }
-  if (lane_id() == 0) s.slot64[0][warp_id()] = x;
-  __syncthreads();
-  for (int i = 0; i < kWarps; ++i) {
-    if (s.slot64[0][i] > x) x = s.slot64[0][i];
-  }
-  __syncthreads();
-  return x;
-}
 
 // Published parts of a row: other CTAs' shared memory, the workspace, or our own.
 struct Parts {
@@ -133,11 +121,11 @@ struct Parts {
 };
 
 struct Cta {
-  Shared& s;
+  RowShared& s;
   int row, rank, size, transport, vocab;
   Slices slices;
 
-  SVDK_DEVICE Cta(Shared& shared, const RowArgs& a)
+  SVDK_DEVICE Cta(RowShared& shared, const BatchArgs& a)
       : s(shared),
         row(static_cast<int>(blockIdx.x) / a.split),
         rank(static_cast<int>(blockIdx.x) % a.split),
@@ -155,7 +143,8 @@ struct Cta {
   SVDK_DEVICE int owner(int slice, int parts) const {
     return ((slice + 1) * parts - 1) / slices.count;
   }
-  // One warp's sums of one slice, of all that the row has (slices.count * kWarps).
+  // The sums of one warp over one slice, of all that the row has.
+  SVDK_DEVICE int entries() const { return slices.count * kWarps; }
   SVDK_DEVICE const WarpSums& entry(const Parts& parts, int e) const {
     return parts.at(owner(e / kWarps, parts.count)).sums[e / kWarps][e % kWarps];
   }
@@ -173,30 +162,41 @@ struct Cta {
       cluster_barrier();
     }
   }
-  // Copies the verdict to the other CTAs of the team.
-  SVDK_DEVICE void hand_out() {
+  // Copies what the first CTA found out to the others.
+  SVDK_DEVICE void broadcast() {
     __syncthreads();
-    if (leads() && static_cast<int>(threadIdx.x) < size && threadIdx.x > 0) {
-      *remote(&s.verdict, static_cast<int>(threadIdx.x)) = s.verdict;
+    if (leads() && thread_id() < size && threadIdx.x > 0) {
+      *remote(&s.broadcast, thread_id()) = s.broadcast;
     }
     team_barrier();
   }
 };
 
-SVDK_DEVICE void clear_part(Shared& s) {
+SVDK_DEVICE void load_parameters(RowShared& s, const BatchArgs& a, int row) {
+  if (threadIdx.x == 0) s.parameters = parameters_of(a, row);
+  __syncthreads();
+}
+
+SVDK_DEVICE void clear_part(RowShared& s) {
   if (threadIdx.x == 0) {
     s.part.best = 0;
     s.part.count = 0;
-    s.part.dead = s.part.flags = 0;
-    s.running = ordered_key(-SVDK_INF);
+    s.part.exceptional = {0, 0};
+    s.running = ordered_key(-kFloatInf);
   }
   __syncthreads();
 }
 
+// Adds what a thread met to its CTA's part.
+SVDK_DEVICE void leave_exceptional(RowShared& s, const Exceptional& x) {
+  if (x.warm_masked) atomicAdd(&s.part.exceptional.warm_masked, x.warm_masked);
+  if (x.flags) atomicOr(&s.part.exceptional.flags, x.flags);
+}
+
 // Makes this CTA's part visible to whoever finishes the row; false when that is another CTA. The
 // workspace is left as it was found, so that a captured graph can be replayed.
-SVDK_DEVICE bool publish(Cta& cta, const RowArgs& a, Parts& parts) {
-  Shared& s = cta.s;
+SVDK_DEVICE bool publish(Cta& cta, const BatchArgs& a, Parts& parts) {
+  RowShared& s = cta.s;
   parts = cta.own_parts();
   if (cta.transport != kWorkspace || cta.size == 1) {
     cta.team_barrier();
@@ -205,7 +205,7 @@ SVDK_DEVICE bool publish(Cta& cta, const RowArgs& a, Parts& parts) {
   __syncthreads();
   parts.workspace = a.parts + static_cast<int64_t>(cta.row) * cta.size;
   Part& to = parts.workspace[cta.rank];
-  const int count = s.part.count < static_cast<uint32_t>(kList) ? s.part.count : kList;
+  const int count = s.part.overflow() ? kCapacity : static_cast<int>(s.part.count);
   const int sums = (cta.last_slice() - cta.first_slice()) * kWarps;
   SVDK_ROLLED
   for (int i = threadIdx.x; i < sums; i += kThreads) {
@@ -213,12 +213,11 @@ SVDK_DEVICE bool publish(Cta& cta, const RowArgs& a, Parts& parts) {
     to.sums[slice][i % kWarps] = s.part.sums[slice][i % kWarps];
   }
   SVDK_ROLLED
-  for (int i = threadIdx.x; i < count; i += kThreads) to.list[i] = s.part.list[i];
+  for (int i = threadIdx.x; i < count; i += kThreads) to.candidates[i] = s.part.candidates[i];
   if (threadIdx.x == 0) {
     to.best = s.part.best;
     to.count = s.part.count;
-    to.dead = s.part.dead;
-    to.flags = s.part.flags;
+    to.exceptional = s.part.exceptional;
   }
   __threadfence();
   __syncthreads();
@@ -234,41 +233,37 @@ SVDK_DEVICE bool publish(Cta& cta, const RowArgs& a, Parts& parts) {
   return true;
 }
 
-// What a warp's lanes added up over a slice, to where merge_plain finds it.
-SVDK_DEVICE void leave_sums(Shared& s, int slice, double a, double b, double c, double d) {
-  const double x[4] = {warp_sum(a), warp_sum(b), warp_sum(c), warp_sum(d)};
-  if (lane_id() == 0) {
-    for (int k = 0; k < 4; ++k) s.part.sums[slice][warp_id()].d[k] = x[k];
-  }
-}
+// --- Reductions over the CTAs of a row, between two barriers of the team. In every thread.
 
-// Sums of the four values that every warp left in part.sums for its slices, in the order of slices.
-SVDK_DEVICE void merge_plain(Cta& cta, double (&total)[4]) {
-  const Parts parts = cta.own_parts();
-  for (int k = 0; k < 4; ++k) total[k] = 0;
-  cta.team_barrier();
-  const int entries = cta.slices.count * kWarps;
-  SVDK_ROLLED
-  for (int e = lane_id(); e < entries; e += 32) {
-    const WarpSums& x = cta.entry(parts, e);
-    for (int k = 0; k < 4; ++k) total[k] += x.d[k];
-  }
-  for (int k = 0; k < 4; ++k) total[k] = warp_sum(total[k]);
-  cta.team_barrier();
-}
-
-// The best key over the team; every CTA's is in part.best.
-SVDK_DEVICE unsigned long long merge_best(Cta& cta) {
+// Of what each CTA has in its part.
+template <typename T, typename F, typename Op>
+SVDK_DEVICE T team_reduce(Cta& cta, T first, const F& of, Op op) {
   const Parts parts = cta.own_parts();
   cta.team_barrier();
-  unsigned long long best = 0;
-  SVDK_ROLLED
-  for (int r = 0; r < parts.count; ++r) {
-    const unsigned long long key = parts.at(r).best;
-    if (key > best) best = key;
-  }
+  const T all = reduce_over(parts.count, first, [&](int rank) { return of(parts.at(rank)); }, op);
   cta.team_barrier();
-  return best;
+  return all;
+}
+
+// The best of part.best.
+SVDK_DEVICE BestKey team_best(Cta& cta) {
+  return team_reduce(cta, BestKey{0}, [](const Part& x) { return x.best; }, Better());
+}
+
+// What a warp's lanes added up over a slice, to where team_sum finds it.
+SVDK_DEVICE void leave_sums(RowShared& s, int slice, FourSums x) {
+  x = warp_reduce(x, Sum());
+  if (lane_id() == 0) s.part.sums[slice][warp_id()].four = x;
+}
+
+// The sum of what every warp left for its slices, in the order of slices.
+SVDK_DEVICE FourSums team_sum(Cta& cta) {
+  const Parts parts = cta.own_parts();
+  cta.team_barrier();
+  const FourSums all = reduce_over(
+      cta.entries(), FourSums{}, [&](int e) { return cta.entry(parts, e).four; }, Sum());
+  cta.team_barrier();
+  return all;
 }
 
 }  // namespace svdk::cuda
