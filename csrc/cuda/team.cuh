@@ -97,16 +97,17 @@ struct Broadcast {
   Constants constants;
 };
 
-// A row, in the shared memory of each of its CTAs.
+// A row, in the shared memory of each of its CTAs. (In an order that lets seed and offset be read
+// with one load.)
 struct RowShared {
   Part part;
-  RowParameters parameters;
-  Sums sums;  // of the whole row, in the CTA that merges
-  Broadcast broadcast;
-  Slots slots;
   uint32_t running;       // ordered key of the largest value so far
   uint32_t n_candidates;  // while they are compacted
-  bool last;              // of the CTAs that publish
+  RowParameters parameters;
+  Slots slots;
+  Sums sums;  // of the whole row, in the CTA that merges
+  Broadcast broadcast;
+  bool last;  // of the CTAs that publish
 };
 
 // Published parts of a row: other CTAs' shared memory, the workspace, or our own.
