@@ -46,6 +46,37 @@ SVDK_DEVICE int merge_direct(Cta& cta, const Parts& parts, const Noise& noise, b
   return exact && !noise.rounds_noise(best_score(best)) ? best_id(best) : -1;
 }
 
+// Steps 7 and 8: mu, into the constants of every CTA of the row. `n`: candidates of C, or -1.
+template <typename T, int S>
+SVDK_DEVICE void set_strength(Cta& cta, const Operands<T, S>& row, int n) {
+  const RowParameters& p = cta.s.parameters;
+  Constants& c = cta.s.broadcast.constants;
+  double mu = p.strength;
+  if (p.mode != kConstant) {
+    Moments m{0, 0, 0};
+    if (n < 0 || cta.leads()) m = moments_of(cta, row, c, n);
+    mu = strength_of(p, m, p.mode == kLabel ? delta_at(row, c, static_cast<int>(p.label)) : 0);
+  }
+  if (threadIdx.x == 0) c.mu = mu;
+  if (p.mode != kConstant && n >= 0) {
+    cta.broadcast();
+  } else {
+    __syncthreads();
+  }
+}
+
+// The log-probability of the token, from a sweep of the whole row; in the first CTA.
+template <typename T, int S>
+SVDK_DEVICE double steered_log_p(Cta& cta, const Operands<T, S>& row, int token) {
+  const Constants& c = cta.s.broadcast.constants;
+  if (S == kNone) return cta.leads() ? c.log_p_of(read_one(row.warm, token)) : 0.0;
+  const RowPartition x = partition_of(cta, row, c);
+  if (!cta.leads()) return 0;
+  const FastConstants fast(c);
+  const float w = read_one(row.warm, token);
+  return log_share<S>(x, fast, fast.template steered_logit<S>(w, other_at(row, token)));
+}
+
 struct SampleOutcome {
   int token, status, candidates;
   double strength, kl, steered, warm, base;
@@ -127,20 +158,7 @@ SVDK_DEVICE void sample_row(const SampleArgs& a, SampleShared& s) {
         if (threadIdx.x == 0) c.inside_from = inside_from(c.max_w, c.log_alpha);
         __syncthreads();
       }
-      // Steps 7 and 8.
-      double mu = p.strength;
-      if (p.mode != kConstant) {
-        Moments m{0, 0, 0};
-        if (in_c < 0 || cta.leads()) m = moments_of(cta, row, c, in_c);
-        mu = strength_of(p, m, p.mode == kLabel ? delta_at(row, c, static_cast<int>(p.label)) : 0);
-      }
-      if (threadIdx.x == 0) c.mu = mu;
-      if (p.mode != kConstant && in_c >= 0) {
-        cta.broadcast();
-      } else {
-        __syncthreads();
-      }
-      // Step 10.
+      set_strength(cta, row, in_c);
       if (token < 0 && n < 0 && p.has_filters() &&
           filter_row(cta, row, c, p, s.scratch.bins, s.search)) {
         n = cta.leads() ? compact(cta, cta.own_parts(), c, unordered, true) : 0;
@@ -172,15 +190,8 @@ SVDK_DEVICE void sample_row(const SampleArgs& a, SampleShared& s) {
       direct = false;  // once more, for what the direct draw could not know
       continue;
     }
-    if (S == kNone) {
-      if (cta.leads() && a.floats && !direct) steered = c.log_p_of(read_one(row.warm, token));
-    } else if (a.floats && !complete && !direct) {
-      const RowPartition x = partition_of(cta, row, c);
-      if (cta.leads()) {
-        const FastConstants fast(c);
-        const float w = read_one(row.warm, token);
-        steered = log_share<S>(x, fast, fast.template steered_logit<S>(w, other_at(row, token)));
-      }
+    if (a.floats && !direct && (S == kNone || !complete)) {
+      steered = steered_log_p(cta, row, token);
     }
     break;
   }
