@@ -1,7 +1,7 @@
 // Step 10: top-k, top-p and min-p, over the candidates by rank and over a whole row by histograms.
 #pragma once
 #include "../common.h"
-#include "histogram.cuh"
+#include "filter_sweep.cuh"
 #include "read.cuh"
 #include "reduce.cuh"
 #include "steering.cuh"

@@ -3,6 +3,7 @@
 // row. A direct draw makes do with one sweep and no sums.
 #pragma once
 #include "candidates.cuh"
+#include "draw_sweep.cuh"
 #include "filters.cuh"
 #include "full_sweep.cuh"
 #include "noise.cuh"

@@ -90,7 +90,7 @@ MUTANTS = (
     Mutant("an_overflow_goes_unnoticed", "cuda/sweep.cuh", "overflow = true;", "overflow = false;"),
     Mutant("cross_term_stays_behind_the_maximum", "common.h", "cross + usable * (", "cross + 0 * ("),
     Mutant(
-        "noise_threshold_too_high", "cuda/full_sweep.cuh", "0x1p32f + 2.0f : 0x1p32f", "0x1p31f : 0x1p32f"
+        "noise_threshold_too_high", "cuda/draw_sweep.cuh", "0x1p32f + 2.0f : 0x1p32f", "0x1p31f : 0x1p32f"
     ),
     Mutant(
         "a_slice_is_skipped",
