@@ -9,7 +9,7 @@ PIP = $(VENV)/bin/pip install --quiet --disable-pip-version-check
 # What is installed stands in pyproject.toml's dependency groups, which pip reads from 25.1 on; a new
 # environment has the pip of its Python.
 NEW_PIP = pip==26.1.2
-CXX_FILES = $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu tests/shim/*.h tests/shim/*.cpp tests/fuzz/*.h tests/fuzz/*.cpp)
+CXX_FILES = $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp csrc/*/*.cuh csrc/*/*.cu tests/shim/*.h tests/shim/*.cpp tests/fuzz/*.h tests/fuzz/*.cpp)
 SOURCES = setup.py pyproject.toml $(filter csrc/%,$(CXX_FILES))
 
 .PHONY: demo test lint format bench cuda-check torch-check install clean

@@ -62,7 +62,7 @@ def extensions() -> dict:
     flags = ["-O3", "-std=c++17", "-fvisibility=hidden", "-Wall", "-Wno-unknown-warning-option"]
     quiet = ["-Wno-maybe-uninitialized", "-Wno-uninitialized"]  # gcc 12 and its AVX-512 headers
     macros = [("TORCH_TARGET_VERSION", STABLE_ABI), ("Py_LIMITED_API", PYTHON_ABI)]
-    common = {"depends": [str(p) for p in Path("csrc").rglob("*.h")], "py_limited_api": True}
+    common = {"depends": [str(p) for p in Path("csrc").rglob("*.*h")], "py_limited_api": True}
     cpu = {"define_macros": macros, "extra_compile_args": {"cxx": flags + quiet}, **common}
     modules = [CppExtension("svdk._C", sorted(map(str, Path("csrc/cpu").glob("*.cpp"))), **cpu)]
     if not no_cuda:

@@ -15,13 +15,17 @@
 #include <optional>
 #include <tuple>
 
-#include "call.h"
+#include "arguments.cuh"
+#include "extract.cuh"
+#include "logprob.cuh"
+#include "sample.cuh"
 
 namespace {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using MaybeTensor = std::optional<Tensor>;
+using namespace svdk;
 using namespace svdk::cuda;
 
 void check(cudaError_t error, const char* what) {
@@ -149,10 +153,24 @@ void check_rows(const MaybeTensor& t, const char* name, ScalarType type, int64_t
                   " must be a contiguous vector, one entry a row");
 }
 
-// The row arguments of every op, checked.
+// The parameters of a call, checked.
+struct Checked {
+  const Tensor& like;
+  int64_t batch;
+  Real operator()(const char* name, double scalar, const MaybeTensor& rows) const {
+    check_rows(rows, name, ScalarType::Float, batch, like);
+    return {scalar, data<float>(rows)};
+  }
+  Integer operator()(const char* name, int64_t scalar, const MaybeTensor& rows) const {
+    check_rows(rows, name, ScalarType::Long, batch, like);
+    return {scalar, data<int64_t>(rows)};
+  }
+};
+
+// The rows of a call, checked.
 Call open_call(const Tensor& warm, const MaybeTensor& base, const MaybeTensor& vector,
                const MaybeTensor& warm_rows, const MaybeTensor& base_rows, int64_t vocab,
-               int64_t direction, double penalty, double alpha, const MaybeTensor& alpha_rows) {
+               int64_t direction) {
   Call c{};
   const ScalarType type = warm.scalar_type();
   STD_TORCH_CHECK(
@@ -162,20 +180,15 @@ Call open_call(const Tensor& warm, const MaybeTensor& base, const MaybeTensor& v
                   "warm_logits must be (B, V) with a contiguous last dimension");
   STD_TORCH_CHECK(vocab > 0 && vocab <= warm.size(1) && (!base || vocab <= base->size(1)),
                   "vocab_size out of range");
-  c.dtype = type == ScalarType::Float ? kFloat : type == ScalarType::BFloat16 ? kBFloat16 : kHalf;
+  c.dtype = static_cast<int64_t>(type == ScalarType::Float      ? DType::kFloat
+                                 : type == ScalarType::BFloat16 ? DType::kBFloat16
+                                                                : DType::kHalf);
   c.batch = warm_rows ? warm_rows->size(0) : warm.size(0);
   c.vocab = vocab;
   c.direction = direction;
-  c.penalty = penalty;
-  c.alpha = alpha;
   check_rows(warm_rows, "warm_rows", ScalarType::Long, c.batch, warm);
   check_rows(base_rows, "base_rows", ScalarType::Long, c.batch, warm);
-  check_rows(alpha_rows, "alpha", ScalarType::Float, c.batch, warm);
-  c.warm = warm.const_data_ptr();
-  c.warm_stride = warm.stride(0);
-  c.warm_index = data<int64_t>(warm_rows);
-  c.warm_limit = warm.size(0);
-  c.alpha_rows = data<float>(alpha_rows);
+  c.warm = {warm.const_data_ptr(), warm.stride(0), data<int64_t>(warm_rows), warm.size(0)};
   if (base) {
     STD_TORCH_CHECK(base->is_cuda() && base->get_device() == warm.get_device() &&
                         base->scalar_type() == type && base->dim() == 2 &&
@@ -183,10 +196,7 @@ Call open_call(const Tensor& warm, const MaybeTensor& base, const MaybeTensor& v
                     "base_logits must be like warm_logits: device, dtype, (B, V), contiguous rows");
     STD_TORCH_CHECK(base_rows || base->size(0) == c.batch, "base_logits has the wrong batch");
     c.source = kBase;
-    c.other = base->const_data_ptr();
-    c.other_stride = base->stride(0);
-    c.other_index = data<int64_t>(base_rows);
-    c.other_limit = base->size(0);
+    c.other = {base->const_data_ptr(), base->stride(0), data<int64_t>(base_rows), base->size(0)};
   } else if (vector) {
     STD_TORCH_CHECK(vector->is_cuda() && vector->get_device() == warm.get_device() &&
                         vector->scalar_type() == ScalarType::Float && vector->is_contiguous(),
@@ -195,9 +205,7 @@ Call open_call(const Tensor& warm, const MaybeTensor& base, const MaybeTensor& v
     STD_TORCH_CHECK(vector->size(table ? 1 : 0) >= vocab && (!table || vector->size(0) == c.batch),
                     "vector must be (V,) or (B, V)");
     c.source = kVectorRow;
-    c.other = vector->const_data_ptr();
-    c.other_stride = table ? vector->stride(0) : 0;
-    c.other_limit = c.batch;
+    c.other = {vector->const_data_ptr(), table ? vector->stride(0) : 0, nullptr, c.batch};
   }
   return c;
 }
@@ -229,33 +237,20 @@ std::tuple<Tensor, Tensor, Tensor> steered_sample(
     double temperature, MaybeTensor temperature_rows, int64_t top_k, MaybeTensor top_k_rows,
     double top_p, MaybeTensor top_p_rows, double min_p, MaybeTensor min_p_rows, int64_t seed,
     MaybeTensor seed_rows, int64_t offset, MaybeTensor offset_rows, bool info) {
-  Call c = open_call(warm, base, vector, warm_rows, base_rows, vocab, direction, penalty, alpha,
-                     alpha_rows);
-  check_rows(labels, "labels", ScalarType::Long, c.batch, warm);
-  check_rows(strength_rows, "strength", ScalarType::Float, c.batch, warm);
-  check_rows(temperature_rows, "temperature", ScalarType::Float, c.batch, warm);
-  check_rows(top_p_rows, "top_p", ScalarType::Float, c.batch, warm);
-  check_rows(min_p_rows, "min_p", ScalarType::Float, c.batch, warm);
-  check_rows(top_k_rows, "top_k", ScalarType::Long, c.batch, warm);
-  check_rows(seed_rows, "seed", ScalarType::Long, c.batch, warm);
-  check_rows(offset_rows, "offset", ScalarType::Long, c.batch, warm);
+  Call c = open_call(warm, base, vector, warm_rows, base_rows, vocab, direction);
   STD_TORCH_CHECK(mode != kLabel || labels, "labels are needed for strength_mode 'label'");
-  c.mode = mode;
-  c.labels = data<int64_t>(labels);
-  c.strength = strength;
-  c.strength_rows = data<float>(strength_rows);
-  c.temperature = temperature;
-  c.temperature_rows = data<float>(temperature_rows);
-  c.top_p = top_p;
-  c.top_p_rows = data<float>(top_p_rows);
-  c.min_p = min_p;
-  c.min_p_rows = data<float>(min_p_rows);
-  c.top_k = top_k;
-  c.top_k_rows = data<int64_t>(top_k_rows);
-  c.seed = seed;
-  c.seed_rows = data<int64_t>(seed_rows);
-  c.offset = offset;
-  c.offset_rows = data<int64_t>(offset_rows);
+  const Checked checked{warm, c.batch};
+  c.parameters = {checked("labels", int64_t{0}, labels),
+                  static_cast<int>(mode),
+                  checked("strength", strength, strength_rows),
+                  checked("alpha", alpha, alpha_rows),
+                  penalty,
+                  checked("temperature", temperature, temperature_rows),
+                  checked("top_k", top_k, top_k_rows),
+                  checked("top_p", top_p, top_p_rows),
+                  checked("min_p", min_p, min_p_rows),
+                  checked("seed", seed, seed_rows),
+                  checked("offset", offset, offset_rows)};
 
   const torch::stable::accelerator::DeviceGuard guard(warm.get_device());
   const Place place = place_of(warm);
@@ -283,15 +278,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> steered_logprob(
     Tensor warm, MaybeTensor base, MaybeTensor vector, MaybeTensor warm_rows, MaybeTensor base_rows,
     int64_t vocab, int64_t direction, Tensor labels, double strength, MaybeTensor strength_rows,
     double alpha, MaybeTensor alpha_rows, double penalty, MaybeTensor strengths) {
-  Call c = open_call(warm, base, vector, warm_rows, base_rows, vocab, direction, penalty, alpha,
-                     alpha_rows);
+  Call c = open_call(warm, base, vector, warm_rows, base_rows, vocab, direction);
   c.count = strengths ? strengths->size(0) : 1;
-  check_rows(labels, "labels", ScalarType::Long, c.batch, warm);
-  check_rows(strength_rows, "strength", ScalarType::Float, c.batch, warm);
+  const Checked checked{warm, c.batch};
+  c.parameters.labels = checked("labels", int64_t{0}, labels);
+  c.parameters.strength = checked("strength", strength, strength_rows);
+  c.parameters.alpha = checked("alpha", alpha, alpha_rows);
+  c.parameters.penalty = penalty;
   check_rows(strengths, "strengths", ScalarType::Float, c.count, warm);
-  c.labels = static_cast<const int64_t*>(labels.const_data_ptr());
-  c.strength = strength;
-  c.strength_rows = data<float>(strength_rows);
   c.strengths = data<float>(strengths);
 
   const torch::stable::accelerator::DeviceGuard guard(warm.get_device());
@@ -309,7 +303,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> steered_logprob(
   dispatch(c, [&](auto tag, auto source) {
     using T = typename decltype(tag)::type;
     launch("steered_logprob", steered_logprob_kernel<T, decltype(source)::value>, c.batch * c.split,
-           static_cast<int>(c.split), c.transport == kCluster, place, score_args(c));
+           static_cast<int>(c.split), c.transport == kCluster, place, logprob_args(c));
   });
   return {curves, greedy, stats, status};
 }
@@ -317,8 +311,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> steered_logprob(
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> extract(
     Tensor warm, MaybeTensor base, MaybeTensor vector, MaybeTensor warm_rows, MaybeTensor base_rows,
     int64_t vocab, int64_t direction, double alpha, MaybeTensor alpha_rows) {
-  Call c = open_call(warm, base, vector, warm_rows, base_rows, vocab, direction,
-                     -static_cast<double>(SVDK_INF), alpha, alpha_rows);
+  Call c = open_call(warm, base, vector, warm_rows, base_rows, vocab, direction);
+  c.parameters.alpha = Checked{warm, c.batch}("alpha", alpha, alpha_rows);
+  c.parameters.penalty = -kInf;
   STD_TORCH_CHECK(c.source != kNone, "extract needs base_logits or a vector");
   const torch::stable::accelerator::DeviceGuard guard(warm.get_device());
   const Place place = place_of(warm);
@@ -330,12 +325,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> extract(
   Tensor row_ptr = allocate(warm, {c.batch + 1}, ScalarType::Long);
   Tensor stats = allocate(warm, {3, c.batch}, ScalarType::Float);
   Tensor status = allocate(warm, {c.batch}, ScalarType::Int);
-  Tensor scratch =
-      allocate(warm, {c.batch * static_cast<int64_t>(sizeof(Extracted))}, ScalarType::Byte);
+  Tensor constants =
+      allocate(warm, {c.batch * static_cast<int64_t>(sizeof(Constants))}, ScalarType::Byte);
   c.row_ptr = out<int64_t>(row_ptr);
   c.stats = out<float>(stats);
   c.status = out<int32_t>(status);
-  c.extracted = scratch.mutable_data_ptr();
+  c.constants = constants.mutable_data_ptr();
   if (c.batch > 0) plan(c, place);
   dispatch(c, [&](auto tag, auto source) {
     using T = typename decltype(tag)::type;

@@ -10,15 +10,18 @@ import subprocess
 
 import pytest
 
-from tests.helpers import cuda_resources
+from tests import ROOT
+from tests.helpers import cuda_resources, cuda_shim
 
 NEEDS_NVCC = pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc on PATH")
 SOURCE = """
-#include "call.h"
+#include "extract.cuh"
+#include "logprob.cuh"
+#include "sample.cuh"
 using namespace svdk::cuda;
 template __global__ void svdk::cuda::steered_sample_kernel<BFloat16, kBase>(SampleArgs);
 template __global__ void svdk::cuda::steered_sample_kernel<float, kNone>(SampleArgs);
-template __global__ void svdk::cuda::steered_logprob_kernel<float, kBase>(ScoreArgs);
+template __global__ void svdk::cuda::steered_logprob_kernel<float, kBase>(LogprobArgs);
 template __global__ void svdk::cuda::extract_measure_kernel<Half, kVectorRow>(ExtractArgs);
 template __global__ void svdk::cuda::extract_fill_kernel<BFloat16, kBase>(ExtractArgs);
 """
@@ -35,6 +38,20 @@ def test_kernels_stay_within_what_the_launch_assumes(tmp_path):
     found = cuda_resources.kernels(done.stderr + done.stdout)
     assert len(found) == 5
     assert cuda_resources.problems(found) == []
+
+
+HEADERS = [ROOT / "csrc" / "common.h", *sorted(cuda_resources.CSRC.glob("*.cuh"))]
+
+
+@pytest.mark.skipif(cuda_shim.compiler() is None, reason="no C++ compiler")
+@pytest.mark.parametrize("header", HEADERS, ids=lambda path: path.name)
+def test_every_header_includes_what_it_uses(header, tmp_path):
+    source = tmp_path / "alone.cpp"
+    source.write_text(f'#include "{header}"\n')
+    command = [cuda_shim.compiler(), "-std=c++17", "-fsyntax-only", "-DSVDK_SHIM"]
+    command += [f"-I{ROOT / 'tests' / 'shim'}", str(source)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
 
 
 REPORT = """

@@ -24,7 +24,7 @@ SCHEDULES = range(6)
 
 @dataclass(frozen=True)
 class Mutant:
-    """One edit of one file; ``old`` occurs there, and its first occurrence is replaced."""
+    """One edit of one file of csrc; ``old`` occurs there, and its first occurrence is replaced."""
 
     name: str
     file: str
@@ -39,26 +39,62 @@ def without(name: str, file: str, before: str, gone: str, after: str = "") -> Mu
 
 BARRIER = "__syncthreads();\n"
 MUTANTS = (
-    without("no_barrier_before_the_block_sum_is_read", "team.h", "s.slot[warp_id()] = x;\n  ", BARRIER),
-    without("no_barrier_after_the_block_sum_is_read", "team.h", "total += s.slot[i];\n  ", BARRIER),
-    without("no_barrier_before_the_list_is_counted", "sums.h", "", BARRIER, "  const int n = static_cast"),
-    without("no_barrier_before_parts_are_read", "team.h", "", "cta.team_barrier();\n", "    return true;"),
-    without("no_barrier_before_the_ticket", "team.h", "__threadfence();\n  ", BARRIER),
-    without("the_workspace_is_not_reset", "team.h", "", "if (s.last) a.tickets[cta.row] = 0;"),
-    without("no_barrier_before_the_verdict_is_used", "team.h", "", "team_barrier();\n", "  }\n};"),
-    Mutant("vector_past_the_end_of_the_row", "read.h", "at + N <= s.vocab)", "at + N <= s.vocab + 1)"),
-    Mutant("tail_off_by_one", "sums.h", "end - at < N ? end - at : N);", "end - at < N ? end - at - 1 : N);"),
-    Mutant("joined_loads_off_by_a_word", "read.h", "if (shift & 4) {", "if (shift & 2) {"),
-    Mutant("a_candidate_is_lost", "sums.h", "if (place < static_cast<uint32_t>(kList))", "if (place != 1)"),
-    Mutant(
-        "candidates_against_half_the_threshold", "sums.h", "top + log_alpha -", "top + 0.5f * log_alpha -"
+    without(
+        "no_barrier_before_a_reduction_is_read",
+        "cuda/reduce.cuh",
+        "if (lane_id() == 0) slot[warp_id()] = x;\n  ",
+        BARRIER,
     ),
-    Mutant("an_overflow_goes_unnoticed", "sums.h", "lost = true;", "lost = false;"),
-    Mutant("cross_term_stays_behind_the_maximum", "sums.h", "cross + usable * (", "cross + 0.0f * ("),
-    Mutant("noise_threshold_too_high", "whole.h", "0x1p32f + 2.0f : 0x1p32f", "0x1p31f : 0x1p32f"),
+    without(
+        "no_barrier_after_a_reduction_is_read", "cuda/reduce.cuh", "all = op(all, slot[i]);\n  ", BARRIER
+    ),
+    without(
+        "no_barrier_before_a_scan_is_read",
+        "cuda/reduce.cuh",
+        "if (lane_id() == 31) slot[warp_id()] = x;\n  ",
+        BARRIER,
+    ),
+    without(
+        "no_barrier_before_candidates_are_counted",
+        "cuda/sweep.cuh",
+        "",
+        BARRIER,
+        "  const int n = static_cast",
+    ),
+    without(
+        "no_barrier_before_parts_are_read", "cuda/team.cuh", "", "cta.team_barrier();\n", "    return true;"
+    ),
+    without("no_barrier_before_the_ticket", "cuda/team.cuh", "__threadfence();\n  ", BARRIER),
+    without("the_workspace_is_not_reset", "cuda/team.cuh", "", "if (s.last) a.tickets[cta.row] = 0;"),
+    without("no_barrier_after_a_broadcast", "cuda/team.cuh", "", "team_barrier();\n", "  }\n};"),
+    Mutant("vector_past_the_end_of_the_row", "cuda/read.cuh", "at + N <= s.vocab)", "at + N <= s.vocab + 1)"),
+    Mutant(
+        "tail_off_by_one",
+        "cuda/sweep.cuh",
+        "end - at < N ? end - at : N);",
+        "end - at < N ? end - at - 1 : N);",
+    ),
+    Mutant("joined_loads_off_by_a_word", "cuda/read.cuh", "if (shift & 4) {", "if (shift & 2) {"),
+    Mutant(
+        "a_candidate_is_lost",
+        "cuda/team.cuh",
+        "if (place < static_cast<uint32_t>(kCapacity))",
+        "if (place != 1)",
+    ),
+    Mutant(
+        "candidates_against_half_the_threshold",
+        "cuda/sweep.cuh",
+        "top + log_alpha -",
+        "top + 0.5f * log_alpha -",
+    ),
+    Mutant("an_overflow_goes_unnoticed", "cuda/sweep.cuh", "overflow = true;", "overflow = false;"),
+    Mutant("cross_term_stays_behind_the_maximum", "common.h", "cross + usable * (", "cross + 0 * ("),
+    Mutant(
+        "noise_threshold_too_high", "cuda/draw_sweep.cuh", "0x1p32f + 2.0f : 0x1p32f", "0x1p31f : 0x1p32f"
+    ),
     Mutant(
         "a_slice_is_skipped",
-        "team.h",
+        "cuda/team.cuh",
         "(rank + 1) * slices.count / size;",
         "(rank + 1) * (slices.count - 1) / size;",
     ),
@@ -123,7 +159,7 @@ def mutated(folder, mutant: Mutant | None):
     for part in (("csrc",), ("tests", "shim")):
         shutil.copytree(cuda_shim.ROOT.joinpath(*part), folder.joinpath(*part), dirs_exist_ok=True)
     if mutant is not None:
-        path = folder / "csrc" / "cuda" / mutant.file
+        path = folder / "csrc" / mutant.file
         text = path.read_text()
         assert mutant.old in text, f"{mutant.name}: the line to break is no longer in {mutant.file}"
         path.write_text(text.replace(mutant.old, mutant.new, 1))

@@ -1,8 +1,9 @@
 """The CUDA kernels, from the same source, on the CPU: every test of the ops that the other backends pass.
 
 ``tests/shim`` runs one fiber a CUDA thread. It is built twice: with the kernels' own constants, and with
-short slices and lists, so that small vocabularies meet every path (rows split over CTAs, lost candidates,
-searches over the whole row). ``tests/csrc/test_cuda_mutants.py`` shows that these tests can fail.
+short slices and few candidates, so that small vocabularies meet every path (rows split over CTAs, more
+candidates than are kept, searches over the whole row). ``tests/csrc/test_cuda_mutants.py`` shows that these
+tests can fail.
 """
 
 from __future__ import annotations
@@ -160,7 +161,7 @@ def test_full_vocabulary_with_the_kernels_own_constants(name, monkeypatch):
 
 @pytest.mark.parametrize("scale", [0.02, 0.5])
 def test_flat_rows_take_the_second_sweep(backend, scale):
-    """More candidates than the list holds, at first (0.5) or for good (0.02)."""
+    """More candidates than are kept, at first (0.5) or for good (0.02)."""
     warm, base = oc.logits(2, 3000, seed=1, scale=scale)
     for kwargs in ({}, {"strength_mode": "kl_budget", "strength": 0.01}, {"top_p": 0.5}, {"top_k": 500}):
         token, info = svdk.steered_sample(warm, base, backend=backend, return_info=True, **kwargs)

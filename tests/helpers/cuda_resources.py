@@ -31,8 +31,8 @@ class Kernel:
 
 def constant(name: str) -> int:
     """A ``constexpr int`` of the kernels."""
-    found = re.search(rf"\b{name} = (\d+)", (CSRC / "problem.h").read_text())
-    assert found, f"{name} is no longer in problem.h"
+    found = re.search(rf"\b{name} = (\d+)", (CSRC / "platform.cuh").read_text())
+    assert found, f"{name} is no longer in platform.cuh"
     return int(found.group(1))
 
 

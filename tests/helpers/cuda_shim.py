@@ -1,67 +1,93 @@
 """The CUDA kernels on the CPU: builds tests/shim with g++ and wraps it as a backend.
 
-The wrapper takes the flat arguments of the dispatcher's ops (``svdk/ops/schema.py``), as every backend does.
+The wrapper takes the flat arguments of the dispatcher's ops, as every backend does, and hands them on in the
+order of the table in ``svdk/ops/schema.py``.
 """
 
 from __future__ import annotations
 
 import ctypes
 import hashlib
+import math
 import os
 import shutil
 import subprocess
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor
 
-from svdk.ops import backends
+from svdk.ops import backends, schema
 from tests import ROOT
 from tests.helpers import ops_cases as oc
 
 SOURCES = (ROOT / "csrc", ROOT / "tests" / "shim")
 SOLO, CLUSTER, WORKSPACE = range(3)
 TRANSPORTS = {"solo": SOLO, "cluster": CLUSTER, "workspace": WORKSPACE}
-SMALL = {"SVDK_SLICE_TOKENS": 256, "SVDK_LIST": 64}
-"""Short slices and lists, so that small vocabularies meet every path."""
+SMALL = {"SVDK_SLICE_TOKENS": 256, "SVDK_CAPACITY": 64}
+"""Short slices and few candidates, so that small vocabularies meet every path."""
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
-_INTEGERS = ("dtype", "source", "batch", "vocab", "direction", "mode", "split", "transport")
+_FLOAT, _INT = [[("scalar", kind), ("rows", ctypes.c_void_p)] for kind in (ctypes.c_double, ctypes.c_int64)]
+
+
+def _structure(name: str, fields: list) -> type[ctypes.Structure]:
+    return type(name, (ctypes.Structure,), {"_fields_": fields})
+
+
+KINDS = {
+    "float": _structure("Real", _FLOAT),
+    "int": _structure("Integer", _INT),
+    "scalar": ctypes.c_double,
+}
+"""How the kinds of the table look to the kernels."""
+BatchParameters = _structure(
+    "BatchParameters",
+    [("labels", KINDS["int"]), ("mode", ctypes.c_int)] + [(p.name, KINDS[p.kind]) for p in schema.PARAMETERS],
+)
+Table = _structure(
+    "Table",
+    [
+        ("data", ctypes.c_void_p),
+        ("stride", ctypes.c_int64),
+        ("index", ctypes.c_void_p),
+        ("limit", ctypes.c_int64),
+    ],
+)
+
+
+_INTEGERS = ("dtype", "source", "batch", "vocab", "direction", "split", "transport")
 _POINTERS = (
-    "parts", "tickets", "token", "floats", "ints", "curves", "greedy", "stats", "status",
-    "extracted", "row_ptr", "ids", "p", "delta",
-)  # fmt: skip
-_LAYOUT = (
-    [(name, ctypes.c_int64) for name in _INTEGERS]
-    + [
-        ("warm", ctypes.c_void_p), ("warm_stride", ctypes.c_int64),
-        ("warm_index", ctypes.c_void_p), ("warm_limit", ctypes.c_int64),
-        ("other", ctypes.c_void_p), ("other_stride", ctypes.c_int64),
-        ("other_index", ctypes.c_void_p), ("other_limit", ctypes.c_int64),
-        ("penalty", ctypes.c_double),
-    ]
-    + [
-        field
-        for name in ("strength", "alpha", "temperature", "top_p", "min_p")
-        for field in ((name, ctypes.c_double), (f"{name}_rows", ctypes.c_void_p))
-    ]
-    + [
-        field
-        for name in ("top_k", "seed", "offset")
-        for field in ((name, ctypes.c_int64), (f"{name}_rows", ctypes.c_void_p))
-    ]
-    + [("labels", ctypes.c_void_p), ("strengths", ctypes.c_void_p), ("count", ctypes.c_int64)]
-    + [(name, ctypes.c_void_p) for name in _POINTERS]
-)  # fmt: skip
+    "parts",
+    "tickets",
+    "token",
+    "floats",
+    "ints",
+    "curves",
+    "greedy",
+    "stats",
+    "status",
+    "constants",
+)
+_ENTRIES = ("row_ptr", "ids", "p", "delta")
 
 
 class Call(ctypes.Structure):
-    """``svdk::cuda::Call`` of csrc/cuda/call.h."""
+    """``svdk::cuda::Call`` of csrc/cuda/arguments.cuh."""
 
-    _fields_ = _LAYOUT
+    _fields_ = [
+        *((n, ctypes.c_int64) for n in _INTEGERS),
+        ("warm", Table),
+        ("other", Table),
+        ("parameters", BatchParameters),
+        ("strengths", ctypes.c_void_p),
+        ("count", ctypes.c_int64),
+        *((n, ctypes.c_void_p) for n in (*_POINTERS, *_ENTRIES)),
+    ]
 
 
 class ShimError(AssertionError):
@@ -80,7 +106,7 @@ def build(sources: Path = ROOT, **macros: int) -> ctypes.CDLL:
     shim = sources / "tests" / "shim"
     digest = hashlib.sha256(repr(flags).encode())
     for folder in (sources / "csrc" / "cuda", shim, sources / "csrc"):
-        for path in sorted([*folder.glob("*.h"), *folder.glob("*.cpp")]):
+        for path in sorted([*folder.glob("*.*h"), *folder.glob("*.cpp")]):
             digest.update(path.read_bytes())
     kept = Path(tempfile.gettempdir()) / f"svdk-shim-{os.getuid()}"
     kept.mkdir(mode=0o700, exist_ok=True)
@@ -109,110 +135,110 @@ class Shim:
     split: int = 1
     schedule: int = 0
 
-    def _call(self, warm, base, vector, warm_rows, base_rows, vocab, direction, batch) -> tuple[Call, list]:
-        other = base if base is not None else vector
-        tables = 2 if vector is not None and vector.dim() == 2 else 1
+    def _call(self, op: schema.Op, flat: tuple) -> tuple[Call, list[Tensor | None], SimpleNamespace]:
+        """The call without its outputs, what has to be kept alive for it, and what else was given."""
+        rows, given = op.unpack(flat)
+        other = rows.vector if rows.base is None else rows.base
         call = Call(
-            dtype=DTYPES[warm.dtype], source=1 if base is not None else 2 if vector is not None else 0,
-            batch=batch, vocab=vocab, direction=direction,
-            split=self.split, transport=self.transport if self.split > 1 else SOLO,
-            warm=warm.data_ptr(), warm_stride=warm.stride(0), warm_limit=warm.shape[0],
-        )  # fmt: skip
+            dtype=DTYPES[rows.warm.dtype],
+            source=0 if other is None else 1 if rows.base is not None else 2,
+            batch=rows.batch,
+            vocab=rows.vocab,
+            direction=rows.direction,
+            split=self.split,
+            transport=self.transport if self.split > 1 else SOLO,
+            warm=_table(rows.warm, rows.warm_rows, rows.warm.shape[0]),
+        )
         if other is not None:
-            call.other = other.data_ptr()
-            call.other_stride = other.stride(0) if other.dim() == 2 else 0
-            call.other_limit = other.shape[0] if base is not None or tables == 2 else batch
-        keep = [warm, other]
-        self._rows(call, keep, warm_index=warm_rows, other_index=base_rows)
+            limit = other.shape[0] if rows.base is not None else rows.batch
+            call.other = _table(other, rows.base_rows, limit)
+        for parameter in op.parameters:
+            value = getattr(given, parameter.name)
+            if parameter.kind != "scalar":
+                value = KINDS[parameter.kind](value.scalar, _address(value.rows))
+            setattr(call.parameters, parameter.name, value)
+        call.parameters.labels.rows = _address(getattr(given, "labels", None))
+        call.parameters.mode = getattr(given, "mode", schema.CONSTANT)
+        keep = list(flat)
         if call.transport == WORKSPACE:
             # What an earlier call left there could pass for this call's.
-            size = batch * self.split * self.library.shim_sizes(1) + 128
+            size = rows.batch * self.split * self.library.shim_sizes(1) + 128
             parts = torch.full((size,), 0x7F, dtype=torch.uint8)
-            tickets = torch.zeros(batch, dtype=torch.int32)
+            tickets = torch.zeros(rows.batch, dtype=torch.int32)
             keep += [parts, tickets]
             call.parts = (parts.data_ptr() + 127) // 128 * 128
             call.tickets = tickets.data_ptr()
-        return call, keep
+        return call, keep, given
 
-    @staticmethod
-    def _rows(call: Call, keep: list, **tensors: Tensor | None) -> None:
-        for name, tensor in tensors.items():
-            setattr(call, name, None if tensor is None else tensor.data_ptr())
-            keep.append(tensor)
-
-    @staticmethod
-    def _raise(error: bytes | None) -> None:
+    def _run(self, entry: str, call: Call, *more: int) -> None:
+        error = getattr(self.library, entry)(ctypes.byref(call), ctypes.c_uint64(self.schedule), *more)
         if error:
             raise ShimError(error.decode())
 
-    def steered_sample(
-        self, warm, base, vector, warm_rows, base_rows, vocab, direction, labels, mode,
-        strength, strength_rows, alpha, alpha_rows, penalty, temperature, temperature_rows,
-        top_k, top_k_rows, top_p, top_p_rows, min_p, min_p_rows, seed, seed_rows, offset, offset_rows, info,
-    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    def steered_sample(self, *flat) -> tuple[Tensor, Tensor, Tensor]:
         """As ``svdk.reference.steered_sample``."""
-        batch = warm.shape[0] if warm_rows is None else warm_rows.shape[0]
-        token = torch.full((batch,), -7)
-        floats = torch.full((5, batch) if info else (0,), 7e7)
-        ints = torch.full((2, batch) if info else (0,), -7, dtype=torch.int32)
-        call, keep = self._call(warm, base, vector, warm_rows, base_rows, vocab, direction, batch)
-        call.mode, call.penalty, call.strength, call.alpha = mode, penalty, strength, alpha
-        call.temperature, call.top_p, call.min_p = temperature, top_p, min_p
-        call.top_k, call.seed, call.offset = top_k, seed, offset
-        self._rows(
-            call, keep, labels=labels, strength_rows=strength_rows, alpha_rows=alpha_rows,
-            temperature_rows=temperature_rows, top_k_rows=top_k_rows, top_p_rows=top_p_rows,
-            min_p_rows=min_p_rows, seed_rows=seed_rows, offset_rows=offset_rows, token=token,
-            floats=floats if info else None, ints=ints if info else None,
-        )  # fmt: skip
-        self._raise(self.library.shim_sample(ctypes.byref(call), ctypes.c_uint64(self.schedule)))
-        return token, floats, ints
+        call, _keep, given = self._call(schema.STEERED_SAMPLE, flat)
+        token, floats, ints = (
+            _fresh(call.batch),
+            _fresh(5, call.batch, dtype=torch.float32),
+            _fresh(2, call.batch, dtype=torch.int32),
+        )
+        _outputs(call, token=token)
+        if given.info:
+            _outputs(call, floats=floats, ints=ints)
+        self._run("shim_sample", call)
+        return (token, floats, ints) if given.info else (token, floats[:0, 0], ints[:0, 0])
 
-    def steered_logprob(
-        self, warm, base, vector, warm_rows, base_rows, vocab, direction, labels,
-        strength, strength_rows, alpha, alpha_rows, penalty, strengths,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    def steered_logprob(self, *flat) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """As ``svdk.reference.steered_logprob``."""
-        batch, count = labels.shape[0], 1 if strengths is None else strengths.shape[0]
-        curves = torch.full((3, batch, count), 7e7)
-        greedy = torch.full((batch, count), -7)
-        stats, status = torch.full((6, batch), 7e7), torch.full((batch,), -7, dtype=torch.int32)
-        call, keep = self._call(warm, base, vector, warm_rows, base_rows, vocab, direction, batch)
-        call.penalty, call.alpha, call.strength, call.count = penalty, alpha, strength, count
-        self._rows(
-            call, keep, labels=labels, alpha_rows=alpha_rows, strength_rows=strength_rows,
-            strengths=strengths, curves=curves, greedy=greedy, stats=stats, status=status,
-        )  # fmt: skip
-        self._raise(self.library.shim_logprob(ctypes.byref(call), ctypes.c_uint64(self.schedule)))
+        call, _keep, given = self._call(schema.STEERED_LOGPROB, flat)
+        call.strengths = _address(given.strengths)
+        call.count = 1 if given.strengths is None else given.strengths.shape[0]
+        curves = _fresh(3, call.batch, call.count, dtype=torch.float32)
+        greedy = _fresh(call.batch, call.count)
+        stats, status = _fresh(6, call.batch, dtype=torch.float32), _fresh(call.batch, dtype=torch.int32)
+        _outputs(call, curves=curves, greedy=greedy, stats=stats, status=status)
+        self._run("shim_logprob", call)
         return curves, greedy, stats, status
 
-    def extract(self, warm, base, vector, warm_rows, base_rows, vocab, direction, alpha, alpha_rows):
+    def extract(self, *flat) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
         """As ``svdk.reference.extract``."""
-        batch = warm.shape[0] if warm_rows is None else warm_rows.shape[0]
-        call, keep = self._call(warm, base, vector, warm_rows, base_rows, vocab, direction, batch)
-        call.penalty, call.alpha = -float("inf"), alpha
-        row_ptr, stats = torch.full((batch + 1,), -7), torch.full((3, batch), 7e7)
-        status = torch.full((batch,), -7, dtype=torch.int32)
-        extracted = torch.empty(batch * self.library.shim_sizes(2) // 8 + 1, dtype=torch.float64)
-        self._rows(
-            call,
-            keep,
-            alpha_rows=alpha_rows,
-            row_ptr=row_ptr,
-            stats=stats,
-            status=status,
-            extracted=extracted,
-        )
-        schedule = ctypes.c_uint64(self.schedule)
-        if batch == 0:
+        call, _keep, _ = self._call(schema.EXTRACT, flat)
+        call.parameters.penalty = -math.inf
+        constants = _fresh(call.batch * self.library.shim_sizes(2), dtype=torch.uint8)
+        row_ptr, status = _fresh(call.batch + 1), _fresh(call.batch, dtype=torch.int32)
+        stats = _fresh(3, call.batch, dtype=torch.float32)
+        _outputs(call, constants=constants, row_ptr=row_ptr, stats=stats, status=status)
+        if call.batch == 0:
             row_ptr[0] = 0
         else:
-            self._raise(self.library.shim_extract(ctypes.byref(call), schedule, 0))
+            self._run("shim_extract", call, 0)
         entries = int(row_ptr[-1])
-        ids, p, delta = torch.full((entries,), -7), torch.full((entries,), 7e7), torch.full((entries,), 7e7)
-        self._rows(call, keep, ids=ids, p=p, delta=delta)
-        self._raise(self.library.shim_extract(ctypes.byref(call), schedule, 1))
+        ids = _fresh(entries)
+        p, delta = _fresh(entries, dtype=torch.float32), _fresh(entries, dtype=torch.float32)
+        _outputs(call, ids=ids, p=p, delta=delta)
+        self._run("shim_extract", call, 1)
         return row_ptr, ids, p, delta, stats, status
+
+
+def _address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _table(tensor: Tensor, index: Tensor | None, limit: int) -> Table:
+    return Table(tensor.data_ptr(), tensor.stride(0) if tensor.dim() == 2 else 0, _address(index), limit)
+
+
+def _fresh(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
+    """An output that shows where nothing was written."""
+    return torch.full(
+        shape, 7e7 if dtype == torch.float32 else 0x7F if dtype == torch.uint8 else -7, dtype=dtype
+    )
+
+
+def _outputs(call: Call, **tensors: Tensor) -> None:
+    for name, tensor in tensors.items():
+        setattr(call, name, tensor.data_ptr())
 
 
 def install(monkeypatch: pytest.MonkeyPatch, shim: Shim) -> None:

@@ -3,9 +3,13 @@
 #include <utility>
 #include <vector>
 
-#include "../../csrc/cuda/call.h"
+#include "../../csrc/cuda/arguments.cuh"
+#include "../../csrc/cuda/extract.cuh"
+#include "../../csrc/cuda/logprob.cuh"
+#include "../../csrc/cuda/sample.cuh"
 #include "fibers.h"
 
+using namespace svdk;
 using namespace svdk::cuda;
 
 namespace {
@@ -14,18 +18,18 @@ std::string message;
 std::vector<std::pair<const char*, const char*>> readable;
 
 // Row by row: what lies between two rows must not be read either.
-void allow(const void* data, int64_t rows, int64_t stride, int64_t width, int64_t bytes) {
-  const char* begin = static_cast<const char*>(data);
-  for (int64_t i = 0; data && i < rows; ++i, begin += stride * bytes) {
+void allow(const Table& t, int64_t width, int64_t bytes) {
+  const char* begin = static_cast<const char*>(t.data);
+  for (int64_t i = 0; t.data && i < t.limit; ++i, begin += t.stride * bytes) {
     readable.push_back({begin, begin + width * bytes});
   }
 }
 
 void prepare(const Call& c) {
   readable.clear();
-  const int64_t bytes = c.dtype == kFloat ? 4 : 2;
-  allow(c.warm, c.warm_limit, c.warm_stride, c.vocab, bytes);
-  allow(c.other, c.other_limit, c.other_stride, c.vocab, c.source == kVectorRow ? 4 : bytes);
+  const int64_t bytes = static_cast<DType>(c.dtype) == DType::kFloat ? 4 : 2;
+  allow(c.warm, c.vocab, bytes);
+  allow(c.other, c.vocab, c.source == kVectorRow ? 4 : bytes);
 }
 
 template <typename F>
@@ -58,7 +62,7 @@ uint4 load16(const void* p) {
 extern "C" {
 
 int64_t shim_sizes(int which) {
-  const int64_t sizes[] = {sizeof(Call), sizeof(Part), sizeof(Extracted), kList, kSliceTokens};
+  const int64_t sizes[] = {sizeof(Call), sizeof(Part), sizeof(Constants), kCapacity, kSliceTokens};
   return sizes[which];
 }
 
@@ -76,7 +80,7 @@ const char* shim_sample(const Call* c, uint64_t schedule) {
 
 #ifndef SHIM_SAMPLE_ONLY
 const char* shim_logprob(const Call* c, uint64_t schedule) {
-  const ScoreArgs a = score_args(*c);
+  const LogprobArgs a = logprob_args(*c);
   const char* error = nullptr;
   dispatch(*c, [&](auto tag, auto source) {
     using T = typename decltype(tag)::type;

@@ -1,7 +1,7 @@
 // The CUDA kernels on the CPU: every CUDA thread is a fiber, every barrier and warp operation a
 // place where fibers wait for each other. The scheduler picks the next fiber in order or at random,
 // so that code which relies on an order it did not ask for (a missing barrier) gives wrong results.
-// This header stands in for the CUDA half of csrc/cuda/platform.h and for CUDA's own built-ins.
+// This header stands in for the CUDA half of csrc/cuda/platform.cuh and for CUDA's own built-ins.
 #pragma once
 #include <algorithm>
 #include <cmath>

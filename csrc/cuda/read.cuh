@@ -1,7 +1,8 @@
 // Reading rows 16 bytes at a time. The token a thread reads never depends on the row's alignment,
 // so neither do the sums: rows that do not start on 16 bytes are put together from two loads.
 #pragma once
-#include "problem.h"
+#include "arguments.cuh"
+#include "platform.cuh"
 
 namespace svdk::cuda {
 
@@ -117,18 +118,23 @@ struct Lanes {
 
 // A row's two operands. N: tokens of a vector; kUnroll: vectors whose loads are in flight together.
 template <typename T, int S>
-struct Pair {
+struct Operands {
   using Other = T;
   static constexpr int N = 16 / sizeof(T), kUnroll = 2;
   Stream<T> warm, other;
 };
 template <typename T>
-struct Pair<T, kVectorRow> {
+struct Operands<T, kVectorRow> {
   using Other = float;
   static constexpr int N = 16 / sizeof(T), kUnroll = sizeof(T) / 2;
   Stream<T> warm;
   Stream<float> other;
 };
+
+template <typename T, int S>
+SVDK_DEVICE Operands<T, kNone> warm_only(const Operands<T, S>& row) {
+  return {row.warm, {}};
+}
 
 template <typename T>
 SVDK_DEVICE Stream<T> open_stream(const Table& table, int64_t row, int vocab) {
@@ -136,27 +142,52 @@ SVDK_DEVICE Stream<T> open_stream(const Table& table, int64_t row, int vocab) {
   return {p, vocab, static_cast<uint32_t>(reinterpret_cast<uintptr_t>(p) & 15)};
 }
 
+enum Readable : int { kBoth, kWarmOnly, kNothing };
+
+// The operands of a row, as far as their indices are of rows that exist.
+template <typename T, int S>
+SVDK_DEVICE Readable open_operands(const BatchArgs& a, int row, Operands<T, S>& operands) {
+  const int64_t warm = a.warm.index ? a.warm.index[row] : row;
+  if (warm < 0 || warm >= a.warm.limit) return kNothing;
+  operands.warm = open_stream<T>(a.warm, warm, a.vocab);
+  if (S == kNone) return kBoth;
+  const int64_t other = a.other.index ? a.other.index[row] : row;
+  if (other < 0 || other >= a.other.limit) return kWarmOnly;
+  operands.other = open_stream<typename Operands<T, S>::Other>(a.other, other, a.vocab);
+  return kBoth;
+}
+
+// The base logit or the vector's entry of a token; 0 where there is neither.
+template <typename T, int S>
+SVDK_DEVICE float other_at(const Operands<T, S>& row, int id) {
+  if constexpr (S == kNone) {
+    return 0.0f;
+  } else {
+    return read_one(row.other, id);
+  }
+}
+
 // The tokens of [begin, end) that are this thread's, vector by vector: f(at, n, w, other) where n
 // of the N tokens exist. `begin` is a multiple of N. U vectors are loaded before the first is used;
 // one is enough for sweeps that are rare or find the row in L2.
 template <int U = 1, typename T, int S, typename F>
-SVDK_DEVICE void for_vectors(const Pair<T, S>& row, int begin, int end, const F& f) {
-  constexpr int N = Pair<T, S>::N;
-  using Other = typename Pair<T, S>::Other;
+SVDK_DEVICE void for_vectors(const Operands<T, S>& row, int begin, int end, const F& f) {
+  constexpr int N = Operands<T, S>::N;
+  using Other = typename Operands<T, S>::Other;
   SVDK_ROLLED
   for (int from = begin; from < end; from += U * kThreads * N) {
     Lanes<T, N> w[U];
     Lanes<Other, N> o[U];
     SVDK_UNROLL
     for (int u = 0; u < U; ++u) {
-      const int at = from + (u * kThreads + static_cast<int>(threadIdx.x)) * N;
+      const int at = from + (u * kThreads + thread_id()) * N;
       if (at >= end) continue;
       w[u].fetch(row.warm, at);
       if (S != kNone) o[u].fetch(row.other, at);
     }
     SVDK_UNROLL
     for (int u = 0; u < U; ++u) {
-      const int at = from + (u * kThreads + static_cast<int>(threadIdx.x)) * N;
+      const int at = from + (u * kThreads + thread_id()) * N;
       if (at >= end) continue;
       float x[N], y[N];
       w[u].unpack(x);

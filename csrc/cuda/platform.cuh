@@ -1,6 +1,6 @@
 // What the kernels need of the machine beyond plain CUDA C++. Anything that is PTX or an intrinsic
 // sits behind a named function here; the tests build the same kernels for the CPU with their own
-// version of this file's functions (tests/shim/shim.h).
+// version of these functions (tests/shim/shim.h).
 #pragma once
 #include <cfloat>
 #include <cstdint>
@@ -76,3 +76,27 @@ SVDK_DEVICE T* remote(T* shared, int rank) {
 
 }  // namespace svdk::cuda
 #endif
+
+// For lambdas: one that is used twice is otherwise called, with its captures on the stack.
+#define SVDK_INLINED __attribute__((always_inline))
+
+namespace svdk::cuda {
+
+constexpr int kThreads = 256, kWarps = kThreads / 32;
+constexpr int kMinBlocks = 2;  // resident CTAs that the register budget allows for
+
+SVDK_DEVICE int thread_id() { return static_cast<int>(threadIdx.x); }
+SVDK_DEVICE int lane_id() { return static_cast<int>(threadIdx.x & 31); }
+SVDK_DEVICE int warp_id() { return static_cast<int>(threadIdx.x >> 5); }
+
+constexpr float kLog2e = 1.44269504088896341f;
+SVDK_DEVICE float fast_exp(float x) { return exp2_approx(x * kLog2e); }
+
+// The arithmetic of the formulas in csrc/common.h: in double but for exponentials and logarithms.
+struct Math {
+  SVDK_DEVICE static float exp(float x) { return fast_exp(x); }
+  SVDK_DEVICE static double exp(double x) { return fast_exp(static_cast<float>(x)); }
+  SVDK_DEVICE static double log(double x) { return logf(static_cast<float>(x)); }
+};
+
+}  // namespace svdk::cuda
