@@ -83,7 +83,6 @@ def score_options(
     vector: Tensor | None = None,
     grid: Tensor | None = None,
     batch_size: int = 16,
-    backend: str = "auto",
     base_cache: BaseCache | None = None,
     progress: bool = False,
 ) -> OptionStatistics:
@@ -101,7 +100,6 @@ def score_options(
         vector: (V,) static steering vector, scored on ``grid`` too.
         grid: (M,) ascending strengths with 0 among them; exact there, interpolated between.
         batch_size: questions whose prompts share a forward pass.
-        backend: of the ops.
         base_cache: shared by calls with the same base model and questions, which it makes faster.
         progress: show a progress bar on standard error.
 
@@ -114,7 +112,7 @@ def score_options(
         raise DataError("questions held 0 questions; allowed: at least 1")
     full = (*directions, *(("vector",) if vector is not None else ()))
     grid = default_grid(25) if grid is None else check_grid(grid)
-    sweep = Sweep(alpha, full, grid, backend, None if vector is None else vector.to(model.device))
+    sweep = Sweep(alpha, full, grid, "auto", None if vector is None else vector.to(model.device))
     encoded = [_encode(tokenizer, question) for question in questions]
     base_cache = base_cache or BaseCache()
     base_cache.bind(model, hashlib.sha256(repr((batch_size, encoded)).encode()).hexdigest())
