@@ -188,12 +188,7 @@ def _add_chunk(
 ) -> None:
     setting: dict[str, Any] = {"direction": "log_ratio", "alpha": sweep.alpha, "backend": sweep.backend}
     info = steered_logprob(warm, base, labels, strength=0.0, **setting, **where)
-    bad = int((info.status & Status.INVALID).ne(0).sum())
-    if bad:
-        raise InvalidLogitsError(
-            f"{name}: the logits of {bad} of its tokens hold NaN or +inf, or nothing "
-            "finite; allowed: a model whose logits are finite (another dtype, or a warm start that converged)"
-        )
+    check_rows(info.status, name)
     # A label that the warm model rules out has infinite loss at any strength: counted, then left out.
     possible = torch.isfinite(info.logprob_warm)
     part.excluded += int((~possible).sum())
@@ -226,6 +221,16 @@ def _add_chunk(
         right = (info.greedy == labels[:, None]).sum(0).cpu()
         part.curves[direction] = part.curves.get(direction, 0) + curves
         part.counts[direction] = part.counts.get(direction, 0) + right
+
+
+def check_rows(status: Tensor, name: str) -> None:
+    """``InvalidLogitsError`` when the rows of the example ``name`` with this status have no distribution."""
+    bad = int((status & Status.INVALID).ne(0).sum())
+    if bad:
+        raise InvalidLogitsError(
+            f"{name}: the logits of {bad} of its tokens hold NaN or +inf, or nothing "
+            "finite; allowed: a model whose logits are finite (another dtype, or a warm start that converged)"
+        )
 
 
 def assemble(sweep: Sweep, parts: list[Part]) -> Statistics:
