@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 from typing import Any
 
 from svdk.bench import tables
 from svdk.bench.results import Results
+from svdk.utils import figures
+from svdk.utils.files import write_file
 
 COLOURS = {
-    "svdk": "#000000",
-    "eager": "#0072b2",
-    "softmax+multinomial": "#0072b2",
-    "compile": "#e69f00",
-    "race": "#009e73",
-    "warpers": "#cc79a7",
-    "flashinfer": "#d55e00",
-}  # Okabe and Ito: told apart by colour-blind readers
+    "svdk": figures.BLACK,
+    "eager": figures.BLUE,
+    "softmax+multinomial": figures.BLUE,
+    "compile": figures.ORANGE,
+    "race": figures.GREEN,
+    "warpers": figures.PURPLE,
+    "flashinfer": figures.VERMILION,
+}
 NAMES = {
     "eager": "eager PyTorch",
     "softmax+multinomial": "softmax + multinomial",
@@ -41,35 +42,15 @@ def draw(results: Results, folder: str | Path, prefix: str = "") -> list[Path]:
     for name, figure in (("speedup", speedup), ("roofline", roofline), ("batch", batch)):
         drawn = figure(results)
         if drawn is not None:
-            written.append(_save(drawn, folder / f"{prefix}{name}.png"))
+            written.append(folder / f"{prefix}{name}.png")
+            write_file(written[-1], figures.png(drawn))
     return written
 
 
-def _save(figure: Any, path: Path) -> Path:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    from svdk.utils.files import write_file
-
-    image = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(image)
-    write_file(path, image.getvalue())
-    return path
-
-
 def _figure(width: float, height: float, title: str, results: Results) -> Any:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), dpi=130, layout="constrained")
     info = results["machine"]
     place = info.get("gpu") or f"{info['cpu']}, {info['threads']} threads"
-    figure.suptitle(f"{title}\n{place}, torch {info['torch']}", fontsize=10)
-    return figure
-
-
-def _style(axes: Any, grid: str) -> None:
-    axes.grid(color="0.9", axis=grid)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
+    return figures.new_figure(width, height, f"{title}\n{place}, torch {info['torch']}", dpi=130)
 
 
 def main_shape(results: Results) -> tuple[int, int] | None:
@@ -131,7 +112,7 @@ def speedup(results: Results) -> Any | None:
     axes.invert_yaxis()
     axes.margins(x=0.12)
     axes.set_xlabel("times faster (medians; whiskers: quartiles)")
-    _style(axes, "x")
+    figures.plain(axes, "x")
     figure.legend(loc="outside lower center", ncols=3, fontsize=8, frameon=False)
     return figure
 
@@ -162,7 +143,7 @@ def roofline(results: Results) -> Any | None:
     axes.set_yscale("log")
     axes.set_xlabel("megabytes of logits a call (open markers: hot in the cache)")
     axes.set_ylabel("GB/s")
-    _style(axes, "both")
+    figures.plain(axes, "both")
     figure.legend(loc="outside lower center", ncols=3, fontsize=8, frameon=False)
     return figure
 
@@ -209,6 +190,6 @@ def batch(results: Results) -> Any | None:
         axes.xaxis.set_major_formatter("{x:g}")
         if lines:
             axes.legend(fontsize=8, frameon=False)
-        _style(axes, "both")
+        figures.plain(axes, "both")
     panels[0].set_ylabel("ms")
     return figure

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from svdk.errors import InputError
+from svdk.utils import figures
 from svdk.utils.files import write_file
 
 if TYPE_CHECKING:
@@ -16,34 +15,21 @@ if TYPE_CHECKING:
 
 MARKERS = {"mean": "s", "median": "D", "trimmed_mean": "v", "ratio": "^", "newton": "P", "optimum": "o"}
 COLOURS = {
-    "mean": "#d55e00",
-    "median": "#cc79a7",
-    "trimmed_mean": "#e69f00",
-    "ratio": "#56b4e9",
-    "newton": "#009e73",
-    "optimum": "#000000",
-}  # Okabe and Ito: told apart by colour-blind readers
-LINE = "#0072b2"
-
-
-def check_matplotlib() -> None:
-    """``InputError`` when matplotlib is not installed; call it before a long run."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise InputError("plot needs matplotlib, which is not installed: pip install 'svdk[plot]'") from error
+    "mean": figures.VERMILION,
+    "median": figures.PURPLE,
+    "trimmed_mean": figures.ORANGE,
+    "ratio": figures.SKY,
+    "newton": figures.GREEN,
+    "optimum": figures.BLACK,
+}
 
 
 def plot_calibration(report: Report, path: str | Path) -> Path:
     """Write a PNG of ``report`` to ``path`` (atomically) and return it."""
-    check_matplotlib()
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     low, high = _span(report)
     strengths = np.linspace(low, high, 241)
     nll, accuracy = report.curve(strengths.tolist())
-    figure = Figure(figsize=(8.4, 6.0), layout="constrained")
+    figure = figures.new_figure(8.4, 6.0, dpi=100)
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
     figure.suptitle(
         f"{report.direction}, alpha {report.alpha:g}: {report.metrics['examples']:.0f} examples, "
@@ -75,11 +61,8 @@ def plot_calibration(report: Report, path: str | Path) -> Path:
     figure.legend(
         handles, labels, loc="outside right upper", title="estimator and μ", frameon=False, fontsize=9
     )
-    image = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(image)
-    path = Path(path)
-    write_file(path, image.getvalue())
-    return path
+    write_file(path, figures.png(figure))
+    return Path(path)
 
 
 def _span(report: Report) -> tuple[float, float]:
@@ -93,10 +76,8 @@ def _span(report: Report) -> tuple[float, float]:
 
 
 def _panel(axes: Any, strengths: np.ndarray, values: list[float], warm: float, label: str) -> None:
-    axes.plot(strengths, values, color=LINE, linewidth=2)
+    axes.plot(strengths, values, color=figures.BLUE, linewidth=2)
     axes.axhline(warm, color="0.45", linewidth=1, linestyle="--", zorder=1, label="warm start")
     axes.axvline(0, color="0.8", linewidth=1, zorder=0)
     axes.set_ylabel(label)
-    axes.grid(color="0.92")
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
+    figures.plain(axes)

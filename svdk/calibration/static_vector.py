@@ -18,11 +18,10 @@ from svdk.calibration.calibrate import CALIBRATION_FILE, attached_pair, origin_o
 from svdk.calibration.estimators import Gains, fit, gains_at, split_folds
 from svdk.calibration.kept_statistics import View, default_grid
 from svdk.calibration.report import DIRECTIONS, CalibrationConfig, metrics_of
-from svdk.calibration.sweep import MAX_OP, Part, Sweep, add_rows, assemble, labelled_rows
-from svdk.errors import DataError, InputError, InvalidLogitsError
+from svdk.calibration.sweep import MAX_OP, Part, Sweep, add_rows, assemble, check_rows, labelled_rows
+from svdk.errors import DataError, InputError
 from svdk.models.pair import ModelPair
 from svdk.ops.api import extract
-from svdk.ops.results import Status
 from svdk.utils.bootstrap import bootstrap
 from svdk.utils.checks import check_choice, check_count, check_number
 from svdk.warmstart.data import Encoded, Example, encode_all, load_examples
@@ -243,12 +242,7 @@ def _average(
             found = extract(
                 warm, base, direction=direction, alpha=alpha, warm_rows=part, base_rows=part, backend=backend
             )
-            bad = int((found.status & Status.INVALID).ne(0).sum())
-            if bad:
-                raise InvalidLogitsError(
-                    f"calibration example {index}: the logits of {bad} of its tokens hold NaN or +inf, or "
-                    "nothing finite; allowed: a model whose logits are finite"
-                )
+            check_rows(found.status, f"calibration example {index}")
             sums[cell[index]].index_add_(0, found.token_ids, found.delta.double(), alpha=weight)
     sums, inside = sums.cpu(), cells.double()  # (cells, V), (cells, G)
     averages = (inside.T @ sums) / (inside.T @ mass)[:, None]

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from svdk.calibration.kept_statistics import GridSums, Statistics, default_grid
 from svdk.calibration.report import DIRECTIONS
@@ -17,6 +16,7 @@ from svdk.errors import DataError, InputError, InvalidLogitsError
 from svdk.ops.api import extract, steered_logprob
 from svdk.ops.results import Status
 from svdk.utils.checks import check_choice, check_count, check_number
+from svdk.utils.tokens import pad
 from svdk.warmstart.data import Encoded, Example, encode_all, load_examples
 
 if TYPE_CHECKING:
@@ -122,22 +122,18 @@ def _batches(encoded: list[Encoded], batch_size: int, vocab: int) -> Iterator[li
     members: list[int] = []
     keep = 0
     for index in order:
-        wider = max(keep, _label_count(encoded[index]))
+        wider = max(keep, encoded[index].label_count)
         if members and (len(members) == batch_size or (len(members) + 1) * wider * vocab > MAX_FORWARD):
             yield members
-            members, wider = [], _label_count(encoded[index])
+            members, wider = [], encoded[index].label_count
         members.append(index)
         keep = wider
     if members:
         yield members
 
 
-def _label_count(example: Encoded) -> int:
-    return len(example.input_ids) - example.prompt_length
-
-
 def labelled_rows(
-    pair: ModelPair, encoded: list[Encoded], batch_size: int, title: str, progress: bool
+    pair: ModelPair, encoded: list[Encoded], batch_size: int, title: str = "", progress: bool = False
 ) -> Iterator[tuple[int, Tensor, Tensor, Tensor, Tensor]]:
     """Both models once over all examples, a batch at a time.
 
@@ -148,14 +144,13 @@ def labelled_rows(
 
     with tqdm(total=len(encoded), desc=title, unit="example", disable=not progress) as bar:
         for members in _batches(encoded, batch_size, pair.vocab_size):
-            tokens = [torch.tensor(encoded[i].input_ids[:-1]) for i in members]  # the last is a label only
-            ids = pad_sequence(tokens, batch_first=True, padding_side="left")
-            mask = pad_sequence(list(map(torch.ones_like, tokens)), batch_first=True, padding_side="left")
-            keep = max(_label_count(encoded[i]) for i in members)
-            warm, base = pair.teacher_forced(ids.to(pair.device), mask.to(pair.device), keep)
+            # The last token is a label only.
+            ids, mask = pad([encoded[i].input_ids[:-1] for i in members], device=pair.device)
+            keep = max(encoded[i].label_count for i in members)
+            warm, base = pair.teacher_forced(ids, mask, keep)
             warm, base = warm.flatten(0, 1), base.flatten(0, 1)
             for row, index in enumerate(members):
-                count, end = _label_count(encoded[index]), (row + 1) * keep
+                count, end = encoded[index].label_count, (row + 1) * keep
                 labels = torch.tensor(encoded[index].input_ids[-count:], device=warm.device)
                 yield index, warm, base, labels, torch.arange(end - count, end, device=warm.device)
             bar.update(len(members))
@@ -193,12 +188,7 @@ def _add_chunk(
 ) -> None:
     setting: dict[str, Any] = {"direction": "log_ratio", "alpha": sweep.alpha, "backend": sweep.backend}
     info = steered_logprob(warm, base, labels, strength=0.0, **setting, **where)
-    bad = int((info.status & Status.INVALID).ne(0).sum())
-    if bad:
-        raise InvalidLogitsError(
-            f"{name}: the logits of {bad} of its tokens hold NaN or +inf, or nothing "
-            "finite; allowed: a model whose logits are finite (another dtype, or a warm start that converged)"
-        )
+    check_rows(info.status, name)
     # A label that the warm model rules out has infinite loss at any strength: counted, then left out.
     possible = torch.isfinite(info.logprob_warm)
     part.excluded += int((~possible).sum())
@@ -231,6 +221,16 @@ def _add_chunk(
         right = (info.greedy == labels[:, None]).sum(0).cpu()
         part.curves[direction] = part.curves.get(direction, 0) + curves
         part.counts[direction] = part.counts.get(direction, 0) + right
+
+
+def check_rows(status: Tensor, name: str) -> None:
+    """``InvalidLogitsError`` when the rows of the example ``name`` with this status have no distribution."""
+    bad = int((status & Status.INVALID).ne(0).sum())
+    if bad:
+        raise InvalidLogitsError(
+            f"{name}: the logits of {bad} of its tokens hold NaN or +inf, or nothing "
+            "finite; allowed: a model whose logits are finite (another dtype, or a warm start that converged)"
+        )
 
 
 def assemble(sweep: Sweep, parts: list[Part]) -> Statistics:

@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
         print(results.report(comparison))
         return 1 if comparison.regressions else 0
     if args.figures:
-        from svdk.calibration.plot import check_matplotlib
+        from svdk.utils.figures import check_matplotlib
 
         check_matplotlib()
     options = _options(args)

@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
     if args.reuse and args.data:
         raise InputError(f"--data was {args.data} with --reuse; allowed: one of them")
     if args.plot is not None:
-        from svdk.calibration.plot import check_matplotlib
+        from svdk.utils.figures import check_matplotlib
 
         check_matplotlib()
     from svdk.calibration.calibrate import calibrate, recalibrate

@@ -74,6 +74,7 @@ def run(args: argparse.Namespace) -> int:
     from svdk.generation.sampler import make_sampler
     from svdk.models.loading import load_adapter, load_model
     from svdk.models.pair import ModelPair
+    from svdk.utils.tokens import eos_ids
 
     prompts = read_prompts(args.prompt, args.prompts)
     model, tokenizer = load_model(args.model, dtype=args.dtype, device=args.device)
@@ -166,13 +167,6 @@ def render(tokenizer: PreTrainedTokenizerBase, text: str, system: str | None) ->
     turns = [{"role": "system", "content": system}] if system else []
     turns.append({"role": "user", "content": text})
     return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
-
-
-def eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Every id that ends an answer: the tokenizer's and the generation config's."""
-    listed = model.generation_config.eos_token_id
-    listed = listed if isinstance(listed, list) else [listed]
-    return sorted({i for i in [tokenizer.eos_token_id, *listed] if i is not None})
 
 
 def _compare(

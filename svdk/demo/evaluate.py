@@ -13,12 +13,14 @@ import torch
 from torch import Tensor
 
 from svdk.calibration.artifact import Steering
+from svdk.calibration.sweep import labelled_rows
 from svdk.demo.task import Score
 from svdk.generation.generate import generate
 from svdk.models.pair import ModelPair
 from svdk.ops.api import steered_logprob
 from svdk.utils.bootstrap import bootstrap
-from svdk.warmstart.data import Encoded, Example, encode, encode_prompt
+from svdk.utils.tokens import pad
+from svdk.warmstart.data import Example, encode, encode_prompt
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -139,21 +141,22 @@ def _generate(
     **options: Any,
 ) -> Tensor:
     """New token ids (B, new) by the public call that a user would make."""
-    encoded = [{"input_ids": encode_prompt(tokenizer, prompt)} for prompt in prompts]
-    inputs = tokenizer.pad(encoded, padding_side="left", return_tensors="pt").to(peft_model.device)
+    rows = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+    ids, mask = pad(rows, tokenizer.pad_token_id, device=peft_model.device)
     if system.steering is not None:
         options |= {"custom_generate": generate, "steering": system.steering}
     # Entered once a call here, not once a token.
     adapter = peft_model.disable_adapter() if system.key == BASE else nullcontext()
     with adapter, torch.inference_mode():
-        ids = peft_model.generate(
-            **inputs,
+        whole = peft_model.generate(
+            input_ids=ids,
+            attention_mask=mask,
             do_sample=False,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
             **options,
         )
-    return ids[:, inputs["input_ids"].shape[1] :]
+    return whole[:, ids.shape[1] :]
 
 
 def completion_nll(
@@ -170,38 +173,17 @@ def completion_nll(
     Both models run once over the data; every steered system is scored from the same logits, with
     lambda = 0 as in calibration (with -inf one label outside C would make the mean infinite).
     """
+    encoded = [encode(tokenizer, example) for example in examples]
+    tokens = torch.tensor([e.label_count for e in encoded], dtype=torch.float64)
     sums = {system.key: torch.zeros(len(examples), dtype=torch.float64) for system in systems}
-    tokens = torch.zeros(len(examples), dtype=torch.float64)
-    for start in range(0, len(examples), batch_size):
-        encoded = [encode(tokenizer, example) for example in examples[start : start + batch_size]]
-        ids, mask, labelled = _left_padded(encoded, tokenizer.pad_token_id)
-        keep = labelled.shape[1]
-        warm, base = pair.teacher_forced(ids.to(pair.device), mask.to(pair.device), keep + 1)
-        where = labelled.to(pair.device)
-        # Logits at one position predict the token at the next.
-        warm, base, labels = warm[:, :-1][where], base[:, :-1][where], ids.to(pair.device)[:, -keep:][where]
-        row = start + labelled.nonzero()[:, 0]  # the example of each label
-        tokens.index_add_(0, row, torch.ones(len(row), dtype=torch.float64))
+    for index, warm, base, labels, rows in labelled_rows(pair, encoded, batch_size):
         for system in systems:
             steering = system.steering or Steering(0.0)
             info = steered_logprob(
-                warm, base, labels, check=True, penalty=0.0,
+                warm, base, labels, warm_rows=rows, base_rows=rows, check=True, penalty=0.0,
                 strength=steering.strength, direction=steering.direction, alpha=steering.alpha,
             )  # fmt: skip
             logprob = info.logprob_base if system.key == BASE else info.logprob
-            sums[system.key].index_add_(0, row, -logprob.double().cpu())
-        advance(len(encoded))
+            sums[system.key][index] = -logprob.double().sum()
+        advance(1)
     return sums, tokens
-
-
-def _left_padded(encoded: Sequence[Encoded], pad_id: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Token ids and mask (B, T), and which of the last K positions are labels, (B, K) bool."""
-    width = max(len(e.input_ids) for e in encoded)
-    counts = [len(e.input_ids) - e.prompt_length for e in encoded]
-    ids = torch.full((len(encoded), width), pad_id)
-    mask = torch.zeros_like(ids)
-    for row, e in enumerate(encoded):
-        ids[row, -len(e.input_ids) :] = torch.tensor(e.input_ids)
-        mask[row, -len(e.input_ids) :] = 1
-    places = torch.arange(max(counts), 0, -1)
-    return ids, mask, places <= torch.tensor(counts)[:, None]

@@ -2,29 +2,30 @@
 
 from __future__ import annotations
 
-import io
 from typing import Any
 
 import numpy as np
 
 from svdk.demo.evaluate import BASE, WARM
 from svdk.demo.results import AUTO, PAPER, SETTING, TUNED, Results
+from svdk.utils import figures
 
-COLOURS = {BASE: "#8a8f98", WARM: "#4c566a", PAPER: "#d55e00", TUNED: "#e69f00", AUTO: "#0072b2"}
+COLOURS = {
+    BASE: "#8a8f98",
+    WARM: "#4c566a",
+    PAPER: figures.VERMILION,
+    TUNED: figures.ORANGE,
+    AUTO: figures.BLUE,
+}
 
 
 def draw(results: Results) -> bytes:
     """The picture as PNG: exact match by system, and calibration NLL along the strength."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10.4, 3.9), dpi=144, layout="constrained")
+    figure = figures.new_figure(10.4, 3.9, dpi=144)
     left, right = figure.subplots(1, 2, width_ratios=(1, 1.1))
     _draw_matches(left, results)
     _draw_curves(right, results)
-    image = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(image)
-    return image.getvalue()
+    return figures.png(figure)
 
 
 def _draw_matches(axes: Any, results: Results) -> None:
@@ -41,7 +42,7 @@ def _draw_matches(axes: Any, results: Results) -> None:
     axes.invert_yaxis()
     axes.set_xlim(0, min(108.0, 12 + max(100 * row.means["exact"].high for row in rows)))
     axes.set_xlabel("exact match (%)")
-    axes.spines[["top", "right"]].set_visible(False)
+    figures.plain(axes, None)
     axes.tick_params(axis="y", length=0)
 
 
@@ -75,7 +76,5 @@ def _draw_curves(axes: Any, results: Results) -> None:
     axes.set_ylim(floor - 0.08 * (warm - floor) - 1e-6, warm + 0.6 * (warm - floor) + 1e-6)
     axes.set_xlabel("steering strength μ")
     axes.set_ylabel("calibration NLL (nats a token)")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(color="0.92")
-    axes.set_axisbelow(True)
+    figures.plain(axes)
     axes.legend(frameon=False, fontsize=8.5)

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 from svdk.calibration.artifact import Steering
 from svdk.calibration.calibrate import calibrate, recalibrate
-from svdk.calibration.plot import check_matplotlib
 from svdk.demo.evaluate import BASE, WARM, Outcome, System, answer, completion_nll, seconds_per_token
 from svdk.demo.report import examples, table, write_html
 from svdk.demo.results import AUTO, PAPER, TUNED, Results
@@ -23,6 +22,7 @@ from svdk.errors import InputError
 from svdk.models.loading import SMOLLM2, detach, load_adapter, load_model
 from svdk.models.pair import ModelPair
 from svdk.utils.checks import check_seed
+from svdk.utils.figures import check_matplotlib
 from svdk.utils.files import write_json
 from svdk.warmstart.api import warm_start
 from svdk.warmstart.data import save_examples

@@ -21,6 +21,7 @@ from svdk.generation.generate import decode
 from svdk.generation.logits_processor import SteeringLogitsProcessor
 from svdk.models.pair import ModelPair
 from svdk.utils.checks import check_count
+from svdk.utils.tokens import eos_ids, pad
 from svdk.warmstart.data import encode_prompt
 
 if TYPE_CHECKING:
@@ -85,13 +86,13 @@ def generate_answers(
     order = sorted(range(len(questions)), key=lambda index: len(prompts[index]), reverse=True)
     for start in range(0, len(order), batch_size):
         members = order[start : start + batch_size]
-        rows = [{"input_ids": prompts[index]} for index in members]
-        inputs = tokenizer.pad(rows, padding_side="left", return_tensors="pt").to(pair.device)
+        rows, mask = pad([prompts[index] for index in members], tokenizer.pad_token_id, device=pair.device)
+        inputs = {"input_ids": rows, "attention_mask": mask}
         common = {
             "max_new_tokens": max_new_tokens,
-            "eos_token_id": _eos_ids(peft_model, tokenizer),
+            "eos_token_id": eos_ids(peft_model, tokenizer),
             "pad_token_id": tokenizer.pad_token_id,
-            "stopping_criteria": StoppingCriteriaList([_LineEnd(tokenizer, inputs["input_ids"].shape[1])]),
+            "stopping_criteria": StoppingCriteriaList([_LineEnd(tokenizer, rows.shape[1])]),
         }
         if options.get("num_beams", 1) > 1:
             ids = _beams(peft_model, inputs, steering, **common, **options)
@@ -100,10 +101,10 @@ def generate_answers(
             view = BASE if steering == BASE else "warm" if steering is None else "steered"
             artifact = steering if isinstance(steering, Steering) else None
             ids = decode(
-                pair, inputs["input_ids"], inputs["attention_mask"], steering=artifact, view=view, seed=seeds,
+                pair, rows, mask, steering=artifact, view=view, seed=seeds,
                 **common, **options,
             ).sequences  # fmt: skip
-        texts = tokenizer.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        texts = tokenizer.batch_decode(ids[:, rows.shape[1] :], skip_special_tokens=True)
         for index, text in zip(members, texts, strict=True):
             answers[index] = first_line(text)
         advance(len(members))
@@ -205,14 +206,6 @@ def _options(decoding: str | Mapping[str, Any]) -> dict[str, Any]:
     if beams > 1 and decoding.get("do_sample"):
         raise InputError("decoding held num_beams and do_sample; allowed: one of them")
     return {name: value for name, value in decoding.items() if name != "num_beams" or value > 1}
-
-
-def _eos_ids(peft_model: PeftModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokenizer's and the model's own: chat models often have one for the turn and one for the text."""
-    config = getattr(peft_model, "generation_config", None)
-    own = getattr(config, "eos_token_id", None)
-    ids = [tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])]
-    return list(dict.fromkeys(i for i in ids if i is not None))
 
 
 def _row_seed(seed: int, question: Question) -> int:

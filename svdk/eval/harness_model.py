@@ -22,6 +22,7 @@ from svdk.generation.sampler import FIELDS, Sampler, make_sampler
 from svdk.models.loading import load_adapter, load_model
 from svdk.models.pair import ModelPair
 from svdk.utils.checks import check_choice
+from svdk.utils.tokens import eos_ids
 
 try:
     from lm_eval.api.registry import register_model
@@ -181,16 +182,10 @@ class SteeredLM(HFLM):
         stopping = stop_sequences_criteria(self.tokenizer, stop, context.shape[1], context.shape[0])
         output = decode(
             self.pair, context, mask, max_new_tokens=max_length - context.shape[1],
-            eos_token_id=self._eos_ids(), pad_token_id=self.tokenizer.pad_token_id,
+            eos_token_id=eos_ids(self.pair.module, self.tokenizer), pad_token_id=self.tokenizer.pad_token_id,
             stopping_criteria=stopping, **self._generation, **options,
         )  # fmt: skip
         return output.sequences
-
-    def _eos_ids(self) -> list[int]:
-        config = getattr(self.pair.module, "generation_config", None)
-        ids = getattr(config, "eos_token_id", None)
-        ids = self.tokenizer.eos_token_id if ids is None else ids
-        return list(ids) if isinstance(ids, (list, tuple)) else [ids]
 
     def get_model_info(self) -> dict[str, Any]:
         """What was scored, for the results; lm-eval's own asks the hub for the model's commit."""

@@ -13,9 +13,10 @@ from svdk.eval.report_cells import LIKELIHOOD, PEFTS, Results
 from svdk.eval.report_figures import pictures
 from svdk.eval.report_format import HEADLINES, LEAST_QUESTIONS, LEGEND, listed, setting_name
 from svdk.eval.report_reading import read_results
-from svdk.eval.report_style import Picture, png
+from svdk.eval.report_style import Picture
 from svdk.eval.report_tables import paper_table, tables
 from svdk.utils.bootstrap import RESAMPLES
+from svdk.utils.figures import check_matplotlib, png
 from svdk.utils.files import write_file
 
 NAME = "evaluation.md"
@@ -54,8 +55,6 @@ def write_report(
         InputError: matplotlib is missing, or ``output`` is a file.
 
     """
-    from svdk.calibration.plot import check_matplotlib
-
     check_matplotlib()
     found = replace(read_results(Path(results)), resamples=resamples)
     output = Path(output)

@@ -16,6 +16,7 @@ from svdk.calibration.sweep import DIRECTIONS, MAX_FORWARD, Part, Sweep, add_row
 from svdk.errors import ArtifactError, DataError
 from svdk.eval.base_cache import BaseCache
 from svdk.models.pair import ModelPair, ViewCache
+from svdk.utils.tokens import pad
 from svdk.warmstart.data import Example, encode_continuation, encode_prompt
 
 if TYPE_CHECKING:
@@ -241,19 +242,17 @@ class _View:
         """Logits (Q, 1, V) after the prompts, their cache and mask."""
         if self._state is None:
             prompts = [one.prompt for one in self._questions]
-            ids, mask = _padded(prompts, max(map(len, prompts)), left=True)
-            ids, mask = ids.to(self._pair.device), mask.to(self._pair.device)
+            ids, mask = pad(prompts, device=self._pair.device)
             cache = self._pair.new_cache(self._name, len(prompts))
             self._state = self._forward(ids, mask, cache=cache), cache, mask
         return self._state
 
     def _tails(self, owners: Tensor, tails: list[list[int]]) -> Tensor:
         _, cache, mask = self._prompts()
-        width = max(map(len, tails))
-        ids, _ = _padded(tails, width, left=False)
+        ids, _ = pad(tails, left=False, device=self._pair.device)
         # What stands to the right of an option's last token cannot change its logits: attention is causal.
-        mask = torch.cat([mask[owners], mask.new_ones(len(tails), width)], dim=1)
-        return self._forward(ids.to(self._pair.device), mask, cache=_select(cache, owners), keep=width)
+        mask = torch.cat([mask[owners], torch.ones_like(ids)], dim=1)
+        return self._forward(ids, mask, cache=_select(cache, owners), keep=ids.shape[1])
 
 
 def _select(cache: ViewCache, rows: Tensor) -> ViewCache:
@@ -262,13 +261,3 @@ def _select(cache: ViewCache, rows: Tensor) -> ViewCache:
     kv.layers = [copy.copy(layer) for layer in kv.layers]
     kv.batch_select_indices(rows)  # puts new tensors in place of the old ones
     return ViewCache(kv, cache.seen)
-
-
-def _padded(rows: list[list[int]], width: int, *, left: bool) -> tuple[Tensor, Tensor]:
-    ids = torch.zeros(len(rows), width, dtype=torch.int64)
-    mask = torch.zeros_like(ids)
-    for row, tokens in enumerate(rows):
-        where = slice(width - len(tokens), width) if left else slice(0, len(tokens))
-        ids[row, where] = torch.tensor(tokens, dtype=torch.int64)
-        mask[row, where] = 1
-    return ids, mask

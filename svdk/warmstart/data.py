@@ -35,6 +35,11 @@ class Encoded:
     input_ids: list[int]
     prompt_length: int
 
+    @property
+    def label_count(self) -> int:
+        """How many of the ids are labels."""
+        return len(self.input_ids) - self.prompt_length
+
 
 def load_examples(
     source: str | Path | Sequence[Mapping[str, Any] | Example],

@@ -34,6 +34,7 @@ from transformers import (
 
 from svdk.errors import InputError
 from svdk.models.loading import attach, detach
+from svdk.utils.tokens import pad
 from svdk.warmstart.data import Encoded
 from svdk.warmstart.run_folder import STATE_FILE
 
@@ -52,15 +53,10 @@ class Collator:
 
     def __call__(self, batch: Sequence[Encoded]) -> dict[str, Tensor]:
         """``input_ids``, ``attention_mask`` and ``labels`` (-100 off the completion), each int64 (B, T)."""
-        width = max(len(e.input_ids) for e in batch)
-        ids = torch.full((len(batch), width), self.pad_id)
-        mask = torch.zeros_like(ids)
-        labels = torch.full_like(ids, IGNORE)
-        for i, e in enumerate(batch):
-            n = len(e.input_ids)
-            ids[i, :n] = torch.tensor(e.input_ids)
-            mask[i, :n] = 1
-            labels[i, e.prompt_length : n] = ids[i, e.prompt_length : n]
+        ids, mask = pad([e.input_ids for e in batch], self.pad_id, left=False)
+        labels = torch.where(mask == 1, ids, IGNORE)
+        for row, e in enumerate(batch):
+            labels[row, : e.prompt_length] = IGNORE
         return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
