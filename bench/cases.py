@@ -72,9 +72,14 @@ def svdk_call(setting: Setting, backend: str, device: torch.device) -> Callable[
 
         def sample(x: Operands) -> Any:
             return svdk.steered_sample(
-                x.warm, x.base if setting.steered else None, labels=x.labels if label else None,
-                seed=x.seeds, offset=next(step), backend=backend, **options,
-            )  # fmt: skip
+                x.warm,
+                x.base if setting.steered else None,
+                labels=x.labels if label else None,
+                seed=x.seeds,
+                offset=next(step),
+                backend=backend,
+                **options,
+            )
 
         return sample
     if setting.op == "steered_logprob":

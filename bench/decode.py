@@ -84,9 +84,13 @@ def peft(model: PeftModel, sample: bool) -> Contestant:
     def run(ids: Tensor, count: int) -> Steps:
         clock = Clock()
         model.generate(
-            input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=sample, top_k=0,
-            max_new_tokens=count, streamer=clock,
-        )  # fmt: skip
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=sample,
+            top_k=0,
+            max_new_tokens=count,
+            streamer=clock,
+        )
         return clock.steps()
 
     return run
@@ -175,9 +179,14 @@ def targets(medians: dict[str, float], batch: int) -> list[dict[str, object]]:
             ratio = medians[over_name] / medians[under_name]
             met = ratio <= bound if below else ratio >= bound
             rows.append(
-                {"what": f"{over_name} / {under_name}", "ratio": round(ratio, 3), "bound": bound,
-                 "at_most": below, "met": met}
-            )  # fmt: skip
+                {
+                    "what": f"{over_name} / {under_name}",
+                    "ratio": round(ratio, 3),
+                    "bound": bound,
+                    "at_most": below,
+                    "met": met,
+                }
+            )
     return rows
 
 

@@ -84,9 +84,14 @@ def why_not(name: str, device: torch.device) -> str | None:
 
 
 def measure(
-    name: str, batches: tuple[int, ...], new_tokens: int, rounds: int, device: torch.device, deadline: float,
+    name: str,
+    batches: tuple[int, ...],
+    new_tokens: int,
+    rounds: int,
+    device: torch.device,
+    deadline: float,
     say: Callable[[str], None] = print,
-) -> tuple[list[dict[str, Any]], list[dict[str, str]]]:  # fmt: skip
+) -> tuple[list[dict[str, Any]], list[dict[str, str]]]:
     """Result rows for one model, and what was skipped.
 
     Seconds are per step (a token for each row of the batch), the prompt of 16 tokens included.
@@ -129,12 +134,21 @@ def measure(
             t = timing.summarize(samples[run])
             rows.append(
                 {
-                    "model": name, "contestant": run, "batch": batch, "dtype": dtype,
+                    "model": name,
+                    "contestant": run,
+                    "batch": batch,
+                    "dtype": dtype,
                     "new_tokens": new_tokens,
-                    "median_s": t.median, "q1_s": t.q1, "q3_s": t.q3, "min_s": t.minimum, "noise_s": t.noise,
-                    "n": t.count, "rounds_s": list(t.rounds), "peak_bytes": peaks[run],
+                    "median_s": t.median,
+                    "q1_s": t.q1,
+                    "q3_s": t.q3,
+                    "min_s": t.minimum,
+                    "noise_s": t.noise,
+                    "n": t.count,
+                    "rounds_s": list(t.rounds),
+                    "peak_bytes": peaks[run],
                 }
-            )  # fmt: skip
+            )
     return rows, skipped
 
 

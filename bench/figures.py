@@ -102,9 +102,13 @@ def speedup(results: Results) -> Any | None:
         axes.barh(y, ratio, height=0.8, color=COLOURS[name], label=label)
         axes.errorbar(ratio, y, xerr=[[ratio - low], [high - ratio]], color="0.35", capsize=2, linewidth=1)
         axes.annotate(
-            f"{tables.times(ratio)}×", (high, y), xytext=(4, 0), textcoords="offset points",
-            va="center", fontsize=8,
-        )  # fmt: skip
+            f"{tables.times(ratio)}×",
+            (high, y),
+            xytext=(4, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=8,
+        )
         ticks.setdefault(setting, []).append(y)
     axes.set_xscale("log")
     axes.axvline(1, color="0.3", linewidth=1)
@@ -130,10 +134,16 @@ def roofline(results: Results) -> Any | None:
         label = "svdk" if name == "svdk" else NAMES[name]
         label, hot = f"{label}, {row['setting']}", row["cache"] == "hot"
         axes.plot(
-            row["bytes"] / 1e6, row["bytes"] / row["median_s"] / 1e9, linestyle="none", markersize=6,
-            marker="o" if row["setting"] == "sample" else "^", color=COLOURS[name], markeredgewidth=1.2,
-            markerfacecolor="none" if hot else COLOURS[name], label=None if label in seen or hot else label,
-        )  # fmt: skip
+            row["bytes"] / 1e6,
+            row["bytes"] / row["median_s"] / 1e9,
+            linestyle="none",
+            markersize=6,
+            marker="o" if row["setting"] == "sample" else "^",
+            color=COLOURS[name],
+            markeredgewidth=1.2,
+            markerfacecolor="none" if hot else COLOURS[name],
+            label=None if label in seen or hot else label,
+        )
         if not hot:
             seen.add(label)
     kind = "copy" if results["machine"]["device"] == "cuda" else "read"
@@ -181,8 +191,12 @@ def batch(results: Results) -> Any | None:
                     [(row["median_s"] - row["q1_s"]) * 1e3 for row in found],
                     [(row["q3_s"] - row["median_s"]) * 1e3 for row in found],
                 ],
-                color=COLOURS[name], marker="o", markersize=4, capsize=2, label=NAMES.get(name, name),
-            )  # fmt: skip
+                color=COLOURS[name],
+                marker="o",
+                markersize=4,
+                capsize=2,
+                label=NAMES.get(name, name),
+            )
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
         axes.set_title("steered sampling" if setting == "sample" else "plain sampling", fontsize=10)

@@ -146,9 +146,13 @@ class _Running:
         self.start = time.monotonic()
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
-                step.command(self.result), cwd=step.folder, env=environment,
-                stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
-            )  # fmt: skip
+                step.command(self.result),
+                cwd=step.folder,
+                env=environment,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
         self.late = False
 
     def over(self) -> bool:
@@ -280,9 +284,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m svdk.bench.gpu_check", description=__doc__)
     here = machine.checkout()
     parser.add_argument(
-        "--root", type=Path, default=here or Path.cwd(),
+        "--root",
+        type=Path,
+        default=here or Path.cwd(),
         help="the checkout whose tests are run (default: the one that svdk runs from, else this folder)",
-    )  # fmt: skip
+    )
     output = here / "bench" / "results" / "gpu_check.json" if here else Path("gpu_check.json")
     parser.add_argument("--output", type=Path, default=output, help="results file (default: %(default)s)")
     parser.add_argument("--backends", nargs="+", choices=BACKENDS, default=list(BACKENDS))

@@ -176,11 +176,15 @@ def times(device: torch.device, backends: str) -> Iterator[Outcome]:
         for contestant, t in contest.run().items():
             rows.append(
                 {
-                    "setting": name, "batch": batch, "cache": "cold" if cold else "hot",
-                    "contestant": contestant, "median_us": t.median * 1e6, "noise_us": t.noise * 1e6,
+                    "setting": name,
+                    "batch": batch,
+                    "cache": "cold" if cold else "hot",
+                    "contestant": contestant,
+                    "median_us": t.median * 1e6,
+                    "noise_us": t.noise * 1e6,
                     "of_copy_bandwidth": moved / t.median / copy,
                 }
-            )  # fmt: skip
+            )
         del operands, contest
         yield outcome
 

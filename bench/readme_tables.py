@@ -144,11 +144,14 @@ def _settings(points: list[tuple[Row, list[Row]]]) -> str:
             setting = point["setting"]
             lines.append(
                 [
-                    f"`{setting}`", SETTINGS[setting].what, tables.milliseconds(ours["median_s"]),
-                    figures.NAMES[figures.family(row["contestant"])], tables.milliseconds(row["median_s"]),
+                    f"`{setting}`",
+                    SETTINGS[setting].what,
+                    tables.milliseconds(ours["median_s"]),
+                    figures.NAMES[figures.family(row["contestant"])],
+                    tables.milliseconds(row["median_s"]),
                     _ratio(row, ours),
                 ]
-            )  # fmt: skip
+            )
     return markdown(["setting", "", "svdk ms", "baseline", "ms", "svdk is faster by"], lines)
 
 

@@ -38,9 +38,16 @@ class Options:
 def quick(device: str) -> Options:
     """The options of ``--quick``: under a minute on two cores."""
     return Options(
-        blocks=micro.GRIDS["quick"], device=device, plan=timing.Plan(seconds=0.15, rounds=3, most=100),
-        with_compile=False, batches=(1,), new_tokens=6, rounds=3, minutes=0.7, bandwidth_seconds=0.1,
-    )  # fmt: skip
+        blocks=micro.GRIDS["quick"],
+        device=device,
+        plan=timing.Plan(seconds=0.15, rounds=3, most=100),
+        with_compile=False,
+        batches=(1,),
+        new_tokens=6,
+        rounds=3,
+        minutes=0.7,
+        bandwidth_seconds=0.1,
+    )
 
 
 def run(options: Options, say: Callable[[str], None] = print) -> Results:
@@ -63,9 +70,16 @@ def run(options: Options, say: Callable[[str], None] = print) -> Results:
     say("measuring the memory bandwidth")
     results["bandwidth"] = machine.bandwidth(device, seconds=options.bandwidth_seconds)
     runner = micro.Runner(
-        device, machine.last_cache(device), options.plan, room, deadline, backends,
-        options.with_baselines, options.with_compile, say,
-    )  # fmt: skip
+        device,
+        machine.last_cache(device),
+        options.plan,
+        room,
+        deadline,
+        backends,
+        options.with_baselines,
+        options.with_compile,
+        say,
+    )
     # Three quarters for the micro part, so that a slow machine still gets to the end-to-end part.
     if options.models:
         runner.deadline = start + 45 * options.minutes

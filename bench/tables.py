@@ -76,12 +76,17 @@ def micro(results: dict[str, Any]) -> str:
             share = 100 * rate / bandwidth
             table.append(
                 [
-                    row["contestant"], milliseconds(row["median_s"]), milliseconds(row["noise_s"]),
-                    milliseconds(row["min_s"]), str(row["n"]), f"{rate / 1e9:.3g}",
+                    row["contestant"],
+                    milliseconds(row["median_s"]),
+                    milliseconds(row["noise_s"]),
+                    milliseconds(row["min_s"]),
+                    str(row["n"]),
+                    f"{rate / 1e9:.3g}",
                     f"{share:.2g}" if share < 10 else f"{share:.0f}",
-                    "-" if row["launches"] is None else str(row["launches"]), versus(row, ours),
+                    "-" if row["launches"] is None else str(row["launches"]),
+                    versus(row, ours),
                 ]
-            )  # fmt: skip
+            )
         lines += ["", title, aligned(table)]
     return "\n".join(lines)
 
@@ -97,10 +102,15 @@ def end_to_end(results: dict[str, Any]) -> str:
             peak = "-" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 1e6:.0f}"
             table.append(
                 [
-                    row["contestant"], milliseconds(row["median_s"]), milliseconds(row["noise_s"]),
-                    milliseconds(row["min_s"]), str(row["n"]), peak, versus(row, ours),
+                    row["contestant"],
+                    milliseconds(row["median_s"]),
+                    milliseconds(row["noise_s"]),
+                    milliseconds(row["min_s"]),
+                    str(row["n"]),
+                    peak,
+                    versus(row, ours),
                 ]
-            )  # fmt: skip
+            )
         title = f"end to end  {model} B={batch} {rows[0]['dtype']}, {rows[0]['new_tokens']} new tokens"
         lines += ["", title, aligned(table)]
     return "\n".join(lines)

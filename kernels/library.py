@@ -12,7 +12,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable
-from types import SimpleNamespace
+from types import GenericAlias, SimpleNamespace
 from typing import Any
 
 import torch
@@ -171,8 +171,8 @@ def steered_logprob(*flat: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if batch == 0:
         return curves, greedy, rows, status
     kind = call.kind(compact=not call.everywhere)
-    more = {"curves_out": curves, "greedy_out": greedy, "rows_out": rows, "status_out": status}
-    more["number"] = number
+    more: dict[str, Any] = {"curves_out": curves, "greedy_out": greedy, "rows_out": rows}
+    more |= {"status_out": status, "number": number}
 
     def launch(config: tuning.Config) -> None:
         known = call.sweep_arguments(config, kind) | more
@@ -217,7 +217,7 @@ def _signature(op: schema.Op) -> inspect.Signature:
     declared = [argument.split() for argument in op.schema[1 : op.schema.index(")")].split(", ")]
     kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
     parameters = [inspect.Parameter(name, kind, annotation=_TYPES[of]) for of, name in declared]
-    returned = tuple[(Tensor,) * op.returns.count("Tensor")]
+    returned = GenericAlias(tuple, (Tensor,) * op.returns.count("Tensor"))
     return inspect.Signature(parameters, return_annotation=returned)
 
 

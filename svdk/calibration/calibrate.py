@@ -87,9 +87,17 @@ def calibrate(
         if len(examples) < 2:
             raise DataError(f"calibration data held {len(examples)} example; allowed: at least 2")
         statistics = extract_steering(
-            pair, examples, tokenizer=tokenizer, direction=direction, alpha=alpha, max_length=max_length,
-            too_long=too_long, batch_size=batch_size, backend=backend, progress=progress,
-        )  # fmt: skip
+            pair,
+            examples,
+            tokenizer=tokenizer,
+            direction=direction,
+            alpha=alpha,
+            max_length=max_length,
+            too_long=too_long,
+            batch_size=batch_size,
+            backend=backend,
+            progress=progress,
+        )
         origin = origin_of(pair, peft_model, adapter, tokenizer, examples)
     return make_report(statistics, config).steering(statistics=statistics.tensors(), **origin)
 

@@ -154,10 +154,18 @@ def static_steering(
     best = fit(views[-1], estimator, objective)
     metrics = metrics_of(statistics[-1], views[-1], best.strength)
     return Steering(
-        strength=best.strength, direction="vector", alpha=0.0, estimator=estimator, objective=objective,
-        gain=gain, confidence_interval=interval, at_bound=best.at_bound, vector=vectors[-1],
-        metrics=metrics | {"seed": seed, "folds": folds, "settings": 1, "vector_alpha": alpha}, **origin,
-    )  # fmt: skip
+        strength=best.strength,
+        direction="vector",
+        alpha=0.0,
+        estimator=estimator,
+        objective=objective,
+        gain=gain,
+        confidence_interval=interval,
+        at_bound=best.at_bound,
+        vector=vectors[-1],
+        metrics=metrics | {"seed": seed, "folds": folds, "settings": 1, "vector_alpha": alpha},
+        **origin,
+    )
 
 
 class LogitBias(dict[int, float]):

@@ -45,15 +45,19 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("--memory", type=float, metavar="GB", help="for one measurement (default: half)")
     parser.add_argument(
-        "--model", nargs="+", metavar="NAME",
+        "--model",
+        nargs="+",
+        metavar="NAME",
         help="end to end: model names, or random weights in a shape: 0.5b, 1.5b, 3b, 8b",
-    )  # fmt: skip
+    )
     parser.add_argument("--output", metavar="JSON", help="write the results to this file")
     parser.add_argument("--figures", metavar="DIR", help="draw PNG figures into this folder")
     parser.add_argument(
-        "--compare", nargs=2, metavar=("OLD", "NEW"),
+        "--compare",
+        nargs=2,
+        metavar=("OLD", "NEW"),
         help="compare two results files instead; exit code 1 when svdk became slower beyond the noise",
-    )  # fmt: skip
+    )
     parser.set_defaults(run=run)
 
 

@@ -74,9 +74,16 @@ def run(args: argparse.Namespace) -> int:
         steering = recalibrate(args.adapter, **chosen)
     else:
         steering = calibrate(
-            args.model, args.adapter, args.data, max_length=args.max_length, too_long=args.too_long,
-            batch_size=args.batch_size, backend=args.backend, progress=True, **chosen,
-        )  # fmt: skip
+            args.model,
+            args.adapter,
+            args.data,
+            max_length=args.max_length,
+            too_long=args.too_long,
+            batch_size=args.batch_size,
+            backend=args.backend,
+            progress=True,
+            **chosen,
+        )
     report = steering.report()
     path = steering.save(args.adapter)
     print(report.table(), steering.verdict(), sep="\n\n")

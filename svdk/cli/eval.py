@@ -23,17 +23,21 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("--output", default="eval-out", help="folder of a study (default: eval-out)")
     parser.add_argument(
-        "--data-dir", help="local data: truthfulqa/mc_task.json, commonsense/TASK/{train,test}.json "
+        "--data-dir",
+        help="local data: truthfulqa/mc_task.json, commonsense/TASK/{train,test}.json "
         "(default: the Hugging Face hub)",
-    )  # fmt: skip
+    )
     parser.add_argument("--only", nargs="+", metavar="TASK", help="these tasks of the study alone")
     parser.add_argument(
         "--score-only", action="store_true", help="run no model: score again what OUTPUT holds"
     )
     parser.add_argument(
-        "--report", nargs="?", const="", metavar="FOLDER", help="write evaluation.md and its figures "
-        "(default: OUTPUT/report)",
-    )  # fmt: skip
+        "--report",
+        nargs="?",
+        const="",
+        metavar="FOLDER",
+        help="write evaluation.md and its figures (default: OUTPUT/report)",
+    )
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
     judge = parser.add_argument_group("judge of free answers to TruthfulQA (default: word overlap)")
     judge.add_argument("--judge-url", help="OpenAI-compatible endpoint, e.g. http://localhost:8000/v1")
@@ -120,9 +124,15 @@ def _harness(args: argparse.Namespace) -> int:
 
     output = Path(args.output) / "harness.json"
     found = evaluate_harness(
-        args.model, args.adapter, args.harness, limit=args.limit, include_path=args.include_path,
-        data_dir=args.data_dir, batch_size=args.batch_size, output=output,
-    )  # fmt: skip
+        args.model,
+        args.adapter,
+        args.harness,
+        limit=args.limit,
+        include_path=args.include_path,
+        data_dir=args.data_dir,
+        batch_size=args.batch_size,
+        output=output,
+    )
     for line in found["differences"]:
         print(
             f"{line['task']:<24} {line['metric']:<12} {line['from']} -> {line['to']}: {line['mean']:+.4f} "

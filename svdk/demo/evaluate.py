@@ -180,9 +180,17 @@ def completion_nll(
         for system in systems:
             steering = system.steering or Steering(0.0)
             info = steered_logprob(
-                warm, base, labels, warm_rows=rows, base_rows=rows, check=True, penalty=0.0,
-                strength=steering.strength, direction=steering.direction, alpha=steering.alpha,
-            )  # fmt: skip
+                warm,
+                base,
+                labels,
+                warm_rows=rows,
+                base_rows=rows,
+                check=True,
+                penalty=0.0,
+                strength=steering.strength,
+                direction=steering.direction,
+                alpha=steering.alpha,
+            )
             logprob = info.logprob_base if system.key == BASE else info.logprob
             sums[system.key][index] = -logprob.double().sum()
         advance(1)

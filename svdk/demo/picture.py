@@ -64,14 +64,26 @@ def _draw_curves(axes: Any, results: Results) -> None:
         (there,), _ = results.calibrations[key].curve([mu])
         name = results.outcome(key).system.label.split(", ", 1)[1]
         axes.plot(
-            [mu], [there], "o", color=COLOURS[key], markersize=9, markeredgecolor="white", zorder=3,
+            [mu],
+            [there],
+            "o",
+            color=COLOURS[key],
+            markersize=9,
+            markeredgecolor="white",
+            zorder=3,
             label=f"{name}: μ = {mu:.2f}",
-        )  # fmt: skip
+        )
     axes.axhline(warm, color="0.45", linewidth=1, linestyle="--", zorder=1)
     axes.annotate(
-        "warm start", (1, warm), xycoords=("axes fraction", "data"), xytext=(-4, 3), fontsize=8,
-        textcoords="offset points", ha="right", color="0.35",
-    )  # fmt: skip
+        "warm start",
+        (1, warm),
+        xycoords=("axes fraction", "data"),
+        xytext=(-4, 3),
+        fontsize=8,
+        textcoords="offset points",
+        ha="right",
+        color="0.35",
+    )
     # A loss that explodes at one end would flatten the part that matters.
     axes.set_ylim(floor - 0.08 * (warm - floor) - 1e-6, warm + 0.6 * (warm - floor) + 1e-6)
     axes.set_xlabel("steering strength μ")

@@ -119,10 +119,17 @@ def run_demo(
 
     with stages.stage("warm start", f"LoRA, {settings.steps} steps on {len(task.train)} examples"):
         folder = warm_start(
-            base, task.train, tokenizer=tokenizer, calibration=task.calibration, output_dir=output / ADAPTER,
-            learning_rate=settings.learning_rate, batch_size=settings.train_batch, seed=seed, resume=False,
+            base,
+            task.train,
+            tokenizer=tokenizer,
+            calibration=task.calibration,
+            output_dir=output / ADAPTER,
+            learning_rate=settings.learning_rate,
+            batch_size=settings.train_batch,
+            seed=seed,
+            resume=False,
             overwrite=True,
-        )  # fmt: skip
+        )
         peft_model = load_adapter(base, folder)
     try:
         with stages.stage("calibration", f"both models over {len(task.calibration)} labelled examples, once"):
@@ -200,22 +207,36 @@ def _evaluate(
     for system in systems:
         with tqdm(total=len(prompts), desc=f"{system.label:<31}", unit="example", file=sys.stderr) as bar:
             answers[system.key] = answer(
-                peft_model, tokenizer, prompts, system, batch_size=settings.eval_batch,
-                max_new_tokens=settings.max_new_tokens, advance=bar.update,
-            )  # fmt: skip
+                peft_model,
+                tokenizer,
+                prompts,
+                system,
+                batch_size=settings.eval_batch,
+                max_new_tokens=settings.max_new_tokens,
+                advance=bar.update,
+            )
     with tqdm(total=len(prompts), desc=f"{'NLL, all systems':<31}", unit="example", file=sys.stderr) as bar:
         nll, tokens = completion_nll(
-            ModelPair(peft_model), tokenizer, task.held_out, systems, batch_size=settings.eval_batch,
+            ModelPair(peft_model),
+            tokenizer,
+            task.held_out,
+            systems,
+            batch_size=settings.eval_batch,
             advance=bar.update,
-        )  # fmt: skip
+        )
     rounds = 3
     with tqdm(
         total=rounds * len(systems), desc=f"{'time per token':<31}", unit="run", file=sys.stderr
     ) as bar:
         seconds = seconds_per_token(
-            peft_model, tokenizer, prompts[0], systems, tokens=settings.timed_tokens, rounds=rounds,
+            peft_model,
+            tokenizer,
+            prompts[0],
+            systems,
+            tokens=settings.timed_tokens,
+            rounds=rounds,
             advance=bar.update,
-        )  # fmt: skip
+        )
     return [
         Outcome(
             system,

@@ -154,9 +154,7 @@ def top_k_top_p_sampling_from_probs(
     if arguments.choice("filter_apply_order", filter_apply_order, ORDERS) == "joint":
         logits, _, indices = _top_p_only(probs, top_p, indices)
         top_p = 1.0
-    return _draw(
-        logits, indices, generator, False, seed, offset, return_valid, top_k=top_k, top_p=top_p
-    )  # fmt: skip
+    return _draw(logits, indices, generator, False, seed, offset, return_valid, top_k=top_k, top_p=top_p)
 
 
 def top_p_renorm_probs(probs: Tensor, top_p: Tensor | float, is_deterministic: bool = False) -> Tensor:

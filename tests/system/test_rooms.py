@@ -22,7 +22,7 @@ PUBLIC = {
     "steered_sample", "steered_logprob", "steered_logits", "top_k_top_p_sampling_from_probs", "generate",
     "decode",
     "SteeringLogitsProcessor.__init__", "warm_start", "extract_steering", "calibrate", "static_vector",
-    "static_steering", "SteeredLM.__init__", "evaluate_harness", "score_options",
+    "static_steering", "SteeredLM.__init__", "evaluate_harness",
 }  # fmt: skip
 """What users call with keywords. Kernels have long launch signatures too; everything else passes objects."""
 
