@@ -256,23 +256,24 @@ inline void check_sample(const Problem& p, const svdk::Runtime& run, Known& know
     const svdk::SampleOutput& got = out[i];
     EXPECT(got.token >= 0 && got.token < p.vocab, "token %ld", static_cast<long>(got.token));
     if (r.invalid) {
-      EXPECT(got.token == r.fallback, "%ld, fallback %ld", static_cast<long>(got.token),
-             static_cast<long>(r.fallback));
+      EXPECT(got.token == r.fallback_token, "%ld, fallback %ld", static_cast<long>(got.token),
+             static_cast<long>(r.fallback_token));
       EXPECT(!p.info || (got.status == svdk::kInvalid && std::isnan(got.kl)), "status %d",
              got.status);
       continue;
     }
     if (known.good_tokens[i].insert(got.token).second) check_token(r, q, got.token);
     if (!p.info) continue;
-    EXPECT(got.status == (r.masked ? svdk::kBaseMasked : svdk::kOk), "status %d", got.status);
+    EXPECT(got.status == (r.base_masked ? svdk::kBaseMasked : svdk::kOk), "status %d", got.status);
     EXPECT(r.edge || got.candidates == r.candidates, "%d candidates, not %ld", got.candidates,
            static_cast<long>(r.candidates));
     EXPECT(near(got.kl, p.uses == 0 ? r.kl : svdk::kNaN, r.kl_error), "kl %g, not %g +- %g", got.kl,
            r.kl, r.kl_error);
     EXPECT(near(got.strength, r.mu, r.mu_error), "mu %.9g, not %.9g +- %g", got.strength, r.mu,
            r.mu_error);
-    EXPECT(near(got.logprob_warm, r.log_p(got.token), 2 * kFloatSum), "log p %g", got.logprob_warm);
-    const double base = p.uses != 0 ? svdk::kNaN : r.log_q(got.token);
+    EXPECT(near(got.logprob_warm, r.log_p_of(got.token), 2 * kFloatSum), "log p %g",
+           got.logprob_warm);
+    const double base = p.uses != 0 ? svdk::kNaN : r.log_q_of(got.token);
     EXPECT(near(got.logprob_base, base, 2 * kFloatSum), "log q %g, not %g", got.logprob_base, base);
   }
 }
@@ -290,15 +291,15 @@ inline void check_logprob(const Problem& p, const svdk::Runtime& run, Known& kno
   for (int i = 0; i < p.batch; ++i) {
     const Oracle& r = known.rows[i];
     svdk::Parameters q = p.parameters[i];
-    EXPECT(out[i].status == (r.invalid  ? svdk::kInvalid
-                             : r.masked ? svdk::kBaseMasked
-                                        : svdk::kOk),
+    EXPECT(out[i].status == (r.invalid       ? svdk::kInvalid
+                             : r.base_masked ? svdk::kBaseMasked
+                                             : svdk::kOk),
            "status %d", out[i].status);
     for (int m = 0; m < count; ++m) {
       const size_t at = static_cast<size_t>(i) * count + m;
       EXPECT(greedy[at] >= 0 && greedy[at] < p.vocab, "greedy %ld", static_cast<long>(greedy[at]));
       if (r.invalid) {
-        EXPECT(greedy[at] == r.fallback && std::isnan(logprob[at]), "greedy %ld",
+        EXPECT(greedy[at] == r.fallback_token && std::isnan(logprob[at]), "greedy %ld",
                static_cast<long>(greedy[at]));
         continue;
       }
@@ -350,9 +351,9 @@ inline void check_extract(const Problem& p, const svdk::Runtime& run, Known& kno
   for (int i = 0; i < p.batch; ++i) {
     const Oracle& r = known.rows[i];
     const int64_t count = out[i].count;
-    EXPECT(out[i].status == (r.invalid  ? svdk::kInvalid
-                             : r.masked ? svdk::kBaseMasked
-                                        : svdk::kOk),
+    EXPECT(out[i].status == (r.invalid       ? svdk::kInvalid
+                             : r.base_masked ? svdk::kBaseMasked
+                                             : svdk::kOk),
            "status %d", out[i].status);
     EXPECT(count >= 0 && (r.edge || count == r.candidates), "%ld entries, not %ld",
            static_cast<long>(count), static_cast<long>(r.candidates));
@@ -368,10 +369,10 @@ inline void check_extract(const Problem& p, const svdk::Runtime& run, Known& kno
       EXPECT(near(prob[k], r.p[t], 1e-5 * r.p[t]), "p %g, not %g", prob[k], r.p[t]);
       EXPECT(r.edge || near(delta[k], r.delta[t], r.delta_error[t]),
              "delta %g, not %g +- %g; row %d kl %.9g, not %.9g lse %.9g not %.9g", delta[k],
-             r.delta[t], r.delta_error[t], i, out[i].kl, r.kl, out[i].lse, r.max_w + r.log_w);
+             r.delta[t], r.delta_error[t], i, out[i].kl, r.kl, out[i].lse, r.max_w + r.log_zw);
     }
-    EXPECT(near(out[i].lse, r.max_w + r.log_w, kFloatSum), "lse %g, not %g", out[i].lse,
-           r.max_w + r.log_w);
+    EXPECT(near(out[i].lse, r.max_w + r.log_zw, kFloatSum), "lse %g, not %g", out[i].lse,
+           r.max_w + r.log_zw);
   }
 }
 

@@ -14,14 +14,16 @@ constexpr double kDust = -86;
 
 struct Oracle {
   int direction = svdk::kPlain;
-  bool invalid = false, masked = false;
-  int64_t fallback = 0, candidates = 0, finite = 0;
-  double max_w = -svdk::kInf, max_b = -svdk::kInf, log_w = 0, log_b = 0, kl = 0, kl_error = 0;
+  bool invalid = false, base_masked = false;
+  int64_t fallback_token = 0, candidates = 0, n_finite = 0;
+  double max_w = -svdk::kInf, max_b = -svdk::kInf, log_zw = 0, log_zb = 0, kl = 0, kl_error = 0;
   double mu = 0, mu_error = 0;
   double mean = 0, norm2 = 0, variance = 0, mean_error = 0, variance_error = 0, norm2_error = 0;
   std::vector<double> w, o, p, delta, delta_error;
-  double log_p(int64_t t) const { return w[t] - max_w - log_w; }
-  double log_q(int64_t t) const { return o[t] == -svdk::kInf ? -svdk::kInf : o[t] - max_b - log_b; }
+  double log_p_of(int64_t t) const { return w[t] - max_w - log_zw; }
+  double log_q_of(int64_t t) const {
+    return o[t] == -svdk::kInf ? -svdk::kInf : o[t] - max_b - log_zb;
+  }
   std::vector<char> inside;
   bool edge = false;  // some token is on the rim of C, within rounding
 };
@@ -35,7 +37,7 @@ inline double log_sum(const std::vector<double>& x, double top) {
 
 inline bool unit(double x) { return x >= 0 && x <= 1; }
 
-inline bool bad_parameters(const Problem& problem, const svdk::Parameters& q) {
+inline bool invalid_parameters(const Problem& problem, const svdk::Parameters& q) {
   if (!unit(q.alpha)) return true;
   if (problem.operation == kExtract) return false;
   if (problem.operation == kLogprob) {
@@ -79,34 +81,34 @@ inline Oracle solve(const Problem& problem, int i) {
   if (problem.uses != 2)
     r.o.assign(problem.other.values.begin() + from, problem.other.values.begin() + from + vocab);
 
-  r.invalid = bad_parameters(problem, q);
+  r.invalid = invalid_parameters(problem, q);
   double best = -svdk::kInf;
   for (int t = 0; t < vocab; ++t) {
     const double w = r.w[t], o = r.o[t];
     if (std::isfinite(w)) {
-      ++r.finite;
-      if (w > best) best = w, r.fallback = t;
+      ++r.n_finite;
+      if (w > best) best = w, r.fallback_token = t;
     }
     r.invalid |= std::isnan(w) || w == svdk::kInf || std::isnan(o) || o == svdk::kInf;
     r.invalid |= problem.uses == 1 && o == -svdk::kInf;
-    r.masked |= problem.uses == 0 && std::isfinite(w) && o == -svdk::kInf;
+    r.base_masked |= problem.uses == 0 && std::isfinite(w) && o == -svdk::kInf;
     r.max_b = std::fmax(r.max_b, o);
   }
-  r.invalid |= r.finite == 0;
+  r.invalid |= r.n_finite == 0;
   if (r.invalid) return r;
 
   r.max_w = best;
-  r.log_w = log_sum(r.w, r.max_w);
-  r.log_b = log_sum(r.o, r.max_b);
+  r.log_zw = log_sum(r.w, r.max_w);
+  r.log_zb = log_sum(r.o, r.max_b);
   r.p.assign(vocab, 0.0);
   r.delta = r.delta_error = r.p;
   r.inside.assign(vocab, 0);
   double spread = 0;
   for (int t = 0; t < vocab; ++t) {
-    r.p[t] = r.w[t] == -svdk::kInf ? 0 : std::exp(r.log_p(t));
+    r.p[t] = r.w[t] == -svdk::kInf ? 0 : std::exp(r.log_p_of(t));
     if (problem.uses != 0 || r.p[t] == 0 || r.o[t] == -svdk::kInf) continue;
-    r.kl += r.p[t] * (r.log_p(t) - r.log_q(t));
-    if (r.w[t] - r.max_w < kDust) r.kl_error += r.p[t] * std::fabs(r.log_p(t) - r.log_q(t));
+    r.kl += r.p[t] * (r.log_p_of(t) - r.log_q_of(t));
+    if (r.w[t] - r.max_w < kDust) r.kl_error += r.p[t] * std::fabs(r.log_p_of(t) - r.log_q_of(t));
     spread += r.p[t] * (1 + std::fabs(r.w[t] - r.max_w) + std::fabs(r.o[t] - r.max_b));
   }
   r.kl_error += kFloatSum * (1 + spread);
@@ -122,7 +124,7 @@ inline Oracle solve(const Problem& problem, int i) {
     ++r.candidates;
     if (problem.uses == 1) r.delta[t] = r.o[t];
     if (problem.uses == 0 && r.o[t] != -svdk::kInf) {
-      const double d = r.log_p(t) - r.log_q(t) - r.kl;
+      const double d = r.log_p_of(t) - r.log_q_of(t) - r.kl;
       // Large logits lose their differences to the float subtraction of the vector loops.
       const double lost = ratio_error + 1e-6 * (std::fabs(d) + 1e-1 * std::fabs(r.kl));
       r.delta[t] = r.direction == svdk::kLogRatio ? d : r.p[t] * d;
@@ -147,7 +149,7 @@ inline Oracle solve(const Problem& problem, int i) {
     if (r.inside[t]) {
       outside_mass -= r.p[t];
       if (problem.uses == 1) {  // kernels sum about the entry of the likeliest token
-        const double about = std::fabs(r.delta[t] - r.delta[r.fallback]);
+        const double about = std::fabs(r.delta[t] - r.delta[r.fallback_token]);
         r.mean_error += kFloatSum * r.p[t] * about;
         shifted += kFloatSum * r.p[t] * about * about;
       }
@@ -155,7 +157,7 @@ inline Oracle solve(const Problem& problem, int i) {
     }
   }
   // Outside C delta is 0 and the mass is what the others leave.
-  if (r.candidates < r.finite) r.variance += std::fmax(outside_mass, 0.0) * r.mean * r.mean;
+  if (r.candidates < r.n_finite) r.variance += std::fmax(outside_mass, 0.0) * r.mean * r.mean;
   r.variance_error = 1e-5 * r.variance + 3 * std::sqrt(r.variance * weighted) + 3 * weighted +
                      dust + shifted + 1e-12 * second;
   // About 0, as it is summed without a vector, the rounding of the mass counts too: it matters
