@@ -143,9 +143,9 @@ def sample(
         values = {**values, "strength": 0.0}  # it follows from the label
     elif labels is not None:
         raise arguments.fail("labels", "given", "None unless strength_mode='label'")
-    given: dict[str, Any] = {name: arguments.checked(name, values[name], batch, warm) for name in _PER_ROW}
     if mode == KL_BUDGET:
-        given["strength"] = arguments.parameter("strength", values["strength"], batch, warm, 0.0)
+        arguments.parameter("strength", values["strength"], batch, warm, 0.0)
+    given: dict[str, Any] = {name: arguments.checked(name, values[name], batch, warm) for name in _PER_ROW}
     given["labels"], given["mode"] = labels, mode
     given["penalty"] = arguments.penalty_value(values["penalty"])
     given["info"] = return_info or check
