@@ -11,14 +11,12 @@ from svdk.calibration.artifact import Steering
 from svdk.calibration.report import CalibrationConfig, make_report, saved_statistics
 from svdk.calibration.sweep import extract_steering
 from svdk.errors import ArtifactError, DataError, InputError
-from svdk.warmstart.data import Example, data_hash, load_examples
+from svdk.warmstart.data import CALIBRATION_FILE, Example, data_hash, load_examples
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from svdk.models.pair import ModelPair
-
-CALIBRATION_FILE = "calibration.jsonl"
 
 
 def calibrate(

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from svdk.calibration.artifact import Steering
-from svdk.calibration.calibrate import CALIBRATION_FILE, attached_pair, origin_of
+from svdk.calibration.calibrate import attached_pair, origin_of
 from svdk.calibration.estimators import Gains, fit, gains_at, split_folds
 from svdk.calibration.kept_statistics import View, default_grid
 from svdk.calibration.report import DIRECTIONS, CalibrationConfig, metrics_of
@@ -24,7 +24,7 @@ from svdk.models.pair import ModelPair
 from svdk.ops.api import extract
 from svdk.utils.bootstrap import bootstrap
 from svdk.utils.checks import check_choice, check_count, check_number
-from svdk.warmstart.data import Encoded, Example, encode_all, load_examples
+from svdk.warmstart.data import CALIBRATION_FILE, Encoded, Example, encode_all, load_examples
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

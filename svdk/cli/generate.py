@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from svdk.cli.terminal import Printer, columns
 from svdk.errors import DataError, InputError
 from svdk.utils.files import parse_json, read_text
+from svdk.utils.views import STEERED, VIEWS
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     from svdk.calibration.artifact import Steering
     from svdk.models.pair import ModelPair
 
-VIEWS = ("base", "warm", "steered")
 PROBE = "PROMPT"
 
 
@@ -97,7 +97,7 @@ def run(args: argparse.Namespace) -> int:
         # Chosen here, not by decode, so that the three answers of --compare share their noise.
         options["seed"] = secrets.randbits(63) if args.seed is None else args.seed
 
-        def answer(view: str = "steered", ids: Tensor = ids, streamer: Printer | None = None) -> Tensor:
+        def answer(view: str = STEERED, ids: Tensor = ids, streamer: Printer | None = None) -> Tensor:
             sequences = decode(pair, ids, view=view, text_streamer=streamer, **options).sequences
             return sequences[0, ids.shape[1] :]
 
@@ -143,7 +143,7 @@ def load_steering(
 
 def wants_chat(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether prompts go through the chat template; left open, the calibration examples decide."""
-    from svdk.warmstart.data import load_examples
+    from svdk.warmstart.data import CALIBRATION_FILE, load_examples
 
     if args.raw:
         chat = False
@@ -152,7 +152,7 @@ def wants_chat(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> 
     elif not tokenizer.chat_template:
         chat = False
     else:
-        held_out = Path(args.adapter, "calibration.jsonl")
+        held_out = Path(args.adapter, CALIBRATION_FILE)
         tail = render(tokenizer, PROBE, None).partition(PROBE)[2]
         chat = not held_out.exists() or load_examples(held_out)[0].prompt.endswith(tail)
     if args.system and not chat:

@@ -20,13 +20,12 @@ from svdk.models.pair import ModelPair
 from svdk.ops.api import steered_logprob
 from svdk.utils.bootstrap import bootstrap
 from svdk.utils.tokens import pad
+from svdk.utils.views import BASE
 from svdk.warmstart.data import Example, encode, encode_prompt
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedTokenizerBase
-
-BASE, WARM = "base", "warm"
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from svdk.demo.evaluate import BASE, WARM
 from svdk.demo.results import AUTO, PAPER, SETTING, TUNED, Results
 from svdk.utils import figures
+from svdk.utils.views import BASE, WARM
 
 COLOURS = {
     BASE: "#8a8f98",

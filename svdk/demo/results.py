@@ -8,7 +8,8 @@ from functools import cached_property
 from typing import Any
 
 from svdk.calibration.report import Report
-from svdk.demo.evaluate import WARM, Interval, Outcome, System, difference, mean_of
+from svdk.demo.evaluate import Interval, Outcome, System, difference, mean_of
+from svdk.utils.views import WARM
 from svdk.warmstart.data import Example
 
 PAPER, TUNED, AUTO = "paper", "tuned", "auto"

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from svdk.calibration.artifact import Steering
 from svdk.calibration.calibrate import calibrate, recalibrate
-from svdk.demo.evaluate import BASE, WARM, Outcome, System, answer, completion_nll, seconds_per_token
+from svdk.demo.evaluate import Outcome, System, answer, completion_nll, seconds_per_token
 from svdk.demo.report import examples, table, write_html
 from svdk.demo.results import AUTO, PAPER, TUNED, Results
 from svdk.demo.task import Task, make_task, score
@@ -24,6 +24,7 @@ from svdk.models.pair import ModelPair
 from svdk.utils.checks import check_seed
 from svdk.utils.figures import check_matplotlib
 from svdk.utils.files import write_json
+from svdk.utils.views import BASE, WARM
 from svdk.warmstart.api import warm_start
 from svdk.warmstart.data import save_examples
 

@@ -22,6 +22,7 @@ from svdk.generation.logits_processor import SteeringLogitsProcessor
 from svdk.models.pair import ModelPair
 from svdk.utils.checks import check_count
 from svdk.utils.tokens import eos_ids, pad
+from svdk.utils.views import BASE, STEERED, WARM
 from svdk.warmstart.data import encode_prompt
 
 if TYPE_CHECKING:
@@ -37,7 +38,6 @@ DECODINGS: dict[str, dict[str, Any]] = {
     "beam": {"num_beams": 4},
 }
 OPTIONS = ("do_sample", "temperature", "top_k", "top_p", "min_p", "num_beams")
-BASE = "base"
 # LLM-Adapters looks for all five, however many a question has.
 _ANSWERS = tuple(f"answer{i}" for i in range(1, 6))
 
@@ -98,7 +98,7 @@ def generate_answers(
             ids = _beams(peft_model, inputs, steering, **common, **options)
         else:
             seeds = torch.tensor([_row_seed(seed, questions[index]) for index in members])
-            view = BASE if steering == BASE else "warm" if steering is None else "steered"
+            view = BASE if steering == BASE else WARM if steering is None else STEERED
             artifact = steering if isinstance(steering, Steering) else None
             ids = decode(
                 pair, rows, mask, steering=artifact, view=view, seed=seeds,

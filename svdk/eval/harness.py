@@ -18,13 +18,14 @@ from typing import Any
 import torch
 
 from svdk import __version__
-from svdk.calibration.calibrate import CALIBRATION_FILE, attached_pair
+from svdk.calibration.calibrate import attached_pair
 from svdk.errors import DataError, InputError
 from svdk.eval.compare import paired
 from svdk.eval.harness_model import SYSTEMS, SteeredLM
 from svdk.utils.checks import check_choice, is_number
 from svdk.utils.files import write_json
-from svdk.warmstart.data import load_examples
+from svdk.utils.views import STEERED
+from svdk.warmstart.data import CALIBRATION_FILE, load_examples
 
 FORMAT_VERSION = 1
 TASK_FOLDER = Path(__file__).with_name("harness_tasks")
@@ -106,7 +107,7 @@ def evaluate_harness(
     runs: dict[str, Any] = {}
     with attached_pair(model, adapter, tokenizer) as (_, peft_model, tokenizer):
         for system in systems:
-            steering = overrides if system == "steered" else _unsteered(overrides)
+            steering = overrides if system == STEERED else _unsteered(overrides)
             lm = SteeredLM(
                 peft_model, adapter, system=system, tokenizer=tokenizer, batch_size=batch_size, **steering
             )

@@ -23,6 +23,7 @@ from svdk.models.loading import load_adapter, load_model
 from svdk.models.pair import ModelPair
 from svdk.utils.checks import check_choice
 from svdk.utils.tokens import eos_ids
+from svdk.utils.views import BASE, STEERED, VIEWS
 
 try:
     from lm_eval.api.registry import register_model
@@ -31,7 +32,7 @@ try:
 except ImportError as error:
     raise InputError(f"lm-eval cannot be imported ({error}); needed: pip install 'svdk[eval]'") from error
 
-SYSTEMS = ("base", "warm", "steered")
+SYSTEMS = VIEWS
 SAMPLING = ("do_sample", "temperature", "top_k", "top_p", "min_p", "seed")
 # What a task may say and what decoding does anyway.
 _IMPLIED = {"num_beams": 1, "num_return_sequences": 1, "use_cache": True}
@@ -76,7 +77,7 @@ class SteeredLM(HFLM):
         pretrained: Any,
         adapter: str | Path | None = None,
         *,
-        system: str = "steered",
+        system: str = STEERED,
         tokenizer: Any = None,
         steering: Steering | None = None,
         strength: float | None = None,
@@ -115,7 +116,7 @@ class SteeredLM(HFLM):
         }
         self._generation: dict[str, Any] = {"view": system, "backend": ops_backend, "check": True}
         self._sampler: Sampler | None = None
-        if system == "steered":
+        if system == STEERED:
             if steering is None:
                 steering = _artifact(adapter, strength, model, tokenizer)
             overrides |= {"steering": steering, "backend": ops_backend, "check": True}
@@ -141,11 +142,11 @@ class SteeredLM(HFLM):
             raise InputError("attn_mask or labels was given; allowed: None (decoder-only models)")
         inps = inps.to(self.pair.device)
         length = inps.shape[1]
-        if self._sampler is not None and "base" in self._sampler.views:
+        if self._sampler is not None and BASE in self._sampler.views:
             warm, base = self.pair.teacher_forced(inps, None, length)
             return self._steered(self._sampler, warm, base)
         with self.pair.evaluating():
-            view = self.pair.base if self.system == "base" else self.pair.warm
+            view = self.pair.base if self.system == BASE else self.pair.warm
             logits = view(inps, keep=length)
         if self._sampler is not None:
             return self._steered(self._sampler, logits, None)

@@ -12,7 +12,6 @@ from torch import Tensor
 from svdk.eval.compare import Difference, summarise
 from svdk.utils.bootstrap import RESAMPLES, draws
 
-SYSTEMS = ("base", "warm", "steered")
 LIKELIHOOD = "likelihood"
 GIVEN = (None, "fixed", "given")
 """Estimators of cells whose strength was set by hand: the strength is part of what the cell is."""

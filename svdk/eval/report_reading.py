@@ -13,7 +13,6 @@ import torch
 from svdk.errors import DataError
 from svdk.eval.report_cells import (
     GIVEN,
-    SYSTEMS,
     Benchmark,
     Calibration,
     Cell,
@@ -24,6 +23,7 @@ from svdk.eval.report_cells import (
 )
 from svdk.utils.checks import is_number
 from svdk.utils.files import read_text
+from svdk.utils.views import VIEWS
 
 FORMAT_VERSION = 1
 
@@ -131,8 +131,8 @@ class _Reader:
 def _cell(row: Mapping[str, Any], where: str) -> Cell:
     read = _Reader(row, where)
     system = read.text("system")
-    if system not in SYSTEMS:
-        raise read.fail("system", system, ", ".join(SYSTEMS))
+    if system not in VIEWS:
+        raise read.fail("system", system, ", ".join(VIEWS))
     questions, folds = read.integer("test_questions", 1), read.integer("folds", 1)
     base = system == "base"
     peft, steps = read.text("peft", null=base), read.integer("steps", 0, null=base)

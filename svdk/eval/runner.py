@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from svdk.calibration.artifact import Steering
-from svdk.calibration.calibrate import CALIBRATION_FILE, calibrate
+from svdk.calibration.calibrate import calibrate
 from svdk.calibration.estimators import ESTIMATORS, OBJECTIVES, fit
 from svdk.calibration.kept_statistics import default_grid
 from svdk.calibration.report import saved_statistics
@@ -37,7 +37,7 @@ from svdk.models.loading import detach, load_adapter, load_model
 from svdk.models.pair import ModelPair
 from svdk.utils.files import read_object, write_file
 from svdk.warmstart.api import warm_start
-from svdk.warmstart.data import load_examples, split
+from svdk.warmstart.data import CALIBRATION_FILE, load_examples, split
 
 if TYPE_CHECKING:
     from peft import PeftModel

@@ -6,6 +6,7 @@ import json
 from dataclasses import asdict, dataclass
 
 from svdk.eval.spec import Study
+from svdk.utils import views
 
 
 @dataclass(frozen=True)
@@ -36,8 +37,8 @@ class System:
         return self.estimator, self.objective
 
 
-BASE = System("base")
-WARM = System("warm")
+BASE = System(views.BASE)
+WARM = System(views.WARM)
 
 
 def system_key(system: System, decoding: str) -> str:
@@ -50,17 +51,19 @@ def scoring_systems(study: Study) -> list[System]:
     found = [BASE, WARM]
     for direction in study.directions:
         for alpha in (study.alpha, 0.0):
-            setting = ("steered", direction, alpha, 0.0, "constant")
+            setting = (views.STEERED, direction, alpha, 0.0, "constant")
             for estimator in study.estimators:
                 # Only the optimum looks at the objective; the others are formulas.
                 for objective in study.objectives if estimator == "optimum" else ("nll",):
                     found.append(System(*setting, estimator, objective))
         if study.kl_budget:
-            found.append(System("steered", direction, study.alpha, 0.0, "kl_budget", "optimum", "nll"))
+            found.append(System(views.STEERED, direction, study.alpha, 0.0, "kl_budget", "optimum", "nll"))
         for penalty in study.penalties:
             if penalty != 0 and "optimum" in study.estimators:
                 value = None if penalty == float("-inf") else penalty
-                found.append(System("steered", direction, study.alpha, value, "constant", "optimum", "nll"))
+                found.append(
+                    System(views.STEERED, direction, study.alpha, value, "constant", "optimum", "nll")
+                )
     if study.static_vector:
-        found.append(System("steered", "vector", 0.0, 0.0, "constant", "optimum", "nll"))
+        found.append(System(views.STEERED, "vector", 0.0, 0.0, "constant", "optimum", "nll"))
     return found

@@ -17,6 +17,7 @@ from transformers import Cache, DynamicCache, StaticCache
 
 from svdk.errors import InputError
 from svdk.utils.checks import check_choice
+from svdk.utils.views import WARM
 
 WEIGHT_TYPES = ("LORA", "IA3", "ADALORA", "LOHA", "LOKR")
 """PEFT types that live inside layers, each with a flag that turns it off."""
@@ -101,12 +102,12 @@ class ModelPair:
         """
         implementation = implementation or "dynamic"
         check_choice("cache_implementation", implementation, CACHES)
-        prefix = self.prefix_cache(batch_size) if view == "warm" and self.is_prefix else None
+        prefix = self.prefix_cache(batch_size) if view == WARM and self.is_prefix else None
         if implementation == "dynamic":
             return ViewCache(DynamicCache(config=self.config) if prefix is None else prefix)
         if max_length is None:
             raise InputError("max_length was None; allowed with a static cache: the longest sequence")
-        virtual = self.num_virtual_tokens if view == "warm" else 0
+        virtual = self.num_virtual_tokens if view == WARM else 0
         static = StaticCache(config=self.config, max_cache_len=max_length + virtual)
         for index, layer in enumerate(prefix.layers if prefix is not None else ()):
             if layer.is_initialized:

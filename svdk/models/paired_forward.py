@@ -16,6 +16,7 @@ from svdk.models.cpu_linear import fast_linears
 from svdk.models.pair import ModelPair, ViewCache, row_positions
 from svdk.models.paired_adapters import Rows, route
 from svdk.utils.checks import check_choice
+from svdk.utils.views import BASE, WARM
 
 FORWARDS = ("auto", "paired", "two_pass")
 """How the two views of a step are run: "auto" pairs them when it can."""
@@ -63,7 +64,7 @@ class PairedForward:
     ) -> ViewCache:
         """An empty cache for ``batch_size`` pairs of rows; arguments as :meth:`ModelPair.new_cache`."""
         length = None if max_length is None else max_length + self._virtual
-        cache = self.pair.new_cache("base", batch_size, implementation, length)
+        cache = self.pair.new_cache(BASE, batch_size, implementation, length)
         if not self.pair.is_prefix:
             return cache
         prefix = self._prefix(batch_size)
@@ -108,8 +109,8 @@ class PairedForward:
             BackendError: a row differs by more than rounding.
 
         """
-        for view, got in zip(("warm", "base"), logits, strict=True):
-            if view == "warm" and self._order is not None:
+        for view, got in zip((WARM, BASE), logits, strict=True):
+            if view == WARM and self._order is not None:
                 continue  # the warm view knows one adapter at a time
             want = getattr(self.pair, view)(input_ids, attention_mask)[:, -1].float()
             worst = ((got[:, -1].float() - want).abs().amax(1) / want.abs().amax(1)).max().item()

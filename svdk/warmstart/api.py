@@ -20,7 +20,16 @@ from svdk.models.fingerprints import model_fingerprint, tokenizer_fingerprint
 from svdk.models.loading import default_dtype, load_model
 from svdk.utils.checks import check_count, check_number, check_seed
 from svdk.utils.files import write_json
-from svdk.warmstart.data import Encoded, Example, data_hash, encode_all, load_examples, save_examples, split
+from svdk.warmstart.data import (
+    CALIBRATION_FILE,
+    Encoded,
+    Example,
+    data_hash,
+    encode_all,
+    load_examples,
+    save_examples,
+    split,
+)
 from svdk.warmstart.peft_configs import make_config
 from svdk.warmstart.run_folder import drop_broken_checkpoints, open_run, publish, put_back
 from svdk.warmstart.training import as_os_error, attached, fit, seeded, training_arguments
@@ -29,7 +38,6 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
-CALIBRATION_FILE = "calibration.jsonl"
 Source = str | Path | Sequence[Mapping[str, Any] | Example]
 
 

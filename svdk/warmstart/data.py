@@ -17,6 +17,8 @@ from svdk.utils.files import parse_json, read_text, write_file
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+CALIBRATION_FILE = "calibration.jsonl"
+"""What a warm start holds out and leaves beside the adapter."""
 COLUMNS = "'prompt' and 'completion', or 'messages'"
 
 

@@ -14,7 +14,7 @@ import torch
 from svdk.calibration.artifact import Steering
 from svdk.cli import main
 from svdk.demo import run as demo_run
-from svdk.demo.evaluate import BASE, WARM, Outcome, System, answer, completion_nll, difference, mean_of
+from svdk.demo.evaluate import Outcome, System, answer, completion_nll, difference, mean_of
 from svdk.demo.report import examples as examples_text
 from svdk.demo.report import render, table
 from svdk.demo.results import AUTO, PAPER, TUNED
@@ -23,6 +23,7 @@ from svdk.demo.task import MONTHS, Score, make_task, ordinal_suffix, score
 from svdk.errors import InputError
 from svdk.models.loading import load_model
 from svdk.models.pair import ModelPair
+from svdk.utils.views import BASE, WARM
 from svdk.warmstart.data import Example
 
 TINY = Settings(
