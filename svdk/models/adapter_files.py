@@ -104,7 +104,7 @@ def check_prompt(config: PeftConfig, shapes: dict[str, tuple[int, ...]]) -> None
         if value is None and name != "num_virtual_tokens":
             continue  # PEFT takes it from the model
         check_count(name, value)
-        size *= value if name != "num_layers" or config.peft_type.value == "PREFIX_TUNING" else 1
+        size *= value if name != "num_layers" or config.peft_type == "PREFIX_TUNING" else 1
     shape = shapes["prompt_embeddings"]
     if size > PROMPT_FACTOR * math.prod(shape):
         raise ValueError(

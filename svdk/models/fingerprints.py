@@ -89,7 +89,7 @@ def _base_parameters(base: nn.Module) -> list[tuple[str, Tensor]]:
             inner[name] = "base_layer"
         elif isinstance(module, AuxiliaryTrainingWrapper):
             inner[name] = "original_module"
-    kept = []
+    kept: list[tuple[str, Tensor]] = []
     for name, tensor in base.named_parameters():
         parts, clean, path = name.split("."), [], ""
         for part in parts:

@@ -7,7 +7,7 @@ import importlib.util
 import os
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -15,6 +15,7 @@ from svdk.errors import InputError, first_line, out_of_memory
 from svdk.utils.files import add_to_hash, new_folder
 
 if TYPE_CHECKING:
+    from torch import nn
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 FORMAT = 1
@@ -41,7 +42,7 @@ def load_gguf(
     folder = cache_folder() / f"gguf-{FORMAT}-{add_to_hash(hashlib.sha256(), path)[:24]}"
     if folder.is_dir():
         try:
-            tokenizer = AutoTokenizer.from_pretrained(folder)
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
             return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype), tokenizer
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             if out_of_memory(error):
@@ -54,10 +55,11 @@ def load_gguf(
             tokenizer.save_pretrained(partial)
     except (OSError, SafetensorError) as error:
         warnings.warn(f"cannot keep the de-quantised {path.name} in {folder}: {error}", stacklevel=2)
-    return model.to(dtype), tokenizer
+    cast("nn.Module", model).to(dtype)
+    return model, tokenizer
 
 
-def clear_quantized(model: PreTrainedModel) -> None:
+def clear_quantized(model: Any) -> None:
     """Make a de-quantised model an ordinary one: what calls itself quantised cannot be saved."""
     model.is_quantized = False
     for holder, name in (

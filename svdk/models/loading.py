@@ -6,7 +6,7 @@ import copy
 import importlib.util
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
@@ -14,6 +14,7 @@ from torch import nn
 from svdk.errors import ArtifactError, InputError, first_line, out_of_memory
 from svdk.models.adapter_files import MISFIT, check_prompt, check_shapes, read_adapter, read_weights
 from svdk.models.fingerprints import check_base_model, model_name
+from svdk.utils.checks import check_choice
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
@@ -52,7 +53,8 @@ def load_model(
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "left"
-    return model.to(device).eval(), tokenizer
+    cast("nn.Module", model).to(device)  # the model's own method is typed without arguments
+    return model.eval(), tokenizer
 
 
 def default_dtype(device: torch.device) -> str | torch.dtype:
@@ -146,15 +148,16 @@ def _structure(model: nn.Module) -> Callable[[], None]:
     """A function that undoes what PEFT does to a model: other modules in places, flags, attributes."""
     # Not through the wrappers' own ways back: an injection may have stopped anywhere, and a nonsensical
     # configuration can put a model inside itself.
-    places = [(module, dict(module._modules), dict(module._parameters)) for module in model.modules()]
+    places: list[tuple[dict[str, Any], dict[str, Any]]] = [
+        (held, dict(held)) for module in model.modules() for held in (module._modules, module._parameters)
+    ]
     trainable = {name for name, p in model.named_parameters() if p.requires_grad}
     attributes = set(vars(model))
 
     def put_back() -> None:
-        for module, modules, parameters in places:
-            for now, before in ((module._modules, modules), (module._parameters, parameters)):
-                now.clear()
-                now.update(before)
+        for now, before in places:
+            now.clear()
+            now.update(before)
         for name in set(vars(model)) - attributes:
             delattr(model, name)
         for name, p in model.named_parameters():
@@ -165,9 +168,8 @@ def _structure(model: nn.Module) -> Callable[[], None]:
 
 def detach(peft_model: PeftModel) -> PreTrainedModel:
     """The base model without its adapter: LoRA and IA3 layers are taken out of it, unmerged."""
-    if peft_model.active_peft_config.is_prompt_learning:
-        return peft_model.get_base_model()
-    return peft_model.unload()
+    prompt_learning = peft_model.active_peft_config.is_prompt_learning
+    return cast("PreTrainedModel", peft_model.get_base_model() if prompt_learning else peft_model.unload())
 
 
 def _from_pretrained(
@@ -187,9 +189,8 @@ def _from_pretrained(
 
 
 def _dtype(dtype: str | torch.dtype) -> str | torch.dtype:
-    allowed = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if dtype in allowed:
-        return allowed[dtype]
-    if dtype in allowed.values():
+    names = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if dtype == "auto" or dtype in names.values():
         return dtype
-    raise InputError(f"dtype was {dtype!r}; allowed: {', '.join(allowed)}")
+    check_choice("dtype", dtype, ("auto", *names))
+    return names[str(dtype)]

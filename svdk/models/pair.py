@@ -6,14 +6,14 @@ import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
-from transformers import Cache, DynamicCache, StaticCache
+from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
 
 from svdk.errors import InputError
 from svdk.utils.checks import check_choice
@@ -52,18 +52,20 @@ class ModelPair:
     def __init__(self, model: nn.Module) -> None:
         """Find the adapter and its layers; nothing is copied and nothing is changed."""
         owner = _peft_owner(model)
-        prompt_learning = owner is not None and owner.active_peft_config.is_prompt_learning
         if owner is not None:  # an unknown type is named as such, whatever it put into the model
             _check_type(owner.active_peft_config)
-        self.module: nn.Module = owner.get_base_model() if owner is not None else model
+        self.module = cast("PreTrainedModel", model if owner is None else owner.get_base_model())
         self._root = self.module if owner is None else owner
-        self._prompt_model = owner if prompt_learning else None
+        self._prompt_model: PeftModel | None = None
         # modules() once: PEFT's disable_adapter() walks them all on every entry and exit, 30 ms a token.
         kinds = (BaseTunerLayer, AuxiliaryTrainingWrapper)
-        self.layers = {name: m for name, m in self.module.named_modules() if isinstance(m, kinds)}
+        self.layers: dict[str, nn.Module] = {
+            name: cast(nn.Module, m) for name, m in self.module.named_modules() if isinstance(m, kinds)
+        }
         """Adapter layers by name, fixed when the pair is made."""
         self._configs = getattr(self.module, "peft_config", None) or getattr(owner, "peft_config", {})
-        if prompt_learning:
+        if owner is not None and owner.active_peft_config.is_prompt_learning:
+            self._prompt_model = owner
             configs = [owner.active_peft_config]
             disabled = owner._adapters_disabled
         else:
@@ -74,7 +76,7 @@ class ModelPair:
         for config in configs:
             check_config(config)
         self.peft_type = "+".join(sorted({config.peft_type.value for config in configs}))
-        self.num_virtual_tokens: int = configs[0].num_virtual_tokens if prompt_learning else 0
+        self.num_virtual_tokens: int = 0 if self._prompt_model is None else configs[0].num_virtual_tokens
         self.is_prefix = self.peft_type == "PREFIX_TUNING"
 
         self.config = self.module.config
@@ -91,7 +93,7 @@ class ModelPair:
     @property
     def vocab_size(self) -> int:
         """Width of a logits row (may exceed the tokenizer's)."""
-        return self.config.get_text_config(decoder=True).vocab_size
+        return int(self.config.get_text_config(decoder=True).vocab_size)
 
     def new_cache(
         self, view: str, batch_size: int, implementation: str | None = None, max_length: int | None = None
@@ -109,7 +111,8 @@ class ModelPair:
             raise InputError("max_length was None; allowed with a static cache: the longest sequence")
         virtual = self.num_virtual_tokens if view == WARM else 0
         static = StaticCache(config=self.config, max_cache_len=max_length + virtual)
-        for index, layer in enumerate(prefix.layers if prefix is not None else ()):
+        layers: list[Any] = [] if prefix is None else prefix.layers
+        for index, layer in enumerate(layers):
             if layer.is_initialized:
                 static.update(layer.keys, layer.values, index)
         return ViewCache(static)
@@ -240,14 +243,15 @@ class ModelPair:
 
     def prompt_embeddings(self, input_ids: Tensor) -> Tensor:
         """Virtual and real embeddings, (B, virtual + T, hidden)."""
-        embedded = self._prompt_model.word_embeddings(input_ids)
-        prompt = self._prompt_model.get_prompt(batch_size=input_ids.shape[0])
+        model: Any = self._prompt_model
+        embedded, prompt = model.word_embeddings(input_ids), model.get_prompt(batch_size=input_ids.shape[0])
         return torch.cat([prompt.to(embedded.dtype), embedded], dim=1)
 
     @torch.no_grad()
     def prefix_cache(self, batch_size: int) -> Cache:
         """A cache that holds the tuned prefix for ``batch_size`` rows and nothing else."""
-        return self._prompt_model.get_prompt(batch_size=batch_size)
+        model: Any = self._prompt_model
+        return model.get_prompt(batch_size=batch_size)
 
     def _layer_configs(self) -> list[Any]:
         """The configs of the adapters that are active inside the layers."""
@@ -287,8 +291,8 @@ def check_inputs(input_ids: Tensor, attention_mask: Tensor | None) -> Tensor | N
     if attention_mask is None:
         return None
     if attention_mask.shape != input_ids.shape:
-        found, wanted = tuple(attention_mask.shape), tuple(input_ids.shape)
-        raise InputError(f"attention_mask had shape {found}; allowed: that of input_ids, {wanted}")
+        had, wanted = tuple(attention_mask.shape), tuple(input_ids.shape)
+        raise InputError(f"attention_mask had shape {had}; allowed: that of input_ids, {wanted}")
     mask = attention_mask != 0
     if bool(mask.all()):
         return None

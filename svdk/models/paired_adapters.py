@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft.tuners.ia3 import layer as ia3
@@ -21,7 +21,7 @@ SPLIT_LAYERS = ("Linear", "Embedding", "SVDLinear")
 
 
 @dataclass
-class Rows:
+class RowSpans:
     """Which rows of the running batch each adapter owns; rows outside every span are base rows."""
 
     total: int = 0
@@ -38,7 +38,7 @@ class Rows:
             )
 
 
-def route(layer: nn.Module, rows: Rows, adapters: list[str] | None) -> Callable[..., Tensor] | str:
+def route(layer: nn.Module, rows: RowSpans, adapters: list[str] | None) -> Callable[..., Tensor] | str:
     """A forward for ``layer`` that serves ``rows``, or the reason why there is none.
 
     ``adapters``: the adapters that rows name one by one, None when all warm rows use the active ones.
@@ -47,14 +47,14 @@ def route(layer: nn.Module, rows: Rows, adapters: list[str] | None) -> Callable[
         return "its forward is already replaced (device_map, or another patch)"
     if getattr(layer, "merged", False) or getattr(layer, "disable_adapters", False):
         return "its adapter was merged or disabled since"
-    base = getattr(layer, "base_layer", None)
+    base: Any = getattr(layer, "base_layer", None)
     kind = type(layer)
     plain = isinstance(base, (nn.Linear, Conv1D)) and "forward" not in vars(base)
-    if kind is lora.Linear and plain and not layer.lora_variant:
+    if isinstance(layer, lora.Linear) and kind is lora.Linear and plain and not layer.lora_variant:
         return _lora_linear(layer, base, rows, adapters)
     if adapters is not None:
         return "rows with different adapters need plain LoRA on linear layers"
-    if kind is ia3.Linear and plain:
+    if isinstance(layer, ia3.Linear) and kind is ia3.Linear and plain:
         return _ia3_linear(layer, base, rows)
     if isinstance(layer, ModulesToSaveWrapper):
         return _split(layer, layer.original_module, rows)
@@ -68,14 +68,14 @@ def _is_plain(base: nn.Module | None) -> bool:
 
 
 def _lora_linear(
-    layer: lora.Linear, base: nn.Module, rows: Rows, adapters: list[str] | None
+    layer: lora.Linear, base: nn.Module, rows: RowSpans, adapters: list[str] | None
 ) -> Callable[..., Tensor]:
     def weights(names: list[str]) -> list[tuple[Tensor, Tensor, Tensor | None, float]]:
-        found = []
+        found: list[tuple[Tensor, Tensor, Tensor | None, float]] = []
         for name in names:
             if name in layer.lora_A:
-                down, up = layer.lora_A[name].weight, layer.lora_B[name]
-                found.append((down.t(), up.weight.t(), up.bias, float(layer.scaling[name])))
+                down, up = (cast(nn.Linear, part[name]) for part in (layer.lora_A, layer.lora_B))
+                found.append((down.weight.t(), up.weight.t(), up.bias, float(layer.scaling[name])))
         return found
 
     by_name = {None: weights(layer.active_adapters)} | {name: weights([name]) for name in adapters or ()}
@@ -84,11 +84,8 @@ def _lora_linear(
         rows.check(x)
         out = base(x, *args, **kwargs)  # (rows, T, out), fresh: may be added to in place
         for name, first, end in rows.spans:
-            mine, result = None, None
+            mine, result = x[first:end].reshape(-1, x.shape[-1]), out[first:end].view(-1, out.shape[-1])
             for down, up, bias, scale in by_name[name]:
-                if mine is None:
-                    mine = x[first:end].reshape(-1, x.shape[-1])
-                    result = out[first:end].view(-1, out.shape[-1])
                 hidden = torch.mm(mine.to(down.dtype), down)
                 if bias is None and up.dtype == out.dtype:
                     result.addmm_(hidden, up, alpha=scale)
@@ -100,7 +97,7 @@ def _lora_linear(
     return forward
 
 
-def _ia3_linear(layer: ia3.Linear, base: nn.Module, rows: Rows) -> Callable[..., Tensor]:
+def _ia3_linear(layer: ia3.Linear, base: nn.Module, rows: RowSpans) -> Callable[..., Tensor]:
     scale = None
     for name in layer.active_adapters:
         if name in layer.ia3_l:
@@ -121,7 +118,7 @@ def _ia3_linear(layer: ia3.Linear, base: nn.Module, rows: Rows) -> Callable[...,
     return forward
 
 
-def _split(layer: nn.Module, original: nn.Module, rows: Rows) -> Callable[..., Tensor]:
+def _split(layer: nn.Module, original: nn.Module, rows: RowSpans) -> Callable[..., Tensor]:
     """Any row-wise layer: its own forward for the warm rows, the original module for the base rows."""
     adapted = type(layer).forward
 

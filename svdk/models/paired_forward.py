@@ -14,7 +14,7 @@ from transformers import Cache, StaticCache
 from svdk.errors import BackendError, InputError
 from svdk.models.cpu_linear import fast_linears
 from svdk.models.pair import ModelPair, ViewCache, row_positions
-from svdk.models.paired_adapters import Rows, route
+from svdk.models.paired_adapters import RowSpans, route
 from svdk.utils.checks import check_choice
 from svdk.utils.views import BASE, WARM
 
@@ -44,12 +44,12 @@ class PairedForward:
     def __init__(self, pair: ModelPair, row_adapters: Sequence[str] | None = None) -> None:
         """Build the layers' forwards; nothing in the model is changed yet."""
         self.pair = pair
-        self._rows = Rows()
+        self._rows = RowSpans()
         self._order: Tensor | None = None
         names = None
         if row_adapters is not None:
             names = _check_adapters(pair, row_adapters)
-            # Rows of one adapter side by side, so that every layer works on slices.
+            # RowSpans of one adapter side by side, so that every layer works on slices.
             order = sorted(range(len(row_adapters)), key=lambda row: row_adapters[row])
             self._adapters = [row_adapters[row] for row in order]
             self._order = torch.tensor(order, device=pair.device)
@@ -69,7 +69,8 @@ class PairedForward:
             return cache
         prefix = self._prefix(batch_size)
         if isinstance(cache.kv, StaticCache):
-            for index, layer in enumerate(prefix.layers):
+            layers: list[Any] = prefix.layers
+            for index, layer in enumerate(layers):
                 cache.kv.update(layer.keys, layer.values, index)
             return cache
         return ViewCache(prefix)
@@ -167,7 +168,8 @@ class PairedForward:
 
     def _prefix(self, batch: int) -> Cache:
         cache = self.pair.prefix_cache(batch)
-        for layer in cache.layers:
+        layers: list[Any] = cache.layers
+        for layer in layers:
             layer.keys = torch.cat([layer.keys, torch.zeros_like(layer.keys)])
             layer.values = torch.cat([layer.values, torch.zeros_like(layer.values)])
         return cache
@@ -175,7 +177,7 @@ class PairedForward:
 
 def why_not_paired(pair: ModelPair) -> str | None:
     """Why the two views of ``pair`` cannot share a forward; None when they can."""
-    return _routes(pair, Rows(), None)[0]
+    return _routes(pair, RowSpans(), None)[0]
 
 
 def choose_forward(
@@ -201,7 +203,7 @@ def choose_forward(
     return None
 
 
-def _routes(pair: ModelPair, rows: Rows, adapters: list[str] | None) -> tuple[str | None, list[Any]]:
+def _routes(pair: ModelPair, rows: RowSpans, adapters: list[str] | None) -> tuple[str | None, list[Any]]:
     forwards = []
     for name, layer in pair.layers.items():
         if "expert" in name:  # tokens are regrouped there, row by row no more

@@ -168,7 +168,8 @@ def _resolve(
     """A loaded model without adapters and its tokenizer; the Trainer moves it to the training device."""
     if isinstance(model, (str, os.PathLike)):
         target = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        model, loaded = load_model(model, dtype=dtype or default_dtype(torch.device(target)), device="cpu")
+        dtype = dtype or default_dtype(torch.device(target))
+        model, loaded = load_model(os.fspath(model), dtype=dtype, device="cpu")
         tokenizer = tokenizer or loaded
     elif isinstance(model, tuple):
         model, loaded = model
@@ -217,7 +218,7 @@ def _write_adapter(folder: Path, peft_model: PeftModel, held_out: list[Example],
     shutil.rmtree(folder, ignore_errors=True)
     peft_model.active_peft_config.base_model_name_or_path = record["base_model"]
     # False: "auto" asks the hub whether the vocabulary was resized.
-    peft_model.save_pretrained(folder, save_embedding_layers=False)
+    peft_model.save_pretrained(str(folder), save_embedding_layers=False)
     if held_out:
         save_examples(held_out, folder / CALIBRATION_FILE)
     write_json(folder / WARMSTART_FILE, record, allow_nan=True)

@@ -232,8 +232,8 @@ def _render_chat(messages: Any, where: str, tokenizer: PreTrainedTokenizerBase |
         raise DataError(f"{where}: the last message was empty; allowed: a non-empty answer")
     turns = [dict(m) for m in messages]
     try:
-        prompt = tokenizer.apply_chat_template(turns[:-1], tokenize=False, add_generation_prompt=True)
-        text = tokenizer.apply_chat_template(turns, tokenize=False)
+        prompt = str(tokenizer.apply_chat_template(turns[:-1], tokenize=False, add_generation_prompt=True))
+        text = str(tokenizer.apply_chat_template(turns, tokenize=False))
     except Exception as error:  # templates are programs of their own: jinja2 errors and any they raise
         raise DataError(f"{where}: the chat template refused the messages: {error}") from error
     if not text.startswith(prompt):

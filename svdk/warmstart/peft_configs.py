@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import nn
 
@@ -72,7 +72,7 @@ def make_config(
 def _virtual(peft: str, virtual_tokens: int, encoder_hidden: int, encoder_layers: int) -> PeftConfig:
     from peft import PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig
 
-    common = {"task_type": "CAUSAL_LM", "num_virtual_tokens": virtual_tokens}
+    common: dict[str, Any] = {"task_type": "CAUSAL_LM", "num_virtual_tokens": virtual_tokens}
     if peft == "prompt_tuning":
         return PromptTuningConfig(**common)
     if peft == "p_tuning":
@@ -94,7 +94,7 @@ def _lora(model, target_modules, rank: int, alpha: float, dropout: float) -> Pef
     return LoraConfig(
         task_type="CAUSAL_LM",
         r=rank,
-        lora_alpha=alpha,
+        lora_alpha=cast(int, alpha),  # PEFT takes a float too
         lora_dropout=dropout,
         target_modules=list(target_modules),
         fan_in_fan_out=_transposed(linear, chosen),

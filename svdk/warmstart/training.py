@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -68,7 +68,7 @@ class WarmStartTrainer(Trainer):
     """
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        folder = Path(output_dir or self.args.output_dir)
+        folder = Path(output_dir or str(self.args.output_dir))
         folder.mkdir(parents=True, exist_ok=True)
         save_file({n: p.detach().contiguous() for n, p in self._trainable()}, folder / WEIGHTS)
 
@@ -86,7 +86,7 @@ class WarmStartTrainer(Trainer):
         except (SafetensorError, RuntimeError) as error:
             if isinstance(error, RuntimeError) and not re.search(TORCH_WRITE_ERROR, str(error)):
                 raise
-            raise as_os_error(error, Path(self.args.output_dir)) from error
+            raise as_os_error(error, Path(str(self.args.output_dir))) from error
 
     def _trainable(self) -> list[tuple[str, torch.nn.Parameter]]:
         model = self.accelerator.unwrap_model(self.model)
@@ -171,7 +171,7 @@ def attached(base: PreTrainedModel, peft_config: PeftConfig) -> Iterator[PeftMod
     try:
         yield peft_model
     finally:
-        detach(peft_model).to(device).train(training)
+        cast(torch.nn.Module, detach(peft_model)).to(device).train(training)
         for name, p in base.named_parameters():
             p.requires_grad_(name in trainable)
         for name, value in config_values.items():
@@ -210,7 +210,7 @@ def fit(
     finally:
         bar.close()
     peft_model.eval()
-    return [(entry["step"], entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
+    return [(int(entry["step"]), entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
 
 
 def as_os_error(error: Exception, path: Path) -> OSError:
