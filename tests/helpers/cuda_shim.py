@@ -187,7 +187,7 @@ class Shim:
         if given.info:
             _outputs(call, floats=floats, ints=ints)
         self._run("shim_sample", call)
-        return (token, floats, ints) if given.info else (token, floats[:0, 0], ints[:0, 0])
+        return (token, floats, ints) if given.info else (token, floats.new_empty(0), ints.new_empty(0))
 
     def steered_logprob(self, *flat) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """As ``svdk.reference.steered_logprob``."""
