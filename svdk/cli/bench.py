@@ -110,13 +110,14 @@ def _options(args: argparse.Namespace) -> Options:
 
     from svdk.bench import cases, micro, suite
     from svdk.errors import InputError
+    from svdk.utils.checks import check_number
 
     if args.quick and args.grid:
         raise InputError(f"--grid was {args.grid} with --quick; allowed: one of them")
     for name in ("threads", "budget", "memory"):
         value = getattr(args, name)
-        if value is not None and not value > 0:
-            raise InputError(f"--{name} was {value}; allowed: a number above 0")
+        if value is not None:
+            check_number(f"--{name}", value, "(0, inf]")
     for name in ("batch", "vocab"):
         if any(value < 1 for value in getattr(args, name) or ()):
             raise InputError(f"--{name} was {getattr(args, name)}; allowed: integers of at least 1")

@@ -64,8 +64,9 @@ def run(args: argparse.Namespace) -> int:
     if args.threads is not None:
         import torch
 
-        if args.threads < 1:
-            raise InputError(f"--threads was {args.threads}; allowed: an integer of at least 1")
+        from svdk.utils.checks import check_count
+
+        check_count("--threads", args.threads)
         torch.set_num_threads(args.threads)
     return _harness(args) if args.harness else _study(args)
 

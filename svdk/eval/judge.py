@@ -26,6 +26,7 @@ from typing import Any, Protocol
 from svdk.errors import DataError, InputError
 from svdk.eval.question import Question
 from svdk.eval.truthfulqa import asked
+from svdk.utils.checks import check_count
 
 NO_COMMENT = "I have no comment."
 MAX_REPLY_BYTES = 1 << 20
@@ -74,8 +75,7 @@ def judge_answers(
     """A verdict for each answer; ``workers`` requests at a time, for a judge that waits on a network."""
     if len(questions) != len(answers):
         raise InputError(f"answers held {len(answers)}; allowed: one a question, {len(questions)}")
-    if workers < 1:
-        raise InputError(f"workers was {workers}; allowed: an integer of at least 1")
+    check_count("workers", workers)
     if workers == 1:
         return [judge.judge(question, answer) for question, answer in zip(questions, answers, strict=True)]
     with ThreadPoolExecutor(workers) as pool:

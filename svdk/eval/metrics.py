@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from svdk.errors import InputError
+from svdk.utils.checks import check_choice
 
 if TYPE_CHECKING:
     from svdk.eval.question import Question
@@ -84,8 +85,7 @@ def score(
     if len(logprobs_by_question) != len(questions):
         raise InputError(f"logprobs_by_question held {len(logprobs_by_question)}; allowed: {len(questions)}")
     for name in names:
-        if name not in METRICS:
-            raise InputError(f"metric was {name!r}; allowed: {', '.join(METRICS)}")
+        check_choice("metric", name, METRICS)
     pairs = list(zip(logprobs_by_question, questions, strict=True))
     return {name: torch.tensor([METRICS[name](*p) for p in pairs], dtype=torch.float64) for name in names}
 

@@ -325,9 +325,7 @@ def _peft_owner(model: nn.Module) -> PeftModel | None:
 
 
 def _check_type(config: Any) -> None:
-    if config.peft_type.value not in WEIGHT_TYPES + PROMPT_TYPES:
-        allowed = ", ".join((*WEIGHT_TYPES, *PROMPT_TYPES))
-        raise InputError(f"PEFT type was {config.peft_type.value}; allowed: {allowed}")
+    check_choice("PEFT type", config.peft_type.value, WEIGHT_TYPES + PROMPT_TYPES)
 
 
 def check_config(config: Any) -> None:

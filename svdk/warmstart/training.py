@@ -32,8 +32,8 @@ from transformers import (
     set_seed,
 )
 
-from svdk.errors import InputError
 from svdk.models.loading import attach, detach
+from svdk.utils.checks import check_choice
 from svdk.utils.tokens import pad
 from svdk.warmstart.data import Encoded
 from svdk.warmstart.run_folder import STATE_FILE
@@ -128,9 +128,7 @@ def training_arguments(
     folder: Path, settings: dict[str, Any], examples: int, device: str | None = None
 ) -> TrainingArguments:
     """The Trainer's arguments: about ten checkpoints a run, nothing reported anywhere."""
-    schedulers = [s.value for s in SchedulerType]
-    if settings["lr_scheduler"] not in schedulers:
-        raise InputError(f"lr_scheduler was {settings['lr_scheduler']!r}; allowed: {', '.join(schedulers)}")
+    check_choice("lr_scheduler", settings["lr_scheduler"], [s.value for s in SchedulerType])
     arguments = TrainingArguments(
         output_dir=str(folder),
         num_train_epochs=settings["epochs"],

@@ -241,7 +241,7 @@ def test_adapter_configurations_of_any_content_load_or_are_refused(adapters, kin
         ({"target_modules": ["q_proj", "mlp"]}, "does not fit the model"),  # fails half way
         ({"target_modules": "("}, "does not fit the model"),
         ({"modules_to_save": [""]}, "does not fit the model"),  # a model inside itself
-        ({"peft_type": "XLORA"}, "PEFT type was XLORA; allowed: LORA"),
+        ({"peft_type": "XLORA"}, "PEFT type was 'XLORA'; allowed: LORA"),
         ({"megatron_config": {"a": 1}, "megatron_core": "megatron.core"}, "no code is imported"),
     ],
 )

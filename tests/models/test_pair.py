@@ -167,7 +167,7 @@ def norms():
         (absent, r"active adapter was \['other'\]"),
         (tiny.tiny_model, "without a PEFT adapter"),
         (lambda: tiny.tiny_peft("prompt_tuning").base_model, "without a PEFT adapter"),
-        (norms, "PEFT type was LN_TUNING"),
+        (norms, "PEFT type was 'LN_TUNING'"),
         (lambda: lora(bias="all"), "bias='all'"),
         (lambda: lora(init_lora_weights="pissa"), "init_lora_weights='pissa'"),
         (lambda: lora(layer_replication=[(0, 2), (1, 2)]), "layer_replication"),
