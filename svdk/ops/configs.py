@@ -28,14 +28,14 @@ class SteeringConfig:
 
     strength: float | Tensor = 1.0
     """mu for ``constant``; kappa in nats for ``kl_budget``. A number, or one a row (B,)."""
-    strength_mode: str = "constant"
-    """``"constant"`` or ``"kl_budget"``."""
     direction: str = "kl_gradient"
     """``"kl_gradient"``, ``"log_ratio"``, or ``"vector"``: a vector of its own beside it."""
     alpha: float | Tensor = 0.1
     """Threshold of the confidence set C in [0, 1]; 0 keeps every token. A number, or one a row (B,)."""
     penalty: float = -math.inf
     """lambda: finite, or -inf (tokens outside C are never drawn)."""
+    strength_mode: str = "constant"
+    """``"constant"`` or ``"kl_budget"``."""
 
     def __post_init__(self) -> None:
         """Check every field; ``InputError`` names the first bad one."""
