@@ -11,13 +11,14 @@ from __future__ import annotations
 import functools
 import json
 import os
-import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from svdk.utils.files import write_json
 
 FORMAT = 1
 MAX_SPLITS = 128
@@ -76,14 +77,7 @@ def _remember(key: str, config: Config) -> None:
     path = cache_path()
     path.parent.mkdir(parents=True, exist_ok=True)
     content = {"format": FORMAT, "configs": {k: asdict(c) for k, c in sorted(found.items())}}
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".triton-")
-    try:
-        with os.fdopen(handle, "w") as file:
-            json.dump(content, file, indent=1)
-        os.replace(temporary, path)
-    except OSError:
-        os.unlink(temporary)
-        raise
+    write_json(path, content, indent=1)
 
 
 def bucket(n: int) -> int:
