@@ -21,8 +21,10 @@ from transformers.generation.configuration_utils import GenerationMode
 from svdk.errors import InputError
 from svdk.generation.loop import Call, ForwardOptions, SteeredOutput, run
 from svdk.generation.processors import split_processors
-from svdk.generation.sampler import SteeringOptions, make_sampler
+from svdk.generation.sampler import SteeringOptions, build_sampler, split_options
 from svdk.models.pair import ModelPair, check_inputs, row_positions
+from svdk.utils.checks import check_count
+from svdk.utils.tokens import id_list
 
 if TYPE_CHECKING:
     from transformers.generation.streamers import BaseStreamer
@@ -127,8 +129,10 @@ def generate(
         output_steering=output_steering,
     )
     criteria = stopping_criteria if stopping_criteria is not None else StoppingCriteriaList()
+    # What transformers prepares always has an end, and says whether there is a cache.
     ends = any(isinstance(criterion, MaxLengthCriteria) for criterion in criteria)
-    if input_ids is None or logits_processor is None or generation_config is None or not ends:
+    is_prepared = ends and "use_cache" in model_kwargs
+    if input_ids is None or logits_processor is None or generation_config is None or not is_prepared:
         # Called directly: transformers prepares the arguments, and calls the other function.
         return cast("Any", model).generate(
             input_ids,
@@ -163,25 +167,18 @@ def _generate_prepared(
     mask = check_inputs(input_ids, None if mask is None else mask.to(pair.device))
     _check_positions(model_kwargs.get("position_ids"), input_ids, mask)
     copies = config.num_return_sequences or 1
-    sampler = make_sampler(
-        pair,
-        input_ids.shape[0],
-        copies,
-        do_sample=config.do_sample,
-        temperature=_default(config.temperature, 1.0),
-        top_k=_default(config.top_k, 0),
-        top_p=_default(config.top_p, 1.0),
-        min_p=_default(config.min_p, 0.0),
-        **options.spread(pair, paths.row_adapters).fields(),
-    )
+    names = ("temperature", "top_k", "top_p", "min_p")
+    filters = {name: x for name in names if (x := getattr(config, name)) is not None}
+    given = options.spread(pair, paths.row_adapters)
+    sampler = build_sampler(pair, input_ids.shape[0], given, filters if config.do_sample else None, copies)
     if paths.row_adapters is not None:
-        names = [name for name in paths.row_adapters for _ in range(copies)]
-        paths = dataclasses.replace(paths, row_adapters=names)
+        adapters = [name for name in paths.row_adapters for _ in range(copies)]
+        paths = dataclasses.replace(paths, row_adapters=adapters)
     in_dict = bool(config.return_dict_in_generate)
     call = Call(
         criteria=stopping_criteria,
         processors=split_processors(logits_processor, config),
-        pad_token_id=config.pad_token_id,
+        pad_token_id=_padding(config, stopping_criteria),
         streamer=text_streamer,
         cache_implementation=config.cache_implementation,
         use_cache=config.use_cache is not False,
@@ -245,22 +242,18 @@ def decode(
         InputError, ArtifactError: as :func:`generate`.
 
     """
-    if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 1:
-        raise InputError(f"max_new_tokens was {max_new_tokens!r}; allowed: an integer of at least 1")
+    check_count("max_new_tokens", max_new_tokens)
     mask = check_inputs(input_ids, attention_mask)
     input_ids = input_ids.to(pair.device)
     mask = None if mask is None else mask.to(pair.device)
     paths = ForwardOptions(forward, row_adapters, verify_forward)
-    if isinstance(options.get("steering"), Mapping):
-        names = {entry.name for entry in dataclasses.fields(SteeringOptions)} & set(options)
-        given = SteeringOptions(**{name: options[name] for name in names})
-        options = options | given.spread(pair, row_adapters).fields()
-    sampler = make_sampler(pair, input_ids.shape[0], **options)
+    given, filters = split_options(options)
+    sampler = build_sampler(pair, input_ids.shape[0], given.spread(pair, row_adapters), filters)
     max_length = input_ids.shape[1] + max_new_tokens
     criteria = StoppingCriteriaList([MaxLengthCriteria(max_length)])
-    eos = [] if eos_token_id is None else [eos_token_id] if isinstance(eos_token_id, int) else eos_token_id
-    if eos:
+    if eos := id_list(eos_token_id):
         criteria.append(EosTokenCriteria(torch.tensor(eos, device=pair.device)))
+        pad_token_id = eos[0] if pad_token_id is None else pad_token_id
     processors = logits_processor if logits_processor is not None else LogitsProcessorList()
     call = Call(
         criteria=StoppingCriteriaList([*criteria, *(stopping_criteria or ())]),
@@ -301,5 +294,9 @@ def _check_positions(given: Tensor | None, input_ids: Tensor, mask: Tensor | Non
         raise InputError("position_ids counted differently from attention_mask; allowed: leave them out")
 
 
-def _default(value: Any, default: Any) -> Any:
-    return default if value is None else value
+def _padding(config: GenerationConfig, criteria: StoppingCriteriaList) -> int | None:
+    """The padding id, else the first EOS id, as transformers has it."""
+    eos = [criterion.eos_token_id for criterion in criteria if hasattr(criterion, "eos_token_id")]
+    if config.pad_token_id is not None or not eos:
+        return config.pad_token_id
+    return int(torch.as_tensor(eos[0]).flatten()[0])

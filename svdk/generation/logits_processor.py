@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from transformers.generation import LogitsProcessor
 
 from svdk.errors import InputError
-from svdk.generation.sampler import SteeringOptions, make_sampler
+from svdk.generation.sampler import SteeringOptions, build_sampler
 from svdk.models.pair import ModelPair, ViewCache, check_inputs
+from svdk.utils.tokens import id_list
 
 if TYPE_CHECKING:
     from svdk.ops.configs import SteeringConfig
@@ -64,7 +65,7 @@ class SteeringLogitsProcessor(LogitsProcessor):
         given = SteeringOptions(
             steering, strength, strength_mode, direction, alpha, penalty, vector, check=check, backend=backend
         )
-        self._sampler = make_sampler(self._pair, 1, **given.fields())
+        self._sampler = build_sampler(self._pair, 1, given)
         self._given_mask = attention_mask
         self._eos = _token_ids(self._pair, "eos_token_id")
         self._pad = _token_ids(self._pair, "pad_token_id")
@@ -145,7 +146,7 @@ def _token_ids(pair: ModelPair, name: str) -> list[int]:
     for config in (getattr(pair.module, "generation_config", None), pair.config):
         value = getattr(config, name, None)
         if value is not None:
-            return value if isinstance(value, list) else [value]
+            return id_list(value)
     return []
 
 

@@ -58,13 +58,6 @@ class Call:
     steering: bool
     """What to return beside the tokens, a step."""
 
-    def padding(self) -> int | None:
-        """The id that fills rows that have ended: the padding id, else the first EOS id; None: none ends."""
-        eos = [c.eos_token_id for c in self.criteria if hasattr(c, "eos_token_id")]
-        if not eos or self.pad_token_id is not None:
-            return self.pad_token_id if eos else None
-        return int(torch.as_tensor(eos[0]).flatten()[0])
-
 
 @torch.no_grad()
 def run(
@@ -77,7 +70,9 @@ def run(
 ) -> SteeredOutput:
     """Decode until every row of ``input_ids`` (B, T), with ``mask`` (B, T) or None, has ended."""
     batch = input_ids.shape[0]
-    pad_token_id = call.padding()
+    ends = any(hasattr(criterion, "eos_token_id") for criterion in call.criteria)
+    if ends and call.pad_token_id is None:
+        raise InputError("pad_token_id was None; allowed with an EOS criterion: the id that fills ended rows")
     unfinished = torch.ones(batch, dtype=torch.bool, device=input_ids.device)
     step_forward = choose_step(pair, sampler, paths)
     cache: Any = None  # one for both views, or one each
@@ -103,8 +98,8 @@ def run(
                 scores.append(sampler.scores(warm, base, info))
             if info is not None and call.steering:
                 infos.append(info)
-            if pad_token_id is not None:
-                token = torch.where(unfinished, token, pad_token_id)
+            if ends and call.pad_token_id is not None:
+                token = torch.where(unfinished, token, call.pad_token_id)
             input_ids = torch.cat([input_ids, token[:, None]], dim=1)
             if mask is not None:
                 mask = torch.cat([mask, mask.new_ones(batch, 1)], dim=1)

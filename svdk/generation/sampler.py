@@ -15,11 +15,12 @@ from svdk.errors import ArtifactError, InputError
 from svdk.ops import api, arguments, backends, reference
 from svdk.ops.configs import SamplingConfig, SteeringConfig
 from svdk.ops.results import SampleInfo, Status
+from svdk.utils.views import BASE, STEERED, WARM
 
 if TYPE_CHECKING:
     from svdk.models.pair import ModelPair
 
-VIEWS = {"steered": ("warm", "base"), "warm": ("warm",), "base": ("base",)}
+VIEWS = {STEERED: (WARM, BASE), WARM: (WARM,), BASE: (BASE,)}
 UNSTEERED = SteeringConfig(strength=0.0, alpha=0.0)
 FIELDS = tuple(entry.name for entry in dataclasses.fields(SteeringConfig))
 
@@ -38,14 +39,10 @@ class SteeringOptions:
     vector: Tensor | None = None
     """(V,) or (B, V)"""
     seed: int | Tensor | None = None
-    view: str = "steered"
+    view: str = STEERED
     """Or "warm" or "base", to sample plainly from one model with the same filters and noise."""
     check: bool = False
     backend: str = "auto"
-
-    def fields(self) -> dict[str, Any]:
-        """By name; ``dataclasses.asdict`` would copy tensors."""
-        return {entry.name: getattr(self, entry.name) for entry in dataclasses.fields(self)}
 
     def spread(self, pair: ModelPair, row_adapters: Sequence[str] | None) -> SteeringOptions:
         """One artifact an adapter replaced by ``strength`` and ``alpha`` (B,), row by row.
@@ -142,24 +139,43 @@ class Sampler:
         return torch.where(invalid[:, None], math.nan, z / temperature[:, None]).float()
 
 
-def make_sampler(pair: ModelPair, rows: int, copies: int = 1, **options: Any) -> Sampler:
-    """The sampler of a call with the fields of :class:`SteeringOptions` and the filters of transformers.
+def make_sampler(pair: ModelPair, rows: int, **options: Any) -> Sampler:
+    """:func:`build_sampler` from keywords; see :func:`split_options`."""
+    return build_sampler(pair, rows, *split_options(options))
 
-    ``do_sample`` (False), ``temperature``, ``top_k``, ``top_p`` and ``min_p``: as there. ``copies``: how many
-    neighbouring rows came from one prompt (``num_return_sequences``); tensors with one entry a prompt are
-    spread over its copies. Everything is checked here, before any forward.
+
+def split_options(options: Mapping[str, Any]) -> tuple[SteeringOptions, dict[str, Any] | None]:
+    """The fields of :class:`SteeringOptions`, and the filters of transformers; None for greedy decoding.
+
+    ``do_sample`` (False), ``temperature``, ``top_k``, ``top_p`` and ``min_p``: as there.
+    """
+    rest = dict(options)
+    names = ("temperature", "top_k", "top_p", "min_p")
+    filters: dict[str, Any] = {name: rest.pop(name) for name in names if name in rest}
+    sampled = rest.pop("do_sample", False)
+    return SteeringOptions(**rest), filters if sampled else None
+
+
+def build_sampler(
+    pair: ModelPair,
+    rows: int,
+    given: SteeringOptions,
+    filters: Mapping[str, Any] | None = None,
+    copies: int = 1,
+) -> Sampler:
+    """The sampler of a call; everything is checked here, before any forward.
+
+    ``filters``: temperature, top_k, top_p and min_p by name; None: greedy. ``copies``: how many neighbouring
+    rows came from one prompt (``num_return_sequences``); tensors with one entry a prompt are spread over
+    them.
 
     Raises:
         InputError: a value out of range, or of the wrong shape.
         ArtifactError: ``steering`` was made for another PEFT type or vocabulary.
 
     """
-    names = ("temperature", "top_k", "top_p", "min_p")
-    filters = {name: options.pop(name) for name in names if name in options}
-    do_sample = options.pop("do_sample", False)
-    given = SteeringOptions(**options)
     steering, vector, views = _steering(pair, rows, copies, given)
-    if not do_sample:
+    if filters is None:
         # Greedy decoding draws nothing: torch's generator is left alone, as transformers does.
         sampling = SamplingConfig(temperature=0.0)
     else:
@@ -201,9 +217,9 @@ def _steering(
     arguments.penalty_value(merged.penalty)
     backends.resolve(given.backend, like)
     arguments.choice("view", given.view, tuple(VIEWS))
-    if given.view != "steered":
+    if given.view != STEERED:
         return UNSTEERED, None, VIEWS[given.view]
-    return merged, vector, VIEWS["steered"] if vector is None else ("warm",)
+    return merged, vector, VIEWS[STEERED if vector is None else WARM]
 
 
 def row_seeds(seed: int | Tensor | None, rows: int, copies: int = 1) -> Tensor:

@@ -9,7 +9,16 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import DynamicCache, TextIteratorStreamer
-from transformers.generation import LogitsProcessor, LogitsProcessorList, StoppingCriteria, TopKLogitsWarper
+from transformers.generation import (
+    EosTokenCriteria,
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    MaxLengthCriteria,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    TopKLogitsWarper,
+)
 
 import svdk
 from svdk.calibration.artifact import Steering
@@ -242,6 +251,26 @@ def test_artifact_is_used_and_overridden(lora):
     assert torch.equal(generate(lora, ids, mask, steering=steering, strength=5.0), want)
     with pytest.raises(ArtifactError, match="peft_type does not match: the artifact was made for LORA"):
         generate(tiny.tiny_peft("ia3"), ids, mask, steering=steering)
+
+
+def test_an_end_without_padding_is_refused(lora):
+    ids, mask, _ = left_padded()
+    ends = StoppingCriteriaList([EosTokenCriteria(2)])
+    with pytest.raises(InputError, match="pad_token_id was None; allowed with an EOS criterion"):
+        decode(ModelPair(lora), ids, mask, max_new_tokens=2, stopping_criteria=ends)
+
+
+def test_a_direct_call_may_give_what_transformers_gives(lora):
+    """Processors, criteria with an end and a config: still prepared, so that the config's EOS ids count."""
+    ids, mask, _ = left_padded()
+    free = generate(lora, ids, mask, **NO_EOS)
+    eos = int(free[0, ids.shape[1] + 1])
+    config = GenerationConfig(max_new_tokens=STEPS, eos_token_id=eos, pad_token_id=0)
+    given = {"logits_processor": LogitsProcessorList(), "generation_config": config, "strength": 2.0}
+    ends = StoppingCriteriaList([MaxLengthCriteria(ids.shape[1] + STEPS)])
+    direct = svdk.generate(lora, ids, attention_mask=mask, stopping_criteria=ends, **given)
+    assert torch.equal(direct, generate(lora, ids, mask, eos_token_id=eos, pad_token_id=0))
+    assert not torch.equal(direct[0], free[0])
 
 
 def test_a_config_works_where_an_artifact_does(lora):
