@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +14,8 @@ from svdk.calibration.kept_statistics import MaskedView, Statistics, View, defau
 from svdk.calibration.sweep import DIRECTIONS, MAX_FORWARD, Part, Sweep, add_rows, assemble, check_grid
 from svdk.errors import ArtifactError, DataError
 from svdk.eval.base_cache import BaseCache
-from svdk.models.pair import ModelPair, ViewCache
+from svdk.models.pair import ModelPair
+from svdk.models.stream import ViewCache
 from svdk.utils.tokens import pad
 from svdk.warmstart.data import Example, encode_continuation, encode_prompt
 
@@ -243,7 +243,7 @@ class _View:
         if self._state is None:
             prompts = [one.prompt for one in self._questions]
             ids, mask = pad(prompts, device=self._pair.device)
-            cache = self._pair.new_cache(self._name, len(prompts))
+            cache = self._pair.new_cache(self._name)
             self._state = self._forward(ids, mask, cache=cache), cache, mask
         return self._state
 
@@ -252,12 +252,4 @@ class _View:
         ids, _ = pad(tails, left=False, device=self._pair.device)
         # What stands to the right of an option's last token cannot change its logits: attention is causal.
         mask = torch.cat([mask[owners], torch.ones_like(ids)], dim=1)
-        return self._forward(ids, mask, cache=_select(cache, owners), keep=ids.shape[1])
-
-
-def _select(cache: ViewCache, rows: Tensor) -> ViewCache:
-    """A cache of the given rows; the original keeps its own tensors."""
-    kv = copy.copy(cache.kv)
-    kv.layers = [copy.copy(layer) for layer in kv.layers]
-    kv.batch_select_indices(rows)  # puts new tensors in place of the old ones
-    return ViewCache(kv, cache.seen)
+        return self._forward(ids, mask, cache=cache.select(owners), keep=ids.shape[1])

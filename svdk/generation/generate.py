@@ -22,7 +22,8 @@ from svdk.errors import InputError
 from svdk.generation.loop import Call, ForwardOptions, SteeredOutput, run
 from svdk.generation.processors import split_processors
 from svdk.generation.sampler import SteeringOptions, build_sampler, split_options
-from svdk.models.pair import ModelPair, check_inputs, row_positions
+from svdk.models.pair import ModelPair
+from svdk.models.rows import check_inputs, row_positions
 from svdk.utils.checks import check_count
 from svdk.utils.tokens import id_list
 
@@ -289,7 +290,7 @@ def _check_mode(config: GenerationConfig, model_kwargs: dict[str, Any]) -> None:
 
 
 def _check_positions(given: Tensor | None, input_ids: Tensor, mask: Tensor | None) -> None:
-    expected = row_positions(input_ids, mask, 0)
+    expected = row_positions(input_ids, mask)
     if given is not None and bool((given.to(expected.device) != expected).any()):
         raise InputError("position_ids counted differently from attention_mask; allowed: leave them out")
 

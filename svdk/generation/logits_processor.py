@@ -10,7 +10,9 @@ from transformers.generation import LogitsProcessor
 
 from svdk.errors import InputError
 from svdk.generation.sampler import SteeringOptions, build_sampler
-from svdk.models.pair import ModelPair, ViewCache, check_inputs
+from svdk.models.pair import ModelPair
+from svdk.models.rows import check_inputs
+from svdk.models.stream import ViewCache
 from svdk.utils.tokens import id_list
 
 if TYPE_CHECKING:
@@ -95,16 +97,15 @@ class SteeringLogitsProcessor(LogitsProcessor):
             raise _not_a_step(f"shape {tuple(ids.shape)}", f"({rows}, {length + 1})")
         if not torch.equal(ids[:, :-1], self._ids):
             parents = self._parents(ids, self._ids)
-            self._cache.kv.reorder_cache(parents)  # type: ignore[arg-type]
+            self._cache.reorder(parents)
         self._ids = ids
         if self._mask is not None:
             self._mask = torch.cat([self._mask, self._mask.new_ones(rows, 1)], dim=1)
         return self._pair.base(ids[:, -1:], self._mask, cache=self._cache)[:, -1]
 
     def _prefill(self, ids: Tensor) -> Tensor:
-        rows = ids.shape[0]
         mask = self._prompt_mask(ids)
-        cache = self._pair.new_cache("base", rows)
+        cache = self._pair.new_cache("base")
         logits = self._pair.base(ids, mask, cache=cache)[:, -1]
         self._cache, self._ids, self._mask = cache, ids, mask
         return logits

@@ -13,8 +13,9 @@ from transformers.generation import GenerateDecoderOnlyOutput, LogitsProcessorLi
 from svdk.errors import InputError
 from svdk.generation.processors import process
 from svdk.generation.sampler import Sampler
-from svdk.models.pair import ModelPair, ViewCache
+from svdk.models.pair import ModelPair
 from svdk.models.paired_forward import PairedForward, choose_forward
+from svdk.models.stream import ViewCache
 from svdk.ops.results import SampleInfo
 
 if TYPE_CHECKING:
@@ -84,7 +85,7 @@ def run(
         call.streamer.put(input_ids.cpu())
     with pair.evaluating():
         if call.use_cache:
-            cache = step_forward.new_cache(batch, call.cache_implementation, call.max_length)
+            cache = step_forward.new_cache(call.cache_implementation, call.max_length)
         while True:
             rows = step_forward(pending, mask, cache=cache)
             if paths.verify and step == 0 and isinstance(step_forward, PairedForward):
@@ -128,11 +129,9 @@ class TwoPass:
         self._pair = pair
         self._names = names
 
-    def new_cache(
-        self, batch_size: int, implementation: str | None, max_length: int
-    ) -> tuple[ViewCache, ...]:
+    def new_cache(self, implementation: str | None, max_length: int) -> tuple[ViewCache, ...]:
         """One cache a view; see :meth:`ModelPair.new_cache`."""
-        return tuple(self._pair.new_cache(v, batch_size, implementation, max_length) for v in self._names)
+        return tuple(self._pair.new_cache(v, implementation, max_length) for v in self._names)
 
     def __call__(self, input_ids: Tensor, mask: Tensor | None, *, cache: Any) -> tuple[Tensor, ...]:
         """Logits (B, 1, V) a view; see :meth:`ModelPair.warm`."""

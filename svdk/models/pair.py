@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -13,25 +11,20 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
-from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
+from transformers import PreTrainedModel
 
 from svdk.errors import InputError
+from svdk.models.rows import Layout, check_inputs
+from svdk.models.stream import Stream, ViewCache, Virtual
+from svdk.models.traits import find_traits
 from svdk.utils.checks import check_choice
-from svdk.utils.views import WARM
+from svdk.utils.views import BASE
 
 WEIGHT_TYPES = ("LORA", "IA3", "ADALORA", "LOHA", "LOKR")
 """PEFT types that live inside layers, each with a flag that turns it off."""
 PROMPT_TYPES = ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING")
 """PEFT types that add virtual tokens and leave the layers alone."""
 CACHES = ("dynamic", "static")
-
-
-@dataclass
-class ViewCache:
-    """The key-value cache of one view, and how many real (not virtual) tokens it holds."""
-
-    kv: Cache
-    seen: int = 0
 
 
 class ModelPair:
@@ -57,6 +50,8 @@ class ModelPair:
         self.module = cast("PreTrainedModel", model if owner is None else owner.get_base_model())
         self._root = self.module if owner is None else owner
         self._prompt_model: PeftModel | None = None
+        self.traits = find_traits(self.module)
+        self._stream = Stream(self.module, self.traits)
         # modules() once: PEFT's disable_adapter() walks them all on every entry and exit, 30 ms a token.
         kinds = (BaseTunerLayer, AuxiliaryTrainingWrapper)
         self.layers: dict[str, nn.Module] = {
@@ -80,10 +75,6 @@ class ModelPair:
         self.is_prefix = self.peft_type == "PREFIX_TUNING"
 
         self.config = self.module.config
-        self._arguments = set(inspect.signature(self.module.forward).parameters)
-        if self.config.is_encoder_decoder or "past_key_values" not in self._arguments:
-            name = type(self.module).__name__
-            raise InputError(f"model was {name}; allowed: a decoder-only model with a key-value cache")
 
     @property
     def device(self) -> torch.device:
@@ -96,26 +87,18 @@ class ModelPair:
         return int(self.config.get_text_config(decoder=True).vocab_size)
 
     def new_cache(
-        self, view: str, batch_size: int, implementation: str | None = None, max_length: int | None = None
+        self, view: str, implementation: str | None = None, max_length: int | None = None
     ) -> ViewCache:
-        """An empty cache for ``view`` ("warm" or "base"); a tuned prefix is already in the warm one.
+        """An empty cache for ``view``: "warm", "base" or, for both in one forward, "paired".
 
         ``max_length``: real tokens a row may reach, needed by the "static" implementation.
         """
         implementation = implementation or "dynamic"
         check_choice("cache_implementation", implementation, CACHES)
-        prefix = self.prefix_cache(batch_size) if view == WARM and self.is_prefix else None
-        if implementation == "dynamic":
-            return ViewCache(DynamicCache(config=self.config) if prefix is None else prefix)
-        if max_length is None:
+        if implementation == "static" and max_length is None:
             raise InputError("max_length was None; allowed with a static cache: the longest sequence")
-        virtual = self.num_virtual_tokens if view == WARM else 0
-        static = StaticCache(config=self.config, max_cache_len=max_length + virtual)
-        layers: list[Any] = [] if prefix is None else prefix.layers
-        for index, layer in enumerate(layers):
-            if layer.is_initialized:
-                static.update(layer.keys, layer.values, index)
-        return ViewCache(static)
+        virtual = 0 if view == BASE else self.num_virtual_tokens
+        return ViewCache(implementation, None if max_length is None else max_length + virtual)
 
     @torch.no_grad()
     def warm(
@@ -131,26 +114,7 @@ class ModelPair:
         ``input_ids`` (B, T): the tokens that ``cache`` does not hold yet. ``attention_mask``
         (B, seen + T): 1 for real tokens of the whole row, None when there is no padding.
         """
-        seen = cache.seen if cache else 0
-        kv = cache.kv if cache else None
-        positions = row_positions(input_ids, attention_mask, seen)
-        inputs: dict[str, Any] = {"input_ids": input_ids}
-        virtual = self.num_virtual_tokens
-        if virtual:
-            batch = input_ids.shape[0]
-            positions = positions + virtual
-            if attention_mask is not None:
-                attention_mask = torch.cat([attention_mask.new_ones(batch, virtual), attention_mask], dim=1)
-            if self.is_prefix:
-                kv = self.prefix_cache(batch) if kv is None else kv
-            elif seen == 0:
-                inputs = {"inputs_embeds": self.prompt_embeddings(input_ids)}
-                first = torch.arange(virtual, device=positions.device).expand(batch, -1)
-                positions = torch.cat([first, positions], dim=1)
-        logits = self.forward_rows(inputs, attention_mask, positions, kv, keep)
-        if cache:
-            cache.seen += input_ids.shape[1]
-        return logits
+        return self.forward_rows(input_ids, attention_mask, cache, keep, warm=len(input_ids))
 
     @torch.no_grad()
     def base(
@@ -162,14 +126,31 @@ class ModelPair:
         keep: int = 1,
     ) -> Tensor:
         """Logits (B, keep, V) of the base model; arguments as in :meth:`warm`."""
-        positions = row_positions(input_ids, attention_mask, cache.seen if cache else 0)
         with self._adapters_off():
-            logits = self.forward_rows(
-                {"input_ids": input_ids}, attention_mask, positions, cache.kv if cache else None, keep
-            )
-        if cache:
-            cache.seen += input_ids.shape[1]
-        return logits
+            return self.forward_rows(input_ids, attention_mask, cache, keep, warm=0)
+
+    def forward_rows(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        cache: ViewCache | None,
+        keep: int,
+        *,
+        warm: int,
+    ) -> Tensor:
+        """Logits (R, keep, V), adapter layers as they are; the first ``warm`` rows get virtual tokens."""
+        pads = None if attention_mask is None else (attention_mask == 0).sum(1)
+        virtual = self.num_virtual_tokens if warm else 0
+        layout = Layout(len(input_ids), pads, virtual, warm, input_ids.device)
+        return self._stream.run(input_ids, layout, self._virtual if virtual else None, cache, keep)
+
+    def _virtual(self) -> Virtual:
+        """The adapter's virtual tokens, as they are now."""
+        model: Any = self._prompt_model
+        prompt = model.get_prompt(batch_size=1)
+        if self.is_prefix:
+            return Virtual(prefix=list(prompt.layers))
+        return Virtual(embeddings=prompt[0], embed=model.word_embeddings)
 
     def teacher_forced(
         self, input_ids: Tensor, attention_mask: Tensor | None, keep: int
@@ -219,40 +200,6 @@ class ModelPair:
             for layer, flag in zip(layers, flags, strict=True):
                 vars(layer)["_disable_adapters"] = flag
 
-    def forward_rows(
-        self,
-        inputs: dict[str, Any],
-        attention_mask: Tensor | None,
-        positions: Tensor,
-        kv: Cache | None,
-        keep: int,
-    ) -> Tensor:
-        """One call of the model with the adapters as they are; the views prepare the arguments."""
-        if "position_ids" in self._arguments:  # models with ALiBi count from the mask themselves
-            inputs["position_ids"] = positions
-        if "logits_to_keep" in self._arguments:
-            inputs["logits_to_keep"] = keep
-        output = self.module(
-            **inputs,
-            attention_mask=attention_mask,
-            past_key_values=kv,
-            use_cache=kv is not None,
-            return_dict=True,
-        )
-        return output.logits[:, -keep:]
-
-    def prompt_embeddings(self, input_ids: Tensor) -> Tensor:
-        """Virtual and real embeddings, (B, virtual + T, hidden)."""
-        model: Any = self._prompt_model
-        embedded, prompt = model.word_embeddings(input_ids), model.get_prompt(batch_size=input_ids.shape[0])
-        return torch.cat([prompt.to(embedded.dtype), embedded], dim=1)
-
-    @torch.no_grad()
-    def prefix_cache(self, batch_size: int) -> Cache:
-        """A cache that holds the tuned prefix for ``batch_size`` rows and nothing else."""
-        model: Any = self._prompt_model
-        return model.get_prompt(batch_size=batch_size)
-
     def _layer_configs(self) -> list[Any]:
         """The configs of the adapters that are active inside the layers."""
         tuners = [layer for layer in self.layers.values() if isinstance(layer, BaseTunerLayer)]
@@ -276,39 +223,6 @@ class ModelPair:
         """Refuse adapters, active or not, whose type or settings do not leave the base model as it is."""
         for name in names:
             check_config(self._configs[name])
-
-
-def check_inputs(input_ids: Tensor, attention_mask: Tensor | None) -> Tensor | None:
-    """The mask of left-padded rows (B, T), or None when nothing is padded (attention is faster then).
-
-    Raises:
-        InputError: wrong shape or type, an empty row, or padding that is not on the left.
-
-    """
-    if input_ids.dim() != 2 or input_ids.shape[1] == 0 or input_ids.is_floating_point():
-        found = f"{tuple(input_ids.shape)} {input_ids.dtype}"
-        raise InputError(f"input_ids was {found}; allowed: integers of shape (B, T), T at least 1")
-    if attention_mask is None:
-        return None
-    if attention_mask.shape != input_ids.shape:
-        had, wanted = tuple(attention_mask.shape), tuple(input_ids.shape)
-        raise InputError(f"attention_mask had shape {had}; allowed: that of input_ids, {wanted}")
-    mask = attention_mask != 0
-    if bool(mask.all()):
-        return None
-    if not bool(mask[:, -1].all()) or bool((mask[:, :-1] & ~mask[:, 1:]).any()):
-        raise InputError(
-            "attention_mask had a 0 after a 1 or an empty row; allowed: padding on the left only"
-        )
-    return mask.long()
-
-
-def row_positions(input_ids: Tensor, attention_mask: Tensor | None, seen: int) -> Tensor:
-    """Position ids (B, T) that padding does not shift."""
-    batch, length = input_ids.shape
-    if attention_mask is None:
-        return torch.arange(seen, seen + length, device=input_ids.device).expand(batch, -1)
-    return (attention_mask.cumsum(-1) - 1).clamp(min=0)[:, -length:]
 
 
 def _peft_owner(model: nn.Module) -> PeftModel | None:

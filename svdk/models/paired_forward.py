@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Cache, StaticCache
 
 from svdk.errors import BackendError, InputError
 from svdk.models.cpu_linear import fast_linears
-from svdk.models.pair import ModelPair, ViewCache, row_positions
+from svdk.models.pair import ModelPair
 from svdk.models.paired_adapters import RowSpans, route
+from svdk.models.stream import ViewCache
 from svdk.utils.checks import check_choice
 from svdk.utils.views import BASE, WARM
 
@@ -28,7 +28,7 @@ class PairedForward:
     """One forward over 2B rows of a :class:`svdk.ModelPair`: the warm rows, then the base rows.
 
     The base layers run over all rows, the adapter's arithmetic only over the warm ones; with virtual
-    tokens, the base rows hold masked padding where the warm rows hold them. The layers' forwards are
+    tokens, the base rows have padding for them. The layers' forwards are
     replaced for the length of one call. Reads the adapter's weights once, here: build a new one
     after changing the active adapter.
 
@@ -59,21 +59,9 @@ class PairedForward:
 
         self._forwards += fast_linears(pair.module)
 
-    def new_cache(
-        self, batch_size: int, implementation: str | None = None, max_length: int | None = None
-    ) -> ViewCache:
-        """An empty cache for ``batch_size`` pairs of rows; arguments as :meth:`ModelPair.new_cache`."""
-        length = None if max_length is None else max_length + self._virtual
-        cache = self.pair.new_cache(BASE, batch_size, implementation, length)
-        if not self.pair.is_prefix:
-            return cache
-        prefix = self._prefix(batch_size)
-        if isinstance(cache.kv, StaticCache):
-            layers: list[Any] = prefix.layers
-            for index, layer in enumerate(layers):
-                cache.kv.update(layer.keys, layer.values, index)
-            return cache
-        return ViewCache(prefix)
+    def new_cache(self, implementation: str | None = None, max_length: int | None = None) -> ViewCache:
+        """An empty cache for the rows of both views; arguments as :meth:`ModelPair.new_cache`."""
+        return self.pair.new_cache("paired", implementation, max_length)
 
     @torch.no_grad()
     def __call__(
@@ -93,10 +81,11 @@ class PairedForward:
                 )
             input_ids = input_ids[order]
             attention_mask = None if attention_mask is None else attention_mask[order]
-        with self._routed(input_ids.shape[0]):
-            logits = self._both(input_ids, attention_mask, cache, keep)
-        if cache:
-            cache.seen += input_ids.shape[1]
+        batch = len(input_ids)
+        both = torch.cat([input_ids, input_ids])
+        mask = None if attention_mask is None else torch.cat([attention_mask, attention_mask])
+        with self._routed(batch):
+            logits = self.pair.forward_rows(both, mask, cache, keep, warm=batch)
         warm, base = logits.chunk(2)
         if order is not None:
             back = order.argsort()
@@ -122,38 +111,6 @@ class PairedForward:
                     f"the largest logit (limit {limit:g}); use forward='two_pass' and report this model"
                 )
 
-    @property
-    def _virtual(self) -> int:
-        return self.pair.num_virtual_tokens
-
-    def _both(
-        self, input_ids: Tensor, attention_mask: Tensor | None, cache: ViewCache | None, keep: int
-    ) -> Tensor:
-        pair, virtual, batch = self.pair, self._virtual, input_ids.shape[0]
-        seen = cache.seen if cache else 0
-        kv = cache.kv if cache else None
-        positions = row_positions(input_ids, attention_mask, seen)
-        both = torch.cat([input_ids, input_ids])
-        inputs: dict[str, Any] = {"input_ids": both}
-        positions = torch.cat([positions + virtual, positions])
-        if virtual:
-            if attention_mask is None:
-                attention_mask = input_ids.new_ones(batch, seen + input_ids.shape[1])
-            real, hidden = attention_mask.new_ones(batch, virtual), attention_mask.new_zeros(batch, virtual)
-            attention_mask = torch.cat(
-                [torch.cat([real, attention_mask], dim=1), torch.cat([hidden, attention_mask], dim=1)]
-            )
-            if pair.is_prefix:
-                kv = self._prefix(batch) if kv is None else kv
-            elif seen == 0:
-                # The base rows get the prompt as well, masked.
-                inputs = {"inputs_embeds": pair.prompt_embeddings(both)}
-                first = torch.arange(virtual, device=positions.device).expand(batch, -1)
-                positions = torch.cat([torch.cat([first, torch.zeros_like(first)]), positions], dim=1)
-        elif attention_mask is not None:
-            attention_mask = torch.cat([attention_mask, attention_mask])
-        return pair.forward_rows(inputs, attention_mask, positions, kv, keep)
-
     @contextmanager
     def _routed(self, batch: int) -> Iterator[None]:
         self._rows.total = 2 * batch
@@ -165,14 +122,6 @@ class PairedForward:
         finally:
             for layer, _ in self._forwards:
                 vars(layer).pop("forward", None)
-
-    def _prefix(self, batch: int) -> Cache:
-        cache = self.pair.prefix_cache(batch)
-        layers: list[Any] = cache.layers
-        for layer in layers:
-            layer.keys = torch.cat([layer.keys, torch.zeros_like(layer.keys)])
-            layer.values = torch.cat([layer.values, torch.zeros_like(layer.values)])
-        return cache
 
 
 def why_not_paired(pair: ModelPair) -> str | None:

@@ -62,7 +62,7 @@ def test_left_padding_as_peft_does_it_with_position_ids(kind):
 def test_cached_steps_equal_the_full_forward(arch, kind, implementation):
     pair = ModelPair(tiny.tiny_peft(kind, arch))
     ids, mask, _ = left_padded()
-    caches = {view: pair.new_cache(view, 3, implementation, ids.shape[1]) for view in ("warm", "base")}
+    caches = {view: pair.new_cache(view, implementation, ids.shape[1]) for view in ("warm", "base")}
     full = dict(zip(("warm", "base"), pair.teacher_forced(ids, mask, keep=4), strict=True))
     for view, cache in caches.items():
         forward = getattr(pair, view)
@@ -207,6 +207,6 @@ def test_bad_inputs(change, message):
 def test_bad_caches():
     pair = ModelPair(tiny.tiny_peft("lora"))
     with pytest.raises(InputError, match="cache_implementation was 'quantized'"):
-        pair.new_cache("warm", 1, "quantized")
+        pair.new_cache("warm", "quantized")
     with pytest.raises(InputError, match="max_length was None"):
-        pair.new_cache("warm", 1, "static")
+        pair.new_cache("warm", "static")

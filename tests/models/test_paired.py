@@ -39,7 +39,7 @@ def test_each_half_is_that_models_own_run(arch, kind, implementation, padded):
     mask = mask if padded else None
     want = pair.teacher_forced(ids, mask, keep=4)
     forward = PairedForward(pair)
-    cache = forward.new_cache(3, implementation, ids.shape[1])
+    cache = forward.new_cache(implementation, ids.shape[1])
     forward(ids[:, :6], None if mask is None else mask[:, :6], cache=cache)
     for t in range(6, 9):
         step = forward(ids[:, t : t + 1], None if mask is None else mask[:, : t + 1], cache=cache)
@@ -59,9 +59,7 @@ def test_rows_that_attend_to_nothing_spoil_nothing(kind, implementation):
     ids, mask, _ = left_padded()
     forward = PairedForward(pair)
     want = pair.teacher_forced(ids, mask, keep=1)
-    for got, view in zip(
-        forward(ids, mask, cache=forward.new_cache(3, implementation, 9)), want, strict=True
-    ):
+    for got, view in zip(forward(ids, mask, cache=forward.new_cache(implementation, 9)), want, strict=True):
         close(got, view)
 
 
@@ -268,16 +266,17 @@ def test_verify_passes_when_right_and_raises_when_wrong(kind, monkeypatch):
     ids, mask, _ = left_padded()
     options = {"max_new_tokens": 2, "verify_forward": True}
     decode(pair, ids, mask, **options)
-    both = PairedForward._both
+    forward_rows = ModelPair.forward_rows
     for view, wrong in (("warm", slice(0, 3)), ("base", slice(3, 6))):
 
-        def swapped(self, *args, wrong=wrong):
-            logits = both(self, *args)
-            logits[wrong] = logits[wrong].flip(-1)
+        def swapped(self, *args, wrong=wrong, **kwargs):
+            logits = forward_rows(self, *args, **kwargs)
+            if len(logits) == 6:  # both views in one forward
+                logits[wrong] = logits[wrong].flip(-1)
             return logits
 
         with monkeypatch.context() as patch:
-            patch.setattr(PairedForward, "_both", swapped)
+            patch.setattr(ModelPair, "forward_rows", swapped)
             with pytest.raises(BackendError, match=f"{view} rows differ from the {view} model's own"):
                 decode(pair, ids, mask, **options)
 
