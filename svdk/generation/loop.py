@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 from transformers.generation import GenerateDecoderOnlyOutput, LogitsProcessorList, StoppingCriteriaList
 
-from svdk.errors import InputError
+from svdk.errors import BackendError, InputError, first_line
 from svdk.generation.processors import process
 from svdk.generation.sampler import Sampler
 from svdk.models.pair import ModelPair
-from svdk.models.paired_forward import PairedForward, choose_forward
+from svdk.models.paired_forward import FORWARDS, PairedForward, choose_forward, say_two_passes
 from svdk.models.stream import ViewCache
 from svdk.ops.results import SampleInfo
+from svdk.utils.checks import check_choice
 
 if TYPE_CHECKING:
     from transformers.generation.streamers import BaseStreamer
@@ -75,7 +76,7 @@ def run(
     if ends and call.pad_token_id is None:
         raise InputError("pad_token_id was None; allowed with an EOS criterion: the id that fills ended rows")
     unfinished = torch.ones(batch, dtype=torch.bool, device=input_ids.device)
-    step_forward = choose_step(pair, sampler, paths)
+    step_forward = choose_step(pair, sampler, paths, input_ids)
     cache: Any = None  # one for both views, or one each
     scores: list[Tensor] = []
     logits: list[Tensor] = []
@@ -87,7 +88,16 @@ def run(
         if call.use_cache:
             cache = step_forward.new_cache(call.cache_implementation, call.max_length)
         while True:
-            rows = step_forward(pending, mask, cache=cache)
+            try:
+                rows = step_forward(pending, mask, cache=cache)
+            except BackendError as error:
+                if paths.forward != "auto" or paths.row_adapters or isinstance(step_forward, TwoPass):
+                    raise
+                say_two_passes(first_line(error))
+                step_forward, pending = TwoPass(pair, sampler.views), input_ids
+                if cache is not None:
+                    cache = step_forward.new_cache(call.cache_implementation, call.max_length)
+                rows = step_forward(pending, mask, cache=cache)
             if paths.verify and step == 0 and isinstance(step_forward, PairedForward):
                 step_forward.verify(input_ids, mask, (rows[0], rows[1]))
             first, *second = (view[:, -1] for view in rows)
@@ -140,9 +150,14 @@ class TwoPass:
         return tuple(view(input_ids, mask, cache=c) for view, c in zip(views, caches, strict=True))
 
 
-def choose_step(pair: ModelPair, sampler: Sampler, paths: ForwardOptions) -> PairedForward | TwoPass:
+def choose_step(
+    pair: ModelPair, sampler: Sampler, paths: ForwardOptions, input_ids: Tensor
+) -> PairedForward | TwoPass:
     """The forward of a step: both views at once where that is possible and wanted."""
-    if paths.row_adapters is not None and len(sampler.views) != 2:
-        raise InputError("row_adapters was given; allowed: None where a single model is run")
-    paired = choose_forward(pair, paths.forward, paths.row_adapters)
-    return TwoPass(pair, sampler.views) if paired is None or len(sampler.views) != 2 else paired
+    if len(sampler.views) != 2:
+        check_choice("forward", paths.forward, FORWARDS)
+        if paths.row_adapters is not None:
+            raise InputError("row_adapters was given; allowed: None where a single model is run")
+        return TwoPass(pair, sampler.views)
+    paired = choose_forward(pair, paths.forward, paths.row_adapters, input_ids)
+    return TwoPass(pair, sampler.views) if paired is None else paired

@@ -51,7 +51,7 @@ class ModelPair:
         self._root = self.module if owner is None else owner
         self._prompt_model: PeftModel | None = None
         self.traits = find_traits(self.module)
-        self._stream = Stream(self.module, self.traits)
+        self.stream = Stream(self.module, self.traits)
         # modules() once: PEFT's disable_adapter() walks them all on every entry and exit, 30 ms a token.
         kinds = (BaseTunerLayer, AuxiliaryTrainingWrapper)
         self.layers: dict[str, nn.Module] = {
@@ -142,7 +142,7 @@ class ModelPair:
         pads = None if attention_mask is None else (attention_mask == 0).sum(1)
         virtual = self.num_virtual_tokens if warm else 0
         layout = Layout(len(input_ids), pads, virtual, warm, input_ids.device)
-        return self._stream.run(input_ids, layout, self._virtual if virtual else None, cache, keep)
+        return self.stream.run(input_ids, layout, self._virtual if virtual else None, cache, keep)
 
     def _virtual(self) -> Virtual:
         """The adapter's virtual tokens, as they are now."""

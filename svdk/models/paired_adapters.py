@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from svdk.errors import BackendError
+from svdk.models.stream import Stream
 
 SPLIT_LAYERS = ("Linear", "Embedding", "SVDLinear")
 """Layer classes that take rows along the first dimension and leave them independent of each other."""
@@ -26,16 +27,26 @@ class RowSpans:
 
     total: int = 0
     """All rows, warm and base."""
+    stream: Stream | None = None
+    """Knows how many tokens of a row are in the running forward."""
     spans: list[tuple[str | None, int, int]] = field(default_factory=list)
     """(adapter, first, end); adapter None: whatever is active in the layer."""
 
-    def check(self, x: Tensor) -> None:
-        """Refuse an input that is not laid out in rows: the adapter would go to the wrong ones."""
-        if x.shape[0] != self.total:
+    def scale(self, x: Tensor) -> int:
+        """How many entries of the first dimension of ``x`` belong to a row: 1, or its tokens side by side.
+
+        Raises:
+            BackendError: the input is not laid out in rows; the adapter would go to the wrong ones.
+
+        """
+        flat = x.dim() == (2 if x.is_floating_point() else 1)  # (rows * tokens, hidden), as OPT has it
+        each = self.stream.columns if flat and self.stream is not None else 1
+        if x.shape[0] != self.total * each:
             raise BackendError(
                 f"an adapter layer got {x.shape[0]} rows in a paired forward over {self.total}; "
                 "use forward='two_pass' for this model"
             )
+        return each
 
 
 def route(layer: nn.Module, rows: RowSpans, adapters: list[str] | None) -> Callable[..., Tensor] | str:
@@ -56,7 +67,7 @@ def route(layer: nn.Module, rows: RowSpans, adapters: list[str] | None) -> Calla
         return "rows with different adapters need plain LoRA on linear layers"
     if isinstance(layer, ia3.Linear) and kind is ia3.Linear and plain:
         return _ia3_linear(layer, base, rows)
-    if isinstance(layer, ModulesToSaveWrapper):
+    if isinstance(layer, ModulesToSaveWrapper) and not list(layer.original_module.children()):
         return _split(layer, layer.original_module, rows)
     if isinstance(layer, BaseTunerLayer) and kind.__name__ in SPLIT_LAYERS and _is_plain(base):
         return _split(layer, base, rows)
@@ -80,14 +91,17 @@ def _lora_linear(
 
     by_name = {None: weights(layer.active_adapters)} | {name: weights([name]) for name in adapters or ()}
 
-    def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        rows.check(x)
+    def forward(x: Tensor, *args: Any, adapter_names: object = None, **kwargs: Any) -> Tensor:
+        if adapter_names is not None and adapters is None:  # put in by PEFT's hooks, for mixed batches
+            raise BackendError("adapter_names was given without row_adapters")
+        each = rows.scale(x)
         out = base(x, *args, **kwargs)  # (rows, T, out), fresh: may be added to in place
         for name, first, end in rows.spans:
-            mine, result = x[first:end].reshape(-1, x.shape[-1]), out[first:end].view(-1, out.shape[-1])
+            mine = x[first * each : end * each].reshape(-1, x.shape[-1])
+            result = out[first * each : end * each].view(-1, out.shape[-1])
             for down, up, bias, scale in by_name[name]:
                 hidden = torch.mm(mine.to(down.dtype), down)
-                if bias is None and up.dtype == out.dtype:
+                if bias is None and up.dtype == out.dtype == hidden.dtype:  # not so under autocast
                     result.addmm_(hidden, up, alpha=scale)
                 else:
                     delta = torch.mm(hidden, up) if bias is None else torch.addmm(bias, hidden, up)
@@ -105,14 +119,14 @@ def _ia3_linear(layer: ia3.Linear, base: nn.Module, rows: RowSpans) -> Callable[
             scale = mine if scale is None else scale * mine
 
     def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        rows.check(x)
+        each = rows.scale(x)
         if scale is None:
             return base(x, *args, **kwargs)
         if layer.is_feedforward:
             x = x.clone()  # also the residual's or another layer's input
         out = x if layer.is_feedforward else base(x, *args, **kwargs)
         for _, first, end in rows.spans:
-            out[first:end].mul_(scale)
+            out[first * each : end * each].mul_(scale)
         return base(out, *args, **kwargs) if layer.is_feedforward else out
 
     return forward
@@ -123,8 +137,8 @@ def _split(layer: nn.Module, original: nn.Module, rows: RowSpans) -> Callable[..
     adapted = type(layer).forward
 
     def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        rows.check(x)
         ((_, _, end),) = rows.spans  # warm rows come first
+        end *= rows.scale(x)
         return torch.cat([adapted(layer, x[:end], *args, **kwargs), original(x[end:], *args, **kwargs)])
 
     return forward

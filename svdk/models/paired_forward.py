@@ -6,11 +6,12 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from svdk.errors import BackendError, InputError
+from svdk.errors import BackendError, InputError, first_line, out_of_memory
 from svdk.models.cpu_linear import fast_linears
 from svdk.models.pair import ModelPair
 from svdk.models.paired_adapters import RowSpans, route
@@ -18,10 +19,13 @@ from svdk.models.stream import ViewCache
 from svdk.utils.checks import check_choice
 from svdk.utils.views import BASE, WARM
 
+NO_ADAPTER = "__base__"
+"""PEFT's name for rows without an adapter."""
 FORWARDS = ("auto", "paired", "two_pass")
 """How the two views of a step are run: "auto" pairs them when it can."""
 
 _said: set[str] = set()
+_probed: WeakKeyDictionary[nn.Module, dict[tuple[Any, ...], str | None]] = WeakKeyDictionary()
 
 
 class PairedForward:
@@ -57,7 +61,8 @@ class PairedForward:
         if reason is not None:
             raise InputError(f"forward was 'paired'; allowed for this model: 'two_pass', because {reason}")
 
-        self._forwards += fast_linears(pair.module)
+        if not torch.is_autocast_enabled(pair.device.type):
+            self._forwards += fast_linears(pair.module)
 
     def new_cache(self, implementation: str | None = None, max_length: int | None = None) -> ViewCache:
         """An empty cache for the rows of both views; arguments as :meth:`ModelPair.new_cache`."""
@@ -104,7 +109,8 @@ class PairedForward:
                 continue  # the warm view knows one adapter at a time
             want = getattr(self.pair, view)(input_ids, attention_mask)[:, -1].float()
             worst = ((got[:, -1].float() - want).abs().amax(1) / want.abs().amax(1)).max().item()
-            limit = 1e-3 if got.dtype == torch.float32 else 0.1
+            exact = got.dtype == torch.float32 and not torch.is_autocast_enabled(got.device.type)
+            limit = 1e-3 if exact else 0.1
             if not worst <= limit:
                 raise BackendError(
                     f"the paired forward's {view} rows differ from the {view} model's own by {worst:.2g} of "
@@ -113,7 +119,7 @@ class PairedForward:
 
     @contextmanager
     def _routed(self, batch: int) -> Iterator[None]:
-        self._rows.total = 2 * batch
+        self._rows.total, self._rows.stream = 2 * batch, self.pair.stream
         self._rows.spans = [(None, 0, batch)] if self._order is None else _spans(self._adapters)
         try:
             for layer, forward in self._forwards:
@@ -124,13 +130,55 @@ class PairedForward:
                 vars(layer).pop("forward", None)
 
 
-def why_not_paired(pair: ModelPair) -> str | None:
-    """Why the two views of ``pair`` cannot share a forward; None when they can."""
-    return _routes(pair, RowSpans(), None)[0]
+def why_not_paired(pair: ModelPair, input_ids: Tensor | None = None) -> str | None:
+    """Why the two views of ``pair`` cannot share a forward; None when they can.
+
+    Two tiny rows decide, run both ways, once a model and adapter; ``input_ids`` (B, T): where their
+    tokens are from.
+    """
+    if pair.num_virtual_tokens and pair.traits.padding is not None:
+        return f"base rows would have padding for virtual tokens, and {pair.traits.padding}"
+    reason = _routes(pair, RowSpans(), None)[0]
+    if reason is not None:
+        return reason
+    found = _probed.setdefault(pair.module, {})
+    key = (_state(pair), torch.is_autocast_enabled(pair.device.type))
+    if key not in found:
+        found[key] = _probe(pair, input_ids)
+    return found[key]
+
+
+def _state(pair: ModelPair) -> tuple[Any, ...]:
+    """What a probe depends on: layers, active adapters, types."""
+    layers = [(name, tuple(getattr(layer, "active_adapters", ()))) for name, layer in pair.layers.items()]
+    return (pair.peft_type, pair.module.dtype, *layers)
+
+
+def _probe(pair: ModelPair, input_ids: Tensor | None) -> str | None:
+    """Run two rows of three tokens, the last one as a step of its own, and compare with the two views."""
+    if input_ids is None:
+        input_ids = torch.arange(3, device=pair.device)[None] + pair.vocab_size // 3
+    tokens = input_ids[0, -3:].repeat(3)[-3:]  # the right end of a row is never padding
+    ids = torch.stack([tokens, tokens.flip(0)])
+    try:
+        forward = PairedForward(pair)
+        with pair.evaluating():
+            cache = forward.new_cache()
+            forward(ids[:, :2], cache=cache)
+            logits = forward(ids[:, 2:], cache=cache)
+            forward.verify(ids, None, logits)
+    except Exception as error:  # whatever a model's code raises in a layout that it was not written for
+        if out_of_memory(error):
+            raise
+        return f"one forward for both failed on this model ({type(error).__name__}: {first_line(error)})"
+    return None
 
 
 def choose_forward(
-    pair: ModelPair, forward: str, row_adapters: Sequence[str] | None = None
+    pair: ModelPair,
+    forward: str,
+    row_adapters: Sequence[str] | None = None,
+    input_ids: Tensor | None = None,
 ) -> PairedForward | None:
     """The paired forward, or None for two passes; "auto" says once why it fell back.
 
@@ -143,13 +191,20 @@ def choose_forward(
         raise InputError("forward was 'two_pass' with row_adapters; allowed: 'auto' or 'paired'")
     if forward == "two_pass":
         return None
-    reason = None if forward == "paired" or row_adapters is not None else why_not_paired(pair)
+    if forward == "paired" or row_adapters is not None:
+        return PairedForward(pair, row_adapters)
+    reason = why_not_paired(pair, input_ids)
     if reason is None:
         return PairedForward(pair, row_adapters)
+    say_two_passes(reason)
+    return None
+
+
+def say_two_passes(reason: str) -> None:
+    """Warn, once a reason, that both models are run one after the other."""
     if reason not in _said:
         _said.add(reason)
-        warnings.warn(f"svdk decodes with two forward passes a step, because {reason}", stacklevel=2)
-    return None
+        warnings.warn(f"svdk decodes with two forward passes a step, because {reason}", stacklevel=3)
 
 
 def _routes(pair: ModelPair, rows: RowSpans, adapters: list[str] | None) -> tuple[str | None, list[Any]]:
@@ -165,13 +220,13 @@ def _routes(pair: ModelPair, rows: RowSpans, adapters: list[str] | None) -> tupl
 
 
 def _check_adapters(pair: ModelPair, row_adapters: Sequence[str]) -> list[str]:
-    names = sorted(set(row_adapters))
+    names = sorted(set(row_adapters) - {NO_ADAPTER})
     loaded = sorted({name for layer in pair.layers.values() for name in getattr(layer, "lora_A", ())})
     unknown = [name for name in names if name not in loaded]
-    if unknown or not names:
+    if unknown or not row_adapters:
         raise InputError(f"row_adapters was {list(row_adapters)}; allowed: one a row, of {loaded}")
     pair.check_adapters(names)
-    return names
+    return [*names, NO_ADAPTER]
 
 
 def _spans(adapters: list[str]) -> list[tuple[str | None, int, int]]:

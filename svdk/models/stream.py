@@ -79,6 +79,8 @@ class Stream:
         """Nothing runs yet."""
         self._module: Any = module
         self._traits = traits
+        self.columns = 0
+        """Columns of the forward that is running, or ran last."""
 
     def run(
         self,
@@ -160,7 +162,9 @@ class Stream:
             **given,
         )
         if any(inputs.get(name) is None for name in kept):
-            return None
+            if virtual is None:
+                return None
+            inputs |= kept  # an empty cache, which loses nothing
         columns = inputs["input_ids"] if inputs.get("inputs_embeds") is None else inputs["inputs_embeds"]
         if columns.shape[1] not in (new, width):
             name = type(self._module).__name__
@@ -168,6 +172,7 @@ class Stream:
                 f"model was {name}, which predicts by adding tokens of its own to the row; allowed: a model "
                 "whose last logits are those of the next token"
             )
+        self.columns = columns.shape[1]
         return inputs
 
     def _accepted(self, inputs: dict[str, Any], keep: int) -> dict[str, Any]:

@@ -97,7 +97,7 @@ def test_beams_are_reordered_in_the_base_cache(lora, monkeypatch):
 
     ids, mask, _ = left_padded()
     processor = SteeringLogitsProcessor(lora, attention_mask=mask, **STEERING)
-    monkeypatch.setattr(type(processor._pair.new_cache("base", 1).kv), "reorder_cache", record)
+    monkeypatch.setattr(DynamicCache, "reorder_cache", record)
     run(lora, processor, ids, mask, num_beams=4)
     assert any(order != sorted(order) for order in orders)
 

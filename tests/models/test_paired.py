@@ -251,13 +251,38 @@ def test_fallback_is_said_once(monkeypatch):
     assert torch.equal(got.sequences, want.sequences)
 
 
+class Columns(torch.nn.Module):
+    """A layer that gets its input with rows and columns exchanged, as no model here has it."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        return self.layer(x.transpose(0, 1)).transpose(0, 1)
+
+
+def columns_first():
+    model = tiny.tiny_peft("lora")
+    attention = model.base_model.model.model.layers[0].self_attn
+    attention.q_proj = Columns(attention.q_proj)
+    return model
+
+
 def test_rows_in_another_layout_are_an_error():
-    pair = ModelPair(tiny.tiny_peft("lora"))
-    attention = pair.module.model.layers[0].self_attn
-    run = attention.q_proj
-    attention.q_proj = torch.nn.Sequential(torch.nn.Flatten(0, 1), run)
-    with pytest.raises(BackendError, match="an adapter layer got 54 rows in a paired forward over 6"):
-        PairedForward(pair)(*left_padded()[:2])
+    with pytest.raises(BackendError, match="an adapter layer got 9 rows in a paired forward over 6"):
+        PairedForward(ModelPair(columns_first()))(*left_padded()[:2])
+
+
+def test_rows_side_by_side_are_rows():
+    """As OPT has them: (rows * tokens, hidden)."""
+    model = tiny.tiny_peft("lora")
+    mlp = model.base_model.model.model.layers[0].self_attn
+    mlp.o_proj = torch.nn.Sequential(torch.nn.Flatten(0, 1), mlp.o_proj, torch.nn.Unflatten(0, (-1, 9)))
+    ids, mask, _ = left_padded()
+    pair = ModelPair(model)
+    for got, want in zip(PairedForward(pair)(ids, mask), pair.teacher_forced(ids, mask, 1), strict=True):
+        close(got, want)
 
 
 @pytest.mark.parametrize("kind", tiny.PEFT_TYPES)
