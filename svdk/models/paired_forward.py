@@ -210,7 +210,7 @@ def say_two_passes(reason: str) -> None:
 def _routes(pair: ModelPair, rows: RowSpans, adapters: list[str] | None) -> tuple[str | None, list[Any]]:
     forwards = []
     for name, layer in pair.layers.items():
-        if "expert" in name:  # tokens are regrouped there, row by row no more
+        if "experts" in name.split("."):  # tokens are regrouped there, row by row no more
             return f"layer {name}: rows are regrouped inside a mixture of experts", []
         forward = route(layer, rows, adapters)
         if isinstance(forward, str):

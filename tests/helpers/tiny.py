@@ -6,6 +6,7 @@ import torch
 from peft import (
     IA3Config,
     LoraConfig,
+    PeftConfig,
     PeftModel,
     PrefixTuningConfig,
     PromptEncoderConfig,
@@ -130,16 +131,22 @@ def tiny_peft_config(peft_type: str, arch: str = "llama"):
 
 
 def tiny_peft(
-    peft_type: str = "lora", arch: str = "llama", seed: int = 0, model: PreTrainedModel | None = None
+    peft_type: str = "lora",
+    arch: str = "llama",
+    seed: int = 0,
+    model: PreTrainedModel | None = None,
+    config: PeftConfig | None = None,
 ) -> PeftModel:
     """``model`` (default: ``tiny_model(arch)``) with a random non-zero adapter: base and warm logits differ.
+
+    ``config``: of the adapter (default: ``tiny_peft_config(peft_type, arch)``).
 
     The adapter is injected in place, so do not pass a model that other tests share.
     """
     model = tiny_model(arch) if model is None else model
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1000 + seed)
-        peft_model = get_peft_model(model, tiny_peft_config(peft_type, arch))
+        peft_model = get_peft_model(model, config or tiny_peft_config(peft_type, arch))
     return peft_model.eval()
 
 
