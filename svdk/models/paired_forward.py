@@ -59,7 +59,7 @@ class PairedForward:
             self._order = torch.tensor(order, device=pair.device)
         reason, self._forwards = _routes(pair, self._rows, names)
         if reason is not None:
-            raise InputError(f"forward was 'paired'; allowed for this model: 'two_pass', because {reason}")
+            raise _not_paired(reason)
 
         if not torch.is_autocast_enabled(pair.device.type):
             self._forwards += fast_linears(pair.module)
@@ -191,13 +191,17 @@ def choose_forward(
         raise InputError("forward was 'two_pass' with row_adapters; allowed: 'auto' or 'paired'")
     if forward == "two_pass":
         return None
-    if forward == "paired" or row_adapters is not None:
-        return PairedForward(pair, row_adapters)
-    reason = why_not_paired(pair, input_ids)
+    reason = why_not_paired(pair, input_ids) if row_adapters is None else None
     if reason is None:
         return PairedForward(pair, row_adapters)
+    if forward == "paired":
+        raise _not_paired(reason)
     say_two_passes(reason)
     return None
+
+
+def _not_paired(reason: str) -> InputError:
+    return InputError(f"forward was 'paired'; allowed for this model: 'two_pass', because {reason}")
 
 
 def say_two_passes(reason: str) -> None:

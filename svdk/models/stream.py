@@ -184,14 +184,16 @@ class Stream:
 
     def _new_cache(self, cache: ViewCache | None, virtual: Virtual) -> dict[str, Any]:
         """An empty cache of the kind that the model wants; none where nothing is to be kept."""
-        name = self._traits.cache
+        name, kind = self._traits.cache, type(self._module).__name__
+        if name is None and virtual.prefix is not None:
+            raise InputError(f"adapter was PREFIX_TUNING; allowed for {kind}: those that need no cache")
         if name is None or (cache is None and virtual.prefix is None):
             return {}
         static = cache is not None and cache.implementation == "static"
         if not self._module._supports_default_dynamic_cache():
             if static or virtual.prefix is not None:
                 what = "cache_implementation was 'static'" if static else "adapter was PREFIX_TUNING"
-                raise InputError(f"{what}; {type(self._module).__name__} has a cache of its own kind")
+                raise InputError(f"{what}; {kind} has a cache of its own kind")
             return {}  # it makes one itself
         config = self._module.config.get_text_config(decoder=True)
         if static and cache is not None and cache.max_length is not None:
@@ -199,7 +201,7 @@ class Stream:
         kv = DynamicCache(config=config)
         if virtual.prefix is not None and any(getattr(kv, "is_linear", ())):
             raise InputError(
-                f"adapter was PREFIX_TUNING on {type(self._module).__name__}, whose recurrent layers have no "
+                f"adapter was PREFIX_TUNING on {kind}, whose recurrent layers have no "
                 "keys; allowed: models with attention in every layer"
             )
         return {name: kv}
@@ -221,10 +223,7 @@ def _planted(kept: dict[str, Any], layers: list[Any], layout: Layout) -> Iterato
     """
     (kv,), (rows, columns) = kept.values(), layout.spots()
 
-    def placed(states: Tensor, index: int, name: str) -> Tensor:
-        source = getattr(layers[index], name, None) if index < len(layers) else None
-        if source is None or not source.numel():
-            return states
+    def placed(states: Tensor, source: Tensor) -> Tensor:
         states = states.clone()
         # A sliding layer's prefix may hold the last virtual tokens only: the others are out of its window.
         last = columns[:, columns.shape[1] - source.shape[-2] :]
@@ -232,7 +231,13 @@ def _planted(kept: dict[str, Any], layers: list[Any], layout: Layout) -> Iterato
         return states
 
     def update(keys: Tensor, values: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
-        keys, values = placed(keys, layer_idx, "keys"), placed(values, layer_idx, "values")
+        source = layers[layer_idx] if layer_idx < len(layers) else None
+        if source is None or not source.is_initialized:
+            raise InputError(
+                f"adapter was PREFIX_TUNING, and PEFT gives no prefix to layer {layer_idx} of this model; "
+                "allowed: models whose layers all get one"
+            )
+        keys, values = placed(keys, source.keys), placed(values, source.values)
         return type(kv).update(kv, keys, values, layer_idx, *args, **kwargs)
 
     vars(kv)["update"] = update

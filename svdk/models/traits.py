@@ -15,9 +15,14 @@ CACHE_NAMES = ("past_key_values", "cache_params")
 
 # transformers' own generate is wrong for these with padded rows: found, and kept up to date, by
 # tests/generation/test_families.py.
-UNPADDED: dict[str, str] = {}
+UNPADDED = {
+    "cpmant": "it ignores the attention mask",
+    "git": "it does not mask padding while it decodes",
+}
+# These run every token of the row again at each step, which is always right.
 NO_CACHE = {
-    "recurrent_gemma": "it keeps its recurrent states in its own modules, for one model at a time",
+    "cpmant",  # with its cache, transformers' own generate has other logits than without
+    "recurrent_gemma",  # it keeps its states in its own modules: the two models would share them
 }
 REFUSED: dict[str, str] = {}
 
@@ -67,6 +72,8 @@ def find_traits(module: PreTrainedModel) -> Traits:
     if any(hasattr(part, "create_position_ids_from_input_ids") for part in module.modules()):
         positions = False
         padding = padding or "its positions do not start at 0 and count padding while it decodes"
+    elif not positions and any("PositionalEmbedding" in type(part).__name__ for part in module.modules()):
+        padding = padding or "its positions count padding"
     cache = None if kind in NO_CACHE else cache
     return Traits(cache, arguments, takes_any, positions, padding, LengthRotary(module))
 
