@@ -8,6 +8,9 @@ import importlib
 import os
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 from svdk.errors import SvdkError
 
@@ -29,10 +32,9 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; 0 on success, 2 on an input error, 130 when interrupted."""
     args = build_parser().parse_args(argv)
-    # PEFT sets this off in transformers whenever it wraps a model; nobody at a prompt can act on it.
-    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
     try:
-        return args.run(args) or 0
+        with _short_warnings(args):
+            return args.run(args) or 0
     except SvdkError as error:
         return _fail(args, str(error))
     except OSError as error:
@@ -43,8 +45,27 @@ def main(argv: list[str] | None = None) -> int:
         return 130
 
 
+@contextmanager
+def _short_warnings(args: argparse.Namespace) -> Iterator[None]:
+    """Warnings as lines of the program, without their place in the code; ``--debug`` keeps Python's form."""
+    with warnings.catch_warnings():
+        # PEFT sets this off in transformers whenever it wraps a model; nobody at a prompt can act on it.
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
+        if not _debug(args):
+            warnings.showwarning = _show
+        yield
+
+
+def _show(message: Warning | str, *_place: Any, **_more: Any) -> None:
+    print(f"svdk: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
+
+
+def _debug(args: argparse.Namespace) -> bool:
+    return bool(args.debug or os.environ.get("SVDK_DEBUG"))
+
+
 def _fail(args: argparse.Namespace, message: str) -> int:
-    if args.debug or os.environ.get("SVDK_DEBUG"):
+    if _debug(args):
         raise
     print(f"svdk {args.command}: error: {message}", file=sys.stderr)
     return 2

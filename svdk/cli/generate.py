@@ -7,18 +7,28 @@ import secrets
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from svdk.cli.terminal import Printer, columns
 from svdk.errors import DataError, InputError
-from svdk.utils.files import parse_json, read_text
+from svdk.utils.checks import check_choice
+from svdk.utils.files import decode_text, read_lines
 from svdk.utils.views import STEERED, VIEWS
+from svdk.warmstart.chat import Chat
+from svdk.warmstart.data import (
+    CALIBRATION_FILE,
+    Columns,
+    check_text,
+    encode_prompt,
+    load_examples,
+    load_prompts,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteriaList
 
     from svdk.calibration.artifact import Steering
     from svdk.models.pair import ModelPair
@@ -38,7 +48,11 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--adapter", required=True, help="adapter folder, calibrated by `svdk calibrate`")
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--prompt", action="append", metavar="TEXT", help="may be given several times")
-    source.add_argument("--prompts", metavar="FILE", help="one prompt a line, or JSONL with 'prompt'")
+    source.add_argument(
+        "--prompts",
+        metavar="FILE",
+        help="one prompt a line, or .jsonl with 'prompt' (text) or 'messages' (a chat, 'tools' beside it)",
+    )
     parser.add_argument("--compare", action="store_true", help="base, warm and steered answers side by side")
     shape = parser.add_mutually_exclusive_group()
     shape.add_argument("--chat", action="store_true", help="wrap prompts in the tokenizer's chat template")
@@ -49,9 +63,22 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("--system", metavar="TEXT", help="system message, with a chat template")
     parser.add_argument("--max-new-tokens", type=int, default=128, help="default: 128")
+    parser.add_argument(
+        "--stop",
+        action="append",
+        metavar="TEXT",
+        help="end an answer after this text, which it keeps; may be given several times",
+    )
     parser.add_argument("--dtype", help="auto, float32, bfloat16 or float16 (default: float32 on the CPU)")
     parser.add_argument("--device", help="cpu or cuda (default: cuda when there is one)")
     parser.add_argument("--backend", default="auto", help="of the ops (default: auto)")
+    parser.add_argument(
+        "--forward",
+        default="auto",
+        metavar="{auto,paired,two_pass}",
+        help="how the warm and the base model are run: in one forward a step (paired), in two (two_pass), or "
+        "paired where the adapter allows it (default: auto)",
+    )
     parser.add_argument("--quiet", action="store_true", help="answers only, no timing")
     sampling = parser.add_argument_group("sampling")
     sampling.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
@@ -74,26 +101,34 @@ def run(args: argparse.Namespace) -> int:
     from svdk.generation.sampler import make_sampler
     from svdk.models.loading import load_adapter, load_model
     from svdk.models.pair import ModelPair
+    from svdk.models.paired_forward import FORWARDS, choose_forward
     from svdk.utils.tokens import eos_ids
 
+    check_choice("forward", args.forward, FORWARDS)
+    for stop in args.stop or ():
+        check_text("--stop", stop, blank=True)
     prompts = read_prompts(args.prompt, args.prompts)
     model, tokenizer = load_model(args.model, dtype=args.dtype, device=args.device)
     steering = load_steering(args.adapter, args.strength, model, tokenizer)
     pair = ModelPair(load_adapter(model, args.adapter))
     chat = wants_chat(args, tokenizer)
-    encoded = [_encode(tokenizer, text, chat, args, pair) for text in prompts]
+    encoded = [_encode(tokenizer, prompt, chat, args, pair) for prompt in prompts]
+    _warn(args.prompts, [prompt for prompt in prompts if isinstance(prompt, Chat)], tokenizer)
     names = ("temperature", "top_k", "top_p", "min_p", "seed", "strength", "strength_mode")
     options: dict[str, Any] = {name: getattr(args, name) for name in names}
     options |= {"direction": args.direction, "alpha": args.alpha, "penalty": args.penalty}
     options |= {"steering": steering, "backend": args.backend, "do_sample": args.temperature != 0}
-    make_sampler(pair, 1, **options)  # a bad value is an error before the first answer, not after it
+    # Bad values and warnings come before the first answer, not in the middle.
+    make_sampler(pair, 1, **options)
+    choose_forward(pair, args.forward)
     options |= {"max_new_tokens": args.max_new_tokens, "eos_token_id": eos_ids(model, tokenizer)}
+    options |= {"forward": args.forward, "stopping_criteria": _stops(tokenizer, args.stop)}
     if hasattr(sys.stdout, "reconfigure"):  # a model can emit what the terminal's encoding cannot show
         sys.stdout.reconfigure(errors="replace")
 
-    for index, (text, ids) in enumerate(zip(prompts, encoded, strict=True)):
+    for index, (prompt, ids) in enumerate(zip(prompts, encoded, strict=True)):
         if len(prompts) > 1 or args.compare:
-            print(f"{'' if index == 0 else chr(10)}> {text}", flush=True)
+            print(f"{'' if index == 0 else chr(10)}> {_shown(prompt)}", flush=True)
         # Chosen here, not by decode, so that the three answers of --compare share their noise.
         options["seed"] = secrets.randbits(63) if args.seed is None else args.seed
 
@@ -110,22 +145,25 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def read_prompts(given: list[str] | None, file: str | None) -> list[str]:
+def read_prompts(given: list[str] | None, file: str | None) -> list[str | Chat]:
     """Prompts of ``--prompt``, ``--prompts`` or standard input; none may be empty."""
     if given is not None:
-        prompts = [(f"--prompt {i + 1}", text) for i, text in enumerate(given)]
-    elif file is not None:
-        prompts = list(_from_file(Path(file)))
-    else:
+        return [check_text(f"--prompt {i + 1}", text) for i, text in enumerate(given)]
+    if file is None:
         if sys.stdin.isatty():
             print("prompt (end with Ctrl-D):", file=sys.stderr)
-        prompts = [("standard input", sys.stdin.read().rstrip("\n"))]
+        # The bytes, where there are any: a file is read as UTF-8 in every locale, too.
+        text = decode_text(getattr(sys.stdin, "buffer", sys.stdin).read(), "standard input")
+        return [check_text("standard input", text.rstrip("\n"))]
+    path = Path(file)
+    prompts: list[str | Chat]
+    if path.suffix.lower() == ".jsonl":
+        prompts = load_prompts(path)
+    else:
+        prompts = [check_text(where, line) for where, line in read_lines(path, "file of prompts")]
     if not prompts:
         raise DataError(f"{file} held 0 prompts; allowed: at least 1")
-    for where, text in prompts:
-        if not text.strip():
-            raise DataError(f"{where} was empty; allowed: a prompt")
-    return [text for _, text in prompts]
+    return prompts
 
 
 def load_steering(
@@ -143,8 +181,6 @@ def load_steering(
 
 def wants_chat(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether prompts go through the chat template; left open, the calibration examples decide."""
-    from svdk.warmstart.data import CALIBRATION_FILE, load_examples
-
     if args.raw:
         chat = False
     elif args.chat or args.system:
@@ -154,7 +190,8 @@ def wants_chat(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> 
     else:
         held_out = Path(args.adapter, CALIBRATION_FILE)
         tail = render(tokenizer, PROBE, None).partition(PROBE)[2]
-        chat = not held_out.exists() or load_examples(held_out)[0].prompt.endswith(tail)
+        # In it, not at its end: variables of the template may add to the tail (an empty thought, say).
+        chat = not held_out.exists() or any(tail in e.prompt for e in load_examples(held_out, tokenizer))
     if args.system and not chat:
         raise InputError("--system was given with --raw; allowed: one of them")
     if chat and not tokenizer.chat_template:
@@ -166,7 +203,7 @@ def render(tokenizer: PreTrainedTokenizerBase, text: str, system: str | None) ->
     """A prompt as the chat template writes it, up to where the answer starts."""
     turns = [{"role": "system", "content": system}] if system else []
     turns.append({"role": "user", "content": text})
-    return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+    return Chat(f"prompt {text[:40]!r}", turns, {}).prompt(tokenizer)
 
 
 def _compare(
@@ -182,33 +219,46 @@ def _compare(
     _report(args, ", ".join(times))
 
 
-def _from_file(path: Path) -> Iterator[tuple[str, str]]:
-    for number, line in enumerate(read_text(path, "file of prompts").splitlines(), 1):
-        where = f"{path} line {number}"
-        if not line.strip():
-            continue
-        if path.suffix != ".jsonl":
-            yield where, line
-            continue
-        row = parse_json(line, where)
-        if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
-            raise DataError(f"{where} had no string 'prompt'; allowed: objects with the column 'prompt'")
-        yield where, row["prompt"]
+def _shown(prompt: str | Chat) -> str:
+    return prompt.last if isinstance(prompt, Chat) else prompt
+
+
+def _warn(file: str, chats: list[Chat], tokenizer: PreTrainedTokenizerBase) -> None:
+    """Name what the chat template leaves out, as :func:`load_examples` does."""
+    columns = Columns()
+    for chat in chats:
+        columns.left_out |= chat.left_out(tokenizer)
+    columns.warn(file)
+
+
+def _stops(tokenizer: PreTrainedTokenizerBase, texts: list[str] | None) -> StoppingCriteriaList | None:
+    from transformers import StoppingCriteriaList, StopStringCriteria
+
+    return StoppingCriteriaList([StopStringCriteria(tokenizer, texts)]) if texts else None
 
 
 def _encode(
-    tokenizer: PreTrainedTokenizerBase, text: str, chat: bool, args: argparse.Namespace, pair: ModelPair
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str | Chat,
+    chat: bool,
+    args: argparse.Namespace,
+    pair: ModelPair,
 ) -> Tensor:
     import torch
 
-    from svdk.warmstart.data import encode_prompt
-
-    ids = encode_prompt(tokenizer, render(tokenizer, text, args.system) if chat else text)
+    if isinstance(prompt, Chat):
+        if args.raw or args.system:
+            option = "--raw" if args.raw else "--system"
+            raise DataError(f"{prompt.where} held a chat; allowed with {option}: prompts as text")
+        text = prompt.prompt(tokenizer)
+    else:
+        text = render(tokenizer, prompt, args.system) if chat else prompt
+    ids = encode_prompt(tokenizer, text)
     limit = getattr(pair.config, "max_position_embeddings", None)
     room = None if limit is None else limit - pair.num_virtual_tokens - args.max_new_tokens
     if room is not None and len(ids) > room:
         raise DataError(
-            f"prompt {text[:40]!r} had {len(ids)} tokens; allowed: at most {room} with "
+            f"prompt {_shown(prompt)[:40]!r} had {len(ids)} tokens; allowed: at most {room} with "
             f"--max-new-tokens {args.max_new_tokens}"
         )
     return torch.tensor([ids], device=pair.device)

@@ -18,7 +18,9 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         "the same command is given again.",
     )
     parser.add_argument("--model", required=True, help="hub name, folder, .gguf file, or smollm2-135m")
-    parser.add_argument("--data", required=True, help="JSONL with prompt and completion, or messages")
+    parser.add_argument(
+        "--data", required=True, help="JSONL with prompt and completion, or messages (and tools)"
+    )
     parser.add_argument("--output", required=True, help="adapter folder to write")
     parser.add_argument("--calibration", help="JSONL to calibrate on, instead of a part of DATA")
     parser.add_argument(

@@ -84,18 +84,41 @@ def add_to_hash(digest: hashlib._Hash, path: Path) -> str:
 
 
 def read_text(path: Path, what: str = "data file", hint: str = "") -> str:
-    """UTF-8 text without a byte order mark; ``DataError`` names the file and what is wrong with it.
+    """:func:`decode_text` of a file; ``DataError`` names the file and what is wrong with it.
 
     ``hint``: how to come by a file that is not there.
     """
     try:
-        return path.read_text(encoding="utf-8-sig")
+        content = path.read_bytes()
     except FileNotFoundError:
         raise DataError(f"{what} {path} does not exist{hint and '; '}{hint}") from None
-    except UnicodeDecodeError as error:
-        raise DataError(f"{what} {path} was not UTF-8 text (byte {error.start})") from None
     except OSError as error:
         raise DataError(f"{what} {path} cannot be read: {error.strerror}") from None
+    return decode_text(content, f"{what} {path}")
+
+
+def decode_text(content: bytes | str, where: str) -> str:
+    """UTF-8 text without a byte order mark, its lines ended by newlines as Python's text files have them."""
+    try:
+        text = content if isinstance(content, str) else content.decode()
+    except UnicodeDecodeError as error:
+        raise DataError(f"{where} was not UTF-8 text (byte {error.start})") from None
+    return text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
+
+
+def read_lines(path: Path, what: str = "data file") -> list[tuple[str, str]]:
+    """The lines of a text file that hold something, each with its place, such as "data.jsonl line 3".
+
+    Not ``splitlines()``: it would split at U+2028, U+0085, form feeds and more, which JSON strings and
+    prompts may hold.
+    """
+    lines = enumerate(read_text(path, what).split("\n"), 1)
+    return [(f"{path} line {number}", line) for number, line in lines if line.strip()]
+
+
+def read_json_lines(path: Path, what: str = "data file") -> list[tuple[str, Any]]:
+    """What the lines of :func:`read_lines` say in JSON."""
+    return [(where, parse_json(line, where)) for where, line in read_lines(path, what)]
 
 
 def parse_json(text: str, where: str) -> Any:

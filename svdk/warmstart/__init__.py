@@ -1,7 +1,8 @@
 """The warm start: a short PEFT fine-tune that tells where the output distribution has to move.
 
-Reading order: ``data`` (labelled examples), ``peft_configs``, ``training`` (the Trainer), ``run_folder`` (a
-folder that is complete or absent), ``api`` (:func:`svdk.warm_start`, which puts them together).
+Reading order: ``data`` (labelled examples), ``chat`` (those that are chats), ``peft_configs``, ``training``
+(the Trainer), ``run_folder`` (a folder that is complete or absent), ``api`` (:func:`svdk.warm_start`, which
+puts them together).
 """
 
 from __future__ import annotations

@@ -1,18 +1,20 @@
-"""Labelled examples: reading, checking, tokenising and splitting them."""
+"""Labelled examples, and prompts without labels: reading, checking, tokenising and splitting them."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from svdk.errors import DataError, InputError
 from svdk.utils.checks import check_choice, check_count, check_number
-from svdk.utils.files import parse_json, read_text, write_file
+from svdk.utils.files import read_json_lines, write_file
+from svdk.warmstart.chat import OPTIONS, Chat, read_chat
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -20,6 +22,15 @@ if TYPE_CHECKING:
 CALIBRATION_FILE = "calibration.jsonl"
 """What a warm start holds out and leaves beside the adapter."""
 COLUMNS = "'prompt' and 'completion', or 'messages'"
+PROMPT_COLUMNS = "'prompt' or 'messages'"
+NO_CHAT = (
+    "messages were not a chat; allowed: a list of at least two objects with the strings 'role' and "
+    "'content', the last one with role 'assistant'"
+)
+NO_ANSWER = (
+    "completion was not an answer; allowed: turns by 'assistant' only, after a prompt that ends with "
+    "another role"
+)
 
 
 @dataclass(frozen=True)
@@ -49,18 +60,71 @@ def load_examples(
 ) -> list[Example]:
     """Read examples from a JSONL file (one object a line, UTF-8) or from a list of dicts.
 
-    A row has the columns ``prompt`` and ``completion``, or ``messages`` (chat turns with ``role`` and
-    ``content``, the last one by the assistant; these need a tokenizer with a chat template). Other columns
-    are ignored. Raises :class:`DataError` naming the file, the line and what is wrong with it.
+    A row has the columns ``prompt`` and ``completion``: two strings, or two lists of chat turns. Or it has
+    ``messages``: one such list, the last turn by the assistant. A turn is an object with ``role`` and
+    ``content``, and what else the chat template reads (``tool_calls`` may stand for the content of a turn by
+    the assistant). Chats need a tokenizer with a chat template, which also gets the columns ``tools`` and
+    ``documents`` (lists of objects, or a JSON string of one) and the variables in ``chat_template_kwargs``.
+
+    Columns that are ignored, and what the chat template leaves out, are named in one warning. Raises
+    :class:`DataError` naming the file, the line and what is wrong with it.
     """
+    named = isinstance(source, (str, os.PathLike))
     if isinstance(source, (str, os.PathLike)):
-        rows = _read_jsonl(Path(source))
+        rows = read_json_lines(Path(source))
     else:
         rows = [(f"example {i}", row) for i, row in enumerate(source)]
+    name = f"{source}" if named else "data"
     if not rows:
-        name = f"{source}" if isinstance(source, (str, os.PathLike)) else "data"
         raise DataError(f"{name} held 0 examples; allowed: at least 1")
-    return [row if isinstance(row, Example) else _example(row, where, tokenizer) for where, row in rows]
+    columns = Columns()
+    examples = [
+        row if isinstance(row, Example) else _example(row, where, tokenizer, columns) for where, row in rows
+    ]
+    columns.warn(name)
+    return examples
+
+
+def load_prompts(path: Path) -> list[str | Chat]:
+    """Read prompts from a JSONL file: in ``prompt`` a string or chat turns, or chat turns in ``messages``.
+
+    As :func:`load_examples` reads it; a ``completion`` is passed over, other unknown columns with a warning.
+    """
+    columns = Columns()
+    prompts = [_prompt(row, where, columns) for where, row in read_json_lines(path, "file of prompts")]
+    columns.warn(str(path))
+    return prompts
+
+
+@dataclass
+class Columns:
+    """What was used of the rows and what was not, to say so once."""
+
+    used: set[str] = field(default_factory=set)
+    ignored: set[str] = field(default_factory=set)
+    left_out: set[str] = field(default_factory=set)
+    """By the chat template."""
+
+    def add(self, row: Mapping[str, Any], used: Iterable[str], left_out: Iterable[str] = ()) -> None:
+        """Note the columns of one row; null is nothing that could be ignored."""
+        left_out = set(left_out)
+        given = {repr(name) for name, value in row.items() if value is not None}
+        used = given & ({repr(name) for name in used} - left_out)
+        self.used |= used
+        self.ignored |= given - used
+        self.left_out |= left_out
+
+    def warn(self, name: str) -> None:
+        """One warning, if there is anything to say about the file ``name``."""
+        said = []
+        if self.ignored:
+            noun, verb = ("columns", "are") if len(self.ignored) > 1 else ("column", "is")
+            ignored, used = (", ".join(sorted(names)) for names in (self.ignored, self.used))
+            said.append(f"{noun} {ignored} {verb} ignored; used: {used}")
+        if self.left_out:
+            said.append(f"the chat template leaves out {', '.join(sorted(self.left_out))}")
+        if said:
+            warnings.warn(f"{name}: {'; '.join(said)}", stacklevel=3)
 
 
 def save_examples(examples: Iterable[Example], path: str | Path) -> None:
@@ -187,61 +251,72 @@ def data_hash(examples: Iterable[Example]) -> str:
     return digest.hexdigest()
 
 
-def _read_jsonl(path: Path) -> list[tuple[str, Any]]:
-    # Not splitlines(): JSON strings may hold U+2028 and other characters it would split at.
-    lines = {f"{path} line {number}": line for number, line in enumerate(read_text(path).split("\n"), 1)}
-    return [(where, parse_json(line, where)) for where, line in lines.items() if line.strip()]
+def check_text(where: str, value: Any, *, blank: bool = False) -> str:
+    """``value``; ``DataError`` unless it is text that holds something, if only blanks where ``blank``."""
+    if not isinstance(value, str):
+        raise DataError(f"{where} was of type {type(value).__name__}; allowed: a string")
+    if not (value if blank else value.strip()):
+        raise DataError(f"{where} was empty; allowed: a non-empty string")
+    if any("\ud800" <= c <= "\udfff" for c in value):
+        raise DataError(f"{where} held a lone surrogate; allowed: valid Unicode text")
+    return value
 
 
-def _example(row: Any, where: str, tokenizer: PreTrainedTokenizerBase | None) -> Example:
-    if not isinstance(row, Mapping):
-        raise DataError(f"{where} was a {type(row).__name__}; allowed: an object with columns {COLUMNS}")
-    if "prompt" in row and "completion" in row:
+def _example(row: Any, where: str, tokenizer: PreTrainedTokenizerBase | None, columns: Columns) -> Example:
+    given = _given(row, where, COLUMNS)
+    pair = {"prompt", "completion"} <= (set(row) if "messages" not in given else given)
+    used = ["prompt", "completion"] if pair else ["messages"]
+    if not pair and "messages" not in row:
+        raise DataError(f"{where}: columns were {_list(row)}; needed: {COLUMNS}")
+    chats = [name for name in used if not pair or _is_list(row[name])]
+    if not chats:
         prompt, completion = row["prompt"], row["completion"]
-    elif "messages" in row:
-        prompt, completion = _render_chat(row["messages"], where, tokenizer)
+        columns.add(row, used)
+    elif chats != used:
+        kinds = " and ".join(f"{name} was of type {type(row[name]).__name__}" for name in used)
+        raise DataError(f"{where}: {kinds}; allowed: two strings, or two lists of chat turns")
     else:
-        columns = ", ".join(map(repr, row)) or "none"
-        raise DataError(f"{where}: columns were {columns}; needed: {COLUMNS}")
-    for name, value in (("prompt", prompt), ("completion", completion)):
-        if not isinstance(value, str):
-            raise DataError(f"{where}: {name} was of type {type(value).__name__}; allowed: a string")
-        if not value.strip():
-            raise DataError(f"{where}: {name} was empty; allowed: a non-empty string")
-        if any("\ud800" <= c <= "\udfff" for c in value):
-            raise DataError(f"{where}: {name} held a lone surrogate; allowed: valid Unicode text")
-    return Example(prompt, completion)
+        chat = read_chat(row, used, where)
+        answers = len(row["completion"]) if pair else 1
+        roles = [turn["role"] for turn in chat.turns]
+        if len(roles) == 1 or set(roles[-answers:]) != {"assistant"}:
+            raise DataError(f"{where}: {NO_ANSWER if pair else NO_CHAT}")
+        if pair and roles[-answers - 1] == "assistant":
+            raise DataError(f"{where}: {NO_ANSWER}")
+        prompt, completion = chat.answered(tokenizer, answers)
+        columns.add(row, [*used, *OPTIONS], chat.left_out(tokenizer))
+    return Example(check_text(f"{where}: prompt", prompt), check_text(f"{where}: completion", completion))
 
 
-def _render_chat(messages: Any, where: str, tokenizer: PreTrainedTokenizerBase | None) -> tuple[str, str]:
-    """Prompt up to and with the generation prompt, completion = last turn with its end-of-turn token."""
-    if tokenizer is None or not getattr(tokenizer, "chat_template", None):
-        raise DataError(
-            f"{where}: 'messages' need a tokenizer with a chat template; use prompt and completion"
-        )
-    valid = isinstance(messages, Sequence) and all(
-        isinstance(m, Mapping) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
-        for m in messages
-    )
-    if not valid or len(messages) < 2 or messages[-1]["role"] != "assistant":
-        raise DataError(
-            f"{where}: messages were not a chat; allowed: a list of at least two objects with the strings "
-            "'role' and 'content', the last one with role 'assistant'"
-        )
-    if not messages[-1]["content"].strip():
-        raise DataError(f"{where}: the last message was empty; allowed: a non-empty answer")
-    turns = [dict(m) for m in messages]
-    try:
-        prompt = str(tokenizer.apply_chat_template(turns[:-1], tokenize=False, add_generation_prompt=True))
-        text = str(tokenizer.apply_chat_template(turns, tokenize=False))
-    except Exception as error:  # templates are programs of their own: jinja2 errors and any they raise
-        raise DataError(f"{where}: the chat template refused the messages: {error}") from error
-    if not text.startswith(prompt):
-        raise DataError(
-            f"{where}: the chat template does not render the chat as prompt + answer; use prompt, completion"
-        )
-    # Templates write a newline after the end of turn; the model is stopped before it could say it.
-    return prompt, text[len(prompt) :].rstrip()
+def _prompt(row: Any, where: str, columns: Columns) -> str | Chat:
+    given = _given(row, where, PROMPT_COLUMNS)
+    used = "prompt" if "prompt" in given or "messages" not in row else "messages"
+    if used not in row:
+        raise DataError(f"{where}: columns were {_list(row)}; needed: {PROMPT_COLUMNS}")
+    row = {name: value for name, value in row.items() if name != "completion"}  # an answer is no loss here
+    if used == "prompt" and not _is_list(row["prompt"]):
+        columns.add(row, ["prompt"])
+        return check_text(f"{where}: prompt", row["prompt"])
+    chat = read_chat(row, [used], where)
+    if chat.turns[-1]["role"] == "assistant":
+        raise DataError(f"{where}: the last turn of {used} was by 'assistant'; allowed: one that it answers")
+    columns.add(row, [used, *OPTIONS])
+    return chat
+
+
+def _given(row: Any, where: str, needed: str) -> set[str]:
+    """The columns that hold something: tables with the columns of several formats fill up with null."""
+    if not isinstance(row, Mapping):
+        raise DataError(f"{where} was a {type(row).__name__}; allowed: an object with columns {needed}")
+    return {name for name, value in row.items() if value is not None}
+
+
+def _list(names: Iterable[Any]) -> str:
+    return ", ".join(map(repr, names)) or "none"
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str)
 
 
 def _is_special(tokenizer: PreTrainedTokenizerBase, token_id: int) -> bool:

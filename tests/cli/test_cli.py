@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import subprocess
 import sys
+import warnings
 
 import pytest
 
@@ -63,6 +64,30 @@ def test_a_programming_error_is_not_swallowed(run_info):
 
 def test_success_is_exit_code_0(run_info):
     assert run_info(lambda args: None) == (0, "")
+
+
+def warning(args):
+    for _ in range(2):
+        warnings.warn("look\n out\u2028now", stacklevel=1)
+    warnings.warn("`is_gradient_checkpointing` is old", FutureWarning, stacklevel=1)
+
+
+def test_a_warning_is_one_line(run_info, monkeypatch):
+    before = warnings.showwarning, warnings.filters[:]
+    assert run_info(warning) == (0, "svdk: look out now\n")
+    assert (warnings.showwarning, warnings.filters[:]) == before
+    monkeypatch.setattr(warnings, "showwarning", lambda *a: print("as Python has it", file=sys.stderr))
+    assert run_info(warning, "--debug") == (0, "as Python has it\n")
+    monkeypatch.setenv("SVDK_DEBUG", "1")
+    assert run_info(warning) == (0, "as Python has it\n")
+
+
+def test_a_warning_before_an_error_is_shown(run_info):
+    def body(args):
+        warning(args)
+        raise InputError("x")
+
+    assert run_info(body) == (2, "svdk: look out now\nsvdk info: error: x\n")
 
 
 @pytest.mark.parametrize("command", cli.COMMANDS)

@@ -12,8 +12,11 @@ import pytest
 from svdk.errors import ArtifactError, DataError, InputError
 from svdk.utils.files import (
     add_to_hash,
+    decode_text,
     new_folder,
     parse_json,
+    read_json_lines,
+    read_lines,
     read_object,
     read_text,
     unfinished,
@@ -124,7 +127,7 @@ def test_hash_of_a_file(tmp_path):
 def test_text_that_cannot_be_read_is_named(tmp_path):
     path = tmp_path / "file"
     path.write_bytes(b"\xef\xbb\xbfa\r\n")
-    assert read_text(path) in ("a\n", "a\r\n")
+    assert read_text(path) == "a\n"
     path.write_bytes(b"abc\xff")
     with pytest.raises(DataError, match=r"prompts .*file was not UTF-8 text \(byte 3\)"):
         read_text(path, "prompts")
@@ -134,6 +137,27 @@ def test_text_that_cannot_be_read_is_named(tmp_path):
         read_text(tmp_path / "none", hint="make one")
     with pytest.raises(DataError, match="cannot be read: Is a directory"):
         read_text(tmp_path)
+
+
+def test_lines_end_at_newlines_only(tmp_path):
+    path = tmp_path / "file"
+    inside = "a\u2028b\u2029c\x85d\x0be\x0cf\x1cg\x1dh\x1ei"
+    path.write_bytes(f"\ufeff\n{inside}\r\n \t\r\r\nlast\ufeff".encode())
+    assert read_lines(path) == [(f"{path} line 2", inside), (f"{path} line 5", "last\ufeff")]
+    path.write_bytes(f'\ufeff"{inside[:7]}"\r\r[1]'.encode())
+    assert read_json_lines(path) == [(f"{path} line 1", inside[:7]), (f"{path} line 3", [1])]
+    path.write_bytes(b"1\n\n{")
+    with pytest.raises(DataError, match="file line 3 was not valid JSON"):
+        read_json_lines(path)
+    with pytest.raises(DataError, match=r"file of prompts .*none does not exist"):
+        read_lines(tmp_path / "none", "file of prompts")
+
+
+def test_text_comes_as_bytes_or_decoded():
+    for content in ("\ufeffa\r\nb\rc\u2028", "\ufeffa\r\nb\rc\u2028".encode()):
+        assert decode_text(content, "standard input") == "a\nb\nc\u2028"
+    with pytest.raises(DataError, match=r"^standard input was not UTF-8 text \(byte 4\)"):
+        decode_text(b"\xef\xbb\xbfa\xff", "standard input")
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from svdk.warmstart.data import (
     encode_all,
     encode_prompt,
     load_examples,
+    load_prompts,
     save_examples,
     split,
 )
@@ -37,7 +38,7 @@ def write(path, *rows):
 
 
 def test_jsonl_file_and_list_give_the_same_examples(tmp_path):
-    rows = [{"prompt": "a", "completion": "b\u2028c", "extra": 1}, {"prompt": "é", "completion": "ü"}]
+    rows = [{"prompt": "a", "completion": "b\u2028c"}, {"prompt": "é", "completion": "ü"}]
     expected = [Example("a", "b\u2028c"), Example("é", "ü")]
     assert load_examples(rows) == expected
     # Raw U+2028, a blank line, a byte order mark and CRLF must not split or break rows.
@@ -77,6 +78,9 @@ def test_chat_becomes_prompt_and_last_turn_with_its_end(tiny_tokenizer):
         ({"messages": CHAT[:3]}, "the last one with role 'assistant'"),
         ({"messages": CHAT[1:2]}, "at least two objects"),
         ({"messages": "hi"}, "messages were not a chat"),
+        ({"messages": []}, r"messages were not a chat \(empty\)"),
+        ({"messages": None}, r"messages were not a chat \(of type NoneType\)"),
+        ({"prompt": CHAT[:1], "completion": "b"}, "prompt was of type list and completion was of type str"),
         ({"messages": [CHAT[0], {"role": "assistant", "content": " "}]}, "last message was empty"),
     ],
 )
@@ -86,9 +90,35 @@ def test_bad_row_is_named(tmp_path, tiny_tokenizer, row, message):
         load_examples(path, tiny_tokenizer)
 
 
+def test_nulls_are_as_if_the_column_were_not_there(tiny_tokenizer, recwarn):
+    chat = {"prompt": None, "completion": None, "messages": CHAT, "tools": None}
+    text = {"prompt": "a", "completion": "b", "messages": None, "tools": None}
+    (want,) = load_examples([{"messages": CHAT}], tiny_tokenizer)
+    assert load_examples([chat, text], tiny_tokenizer) == [want, Example("a", "b")]
+    assert not recwarn.list
+
+
+def test_ignored_columns_are_named_once(tmp_path):
+    rows = [
+        {"prompt": "a", "completion": "b", "source": "s", "id": 1},
+        {"prompt": "a", "completion": "c", "id": 2, "messages": CHAT, "tools": [{}], "no": None},
+    ]
+    path = write(tmp_path / "data.jsonl", *rows)
+    for source, name in ((rows, "data"), (path, str(path))):
+        with pytest.warns(UserWarning) as caught:
+            assert load_examples(source) == [Example("a", "b"), Example("a", "c")]
+        assert [str(w.message) for w in caught] == [
+            f"{name}: columns 'id', 'messages', 'source', 'tools' are ignored; used: 'completion', 'prompt'"
+        ]
+        assert caught[0].filename == __file__
+    with pytest.warns(UserWarning, match=r"^data: column 'x\\ny' is ignored; used"):
+        load_examples([{"prompt": "a", "completion": "b", "x\ny": 1}])
+
+
 def test_chat_needs_a_template():
-    with pytest.raises(DataError, match="chat template"):
-        load_examples([{"messages": CHAT}])
+    for row in ({"messages": CHAT}, {"prompt": CHAT[:1], "completion": CHAT[1:2]}):
+        with pytest.raises(DataError, match="example 0: chats need a tokenizer with a chat template"):
+            load_examples([row])
 
 
 def test_chat_template_that_refuses_or_is_no_prefix():
@@ -204,6 +234,42 @@ def test_split_refuses_what_cannot_be_split():
         split([Example("a", "b")] * 2, 1.0)
     with pytest.raises(DataError, match="2 examples with 1 different contents"):
         split([Example("a", "b")] * 2, 0.5)
+
+
+def test_prompts_of_a_file(tmp_path):
+    lines = [
+        json.dumps({"prompt": "a\u2028b\x85c", "completion": "d"}, ensure_ascii=False) + "\r\n",
+        {"messages": CHAT[:3]},
+        {"prompt": CHAT[:1], "messages": None},
+    ]
+    path = write(tmp_path / "prompts.jsonl", "\ufeff", *lines)
+    text, chat, other = load_prompts(path)
+    assert text == "a\u2028b\x85c"
+    assert (chat.turns, chat.last, other.turns) == (CHAT[:3], "bye", CHAT[:1])
+    write(path, {"prompt": "a", "id": 1}, {"messages": CHAT[:1], "tools": [], "source": 1})
+    with pytest.warns(
+        UserWarning, match=r"prompts\.jsonl: columns 'id', 'source' are ignored; used: 'messages', "
+    ):
+        load_prompts(path)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"text": "x"}, "line 2: columns were 'text'; needed: 'prompt' or 'messages'"),
+        ([1], "line 2 was a list; allowed: an object with columns 'prompt' or 'messages'"),
+        ("{", "line 2 was not valid JSON"),
+        ({"prompt": " "}, "line 2: prompt was empty; allowed: a non-empty string"),
+        ({"prompt": None}, "line 2: prompt was of type NoneType; allowed: a string"),
+        ({"prompt": "\ud800"}, "line 2: prompt held a lone surrogate"),
+        ({"messages": CHAT}, "line 2: the last turn of messages was by 'assistant'"),
+        ({"messages": "x"}, "line 2: messages were not a chat"),
+        ({"prompt": []}, r"line 2: prompt was not a chat \(empty\)"),
+    ],
+)
+def test_bad_prompt_is_named(tmp_path, row, message):
+    with pytest.raises(DataError, match=message):
+        load_prompts(write(tmp_path / "prompts.jsonl", {"prompt": "a"}, row))
 
 
 def test_save_load_and_hash(tmp_path):
