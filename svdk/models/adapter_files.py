@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import torch
 
 from svdk.errors import ArtifactError, first_line
 from svdk.utils.checks import check_count
 from svdk.utils.files import read_object
 
 if TYPE_CHECKING:
-    from peft import PeftConfig
+    from peft import PeftConfig, PeftModel
     from torch import Tensor
 
 WARMSTART_FILE = "warmstart.json"
@@ -23,6 +26,10 @@ MAX_HEADER_BYTES = 1 << 24
 """Of a safetensors file: enough for a hundred thousand tensors."""
 PROMPT_FACTOR = 64
 """How many times larger than the file a prompt's configuration may be; it is a few at most."""
+PIECE = 4096
+"""Rows of an embedding that are compared at a time."""
+TRAINING_ONLY = ".lora_monteclora_sampler."
+"""In the names of tensors that PEFT writes and leaves out again when an adapter is loaded for inference."""
 MISFIT = (
     ValueError, RuntimeError, KeyError, TypeError, AttributeError, IndexError, OverflowError, ImportError,
     re.error,
@@ -82,14 +89,14 @@ def _read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
         raise ArtifactError(f"{path} is damaged: {first_line(error)}") from error
 
 
-def read_weights(folder: Path) -> dict[str, Tensor]:
-    """The adapter's tensors by name."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+def read_weights(folder: Path, names: Iterable[str]) -> dict[str, Tensor]:
+    """The adapter's tensors of these names."""
+    from safetensors import SafetensorError, safe_open
 
     path = folder / "adapter_model.safetensors"
     try:
-        return load_file(path)
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in names}
     except SafetensorError as error:
         raise ArtifactError(f"{path} is damaged: {first_line(error)}") from error
 
@@ -112,12 +119,57 @@ def check_prompt(config: PeftConfig, shapes: dict[str, tuple[int, ...]]) -> None
         )
 
 
-def check_shapes(found: dict[str, tuple[int, ...]], expected: dict[str, Tensor]) -> None:
+def check_shapes(shapes: dict[str, tuple[int, ...]], peft_model: PeftModel) -> None:
     """``ValueError`` naming the first tensor of the file that the model has no place for, or lacks."""
-    for name in sorted(found.keys() | expected.keys()):
-        if name not in expected:
+    own, others = _places(peft_model)
+    places = own | others
+    for name in sorted(shapes.keys() | own.keys()):
+        if name not in places and TRAINING_ONLY in name:
+            continue
+        if name not in places:
             raise ValueError(f"the model has no place for the tensor {name}")
-        if name not in found:
+        if name not in shapes:
             raise ValueError(f"the tensor {name} is missing")
-        if found[name] != tuple(expected[name].shape):
-            raise ValueError(f"the tensor {name} has shape {found[name]}, not {tuple(expected[name].shape)}")
+        if shapes[name] != tuple(places[name].shape):
+            raise ValueError(f"the tensor {name} has shape {shapes[name]}, not {tuple(places[name].shape)}")
+
+
+def read_own_weights(
+    folder: Path, shapes: dict[str, tuple[int, ...]], peft_model: PeftModel
+) -> dict[str, Tensor]:
+    """The adapter's own tensors, once :func:`check_shapes` has passed.
+
+    PEFT adds the embedding and the head when an adapter targets them, when the vocabulary was resized or when
+    it is asked to: ``ValueError`` names the first of these that is not the base model's.
+    """
+    own, others = _places(peft_model)
+    mine = {tensor.data_ptr() for tensor in own.values()}
+    for name in sorted(shapes.keys() & others.keys()):
+        # A trained copy of a layer, written once more under another name, is not the base model's.
+        if others[name].data_ptr() not in mine and not _equal(
+            read_weights(folder, [name])[name], others[name]
+        ):
+            raise ValueError(
+                f"the tensor {name} is not that of the base model; allowed: an adapter that leaves it as it is "
+                "or trains a copy (modules_to_save)"
+            )
+    return read_weights(folder, own)
+
+
+def _places(peft_model: PeftModel) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The model's tensors under the names that PEFT gives them in a file: always, and with embeddings."""
+    from peft import get_peft_model_state_dict
+
+    own = get_peft_model_state_dict(peft_model, save_embedding_layers=False)
+    everything = get_peft_model_state_dict(peft_model, save_embedding_layers=True)
+    return own, {name: tensor for name, tensor in everything.items() if name not in own}
+
+
+def _equal(stored: Tensor, base: Tensor) -> bool:
+    """Whether two tensors are equal in the type of either, a piece at a time."""
+    as_base, as_stored = True, stored.is_floating_point()
+    for ours, theirs in zip(base.detach().split(PIECE), stored.split(PIECE), strict=True):
+        mine = ours.to(theirs.device)
+        as_base = as_base and torch.equal(theirs.to(mine.dtype), mine)
+        as_stored = as_stored and torch.equal(mine.to(theirs.dtype), theirs)
+    return as_base or as_stored
