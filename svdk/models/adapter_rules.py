@@ -89,7 +89,7 @@ def check_leaves_base(config: PeftConfig) -> None:
         name, value = field.name, getattr(config, field.name, None)
         if name in INITIALISATIONS:
             _check_initialisation(name, value)
-        elif name not in HARMLESS | WARM_ONLY:
+        elif name not in HARMLESS and name not in WARM_ONLY:
             default = _default(field)
             if value != default and (value or default):  # None, [] and False all mean: not used
                 wanted = f"{default!r}, an adapter that leaves the base weights as they are"

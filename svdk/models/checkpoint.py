@@ -32,8 +32,7 @@ def check_base_view(module: nn.Module, layers: Mapping[str, nn.Module]) -> None:
     The configuration of every attached adapter is checked, and where the model was loaded from safetensors
     on this machine, a few rows of every weight in ``layers`` (adapter layers by name) are compared with
     theirs. What has no counterpart there is skipped: renamed, converted, resized or quantised weights, and
-    models that are not the checkpoint's at all. Done once for a model and its adapters; a call that finds
-    nothing new is cheap.
+    models that are not the checkpoint's at all. Files are read once for a model and its adapters.
 
     Raises:
         InputError: naming the setting, or the tensor that differs from its checkpoint.
@@ -42,18 +41,18 @@ def check_base_view(module: nn.Module, layers: Mapping[str, nn.Module]) -> None:
     configs = getattr(module, "peft_config", None) or {}
     owned = [p for layer in layers.values() for p in _original(layer).parameters()]
     state = (*map(id, configs.values()), *(p.data_ptr() for p in owned))
-    if not layers or _checked.get(module) == state:
-        return
     for config in configs.values():
         check_leaves_base(config)
+    if not layers or _checked.get(module) == state:
+        return
     try:
         changed = _first_change(module, {id(p) for p in owned})
     except Exception:  # a folder that cannot be read (any more) is no evidence against the model
         changed = None
     if changed is not None:
         raise InputError(
-            f"base weight {changed} was not that of the checkpoint {model_name(module)}; allowed: a base model "
-            "that adapters left as it is (one changed on purpose: save it to a folder of its own and load that)"
+            f"base weight {changed} was not that of the checkpoint {model_name(module)}; allowed: a base "
+            "model that adapters left as it is (or one loaded from a folder of its own, if it is to differ)"
         )
     _checked[module] = state
 

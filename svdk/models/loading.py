@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import importlib.util
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +11,14 @@ import torch
 from torch import nn
 
 from svdk.errors import ArtifactError, InputError, first_line, out_of_memory
-from svdk.models.adapter_files import MISFIT, check_prompt, check_shapes, read_adapter, read_own_weights
+from svdk.models.adapter_files import (
+    MISFIT,
+    check_prompt,
+    match_tensors,
+    read_adapter,
+    read_own_weights,
+    trial_config,
+)
 from svdk.models.fingerprints import check_base_model, checksums, model_name
 from svdk.utils.checks import check_choice
 
@@ -109,17 +115,17 @@ def load_adapter(model: PreTrainedModel, folder: str | Path) -> PeftModel:
     put_back = _structure(model)
     try:
         check_config(config)
-        before = checksums(model)
+        base, before = model.state_dict(), checksums(model)
         if config.is_prompt_learning:
             check_prompt(config, shapes)
         else:
             with torch.device("meta"):  # shapes alone: a rank of 10^9 must not allocate
-                trial = attach(model, copy.deepcopy(config), low_cpu_mem_usage=True)
-            check_shapes(shapes, trial)
+                trial = attach(model, trial_config(config, model), low_cpu_mem_usage=True)
+            match_tensors(shapes, trial, base)
             put_back()
         peft_model = attach(model, config)
-        check_shapes(shapes, peft_model)
-        set_peft_model_state_dict(peft_model, read_own_weights(folder, shapes, peft_model))
+        own, copies = match_tensors(shapes, peft_model, base)
+        set_peft_model_state_dict(peft_model, read_own_weights(folder, own, copies))
         if config.is_prompt_learning:  # its shapes come from its own config: only a forward shows a misfit
             token = torch.zeros(1, 1, dtype=torch.long, device=model.device)
             with torch.no_grad():
