@@ -31,7 +31,7 @@ def model_fingerprint(model: nn.Module) -> str:
 
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     digest = hashlib.sha256(str(getattr(base.config, "model_type", type(base).__name__)).encode())
-    for name, tensor in sorted(_base_parameters(base)):
+    for name, tensor in sorted(base_parameters(base)):
         digest.update(f"\n{name} {tuple(tensor.shape)} ".encode())
         digest.update(_sample(tensor))
     return digest.hexdigest()
@@ -78,7 +78,19 @@ def check_base_model(model: nn.Module, folder: str | Path) -> None:
         )
 
 
-def _base_parameters(base: nn.Module) -> list[tuple[str, Tensor]]:
+def checksums(base: nn.Module) -> dict[str, int]:
+    """A number for each parameter of the base model that changes with any of its bits; one pass over them."""
+    return {name: _checksum(tensor) for name, tensor in base_parameters(base) if not tensor.is_meta}
+
+
+@torch.no_grad()
+def _checksum(tensor: Tensor) -> int:
+    data = tensor.data.contiguous().flatten().view(torch.uint8)
+    whole = data.numel() % 8 == 0 and data.storage_offset() % 8 == 0
+    return int((data.view(torch.int64) if whole else data).sum(dtype=torch.int64))
+
+
+def base_parameters(base: nn.Module) -> list[tuple[str, Tensor]]:
     """Parameters of a model, those of adapter layers inside it left out, under their original names."""
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
@@ -87,8 +99,8 @@ def _base_parameters(base: nn.Module) -> list[tuple[str, Tensor]]:
     for name, module in base.named_modules():
         if isinstance(module, BaseTunerLayer):
             inner[name] = "base_layer"
-        elif isinstance(module, AuxiliaryTrainingWrapper):
-            inner[name] = "original_module"
+        elif isinstance(module, AuxiliaryTrainingWrapper):  # token wrappers hold it in an adapter layer
+            inner[name] = "original_module" if module._modules.get("original_module") else "token_adapter"
     kept: list[tuple[str, Tensor]] = []
     for name, tensor in base.named_parameters():
         parts, clean, path = name.split("."), [], ""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import importlib.util
 from collections.abc import Callable
 from pathlib import Path
@@ -12,8 +11,15 @@ import torch
 from torch import nn
 
 from svdk.errors import ArtifactError, InputError, first_line, out_of_memory
-from svdk.models.adapter_files import MISFIT, check_prompt, check_shapes, read_adapter, read_weights
-from svdk.models.fingerprints import check_base_model, model_name
+from svdk.models.adapter_files import (
+    MISFIT,
+    check_prompt,
+    match_tensors,
+    read_adapter,
+    read_own_weights,
+    trial_config,
+)
+from svdk.models.fingerprints import check_base_model, checksums, model_name
 from svdk.utils.checks import check_choice
 
 if TYPE_CHECKING:
@@ -93,12 +99,13 @@ def load_adapter(model: PreTrainedModel, folder: str | Path) -> PeftModel:
     LoRA and IA3 are injected into ``model`` in place; :func:`detach` takes them out again. Raises
     :class:`ArtifactError` when the folder is not an adapter with safetensors weights, or does not fit:
     made on another base model (when ``svdk warmstart`` recorded which), other target modules, missing or
-    surplus tensors, other shapes, or a configuration that changes the base weights. ``model`` is then left
-    as it was. What the configuration asks for is compared with the file before memory is allocated for it.
+    surplus tensors, other shapes, base weights in the file that are not those of ``model``, or a
+    configuration that changes the base weights. ``model`` is then left as it was. What the configuration asks
+    for is compared with the file before memory is allocated for it.
     """
-    from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+    from peft import PeftModel, set_peft_model_state_dict
 
-    from svdk.models.pair import check_config
+    from svdk.models.adapter_rules import check_config
 
     if isinstance(model, PeftModel) or getattr(model, "peft_config", None):
         raise InputError("model had an adapter attached; allowed: a base model without one")
@@ -108,20 +115,24 @@ def load_adapter(model: PreTrainedModel, folder: str | Path) -> PeftModel:
     put_back = _structure(model)
     try:
         check_config(config)
+        base, before = model.state_dict(), checksums(model)
         if config.is_prompt_learning:
             check_prompt(config, shapes)
         else:
             with torch.device("meta"):  # shapes alone: a rank of 10^9 must not allocate
-                trial = attach(model, copy.deepcopy(config), low_cpu_mem_usage=True)
-            check_shapes(shapes, get_peft_model_state_dict(trial, save_embedding_layers=False))
+                trial = attach(model, trial_config(config, model), low_cpu_mem_usage=True)
+            match_tensors(shapes, trial, base)
             put_back()
         peft_model = attach(model, config)
-        check_shapes(shapes, get_peft_model_state_dict(peft_model, save_embedding_layers=False))
-        set_peft_model_state_dict(peft_model, read_weights(folder))
+        own, copies = match_tensors(shapes, peft_model, base)
+        set_peft_model_state_dict(peft_model, read_own_weights(folder, own, copies))
         if config.is_prompt_learning:  # its shapes come from its own config: only a forward shows a misfit
             token = torch.zeros(1, 1, dtype=torch.long, device=model.device)
             with torch.no_grad():
                 peft_model.eval()(input_ids=token, attention_mask=torch.ones_like(token))
+        after = checksums(peft_model.get_base_model())
+        if changed := sorted(name for name in before if after.get(name) != before[name]):
+            raise ValueError(f"attaching it changed the base weight {changed[0]}; allowed: none")
     except MISFIT as error:
         put_back()
         if out_of_memory(error):
@@ -145,13 +156,16 @@ def attach(model: nn.Module, config: PeftConfig, **options: Any) -> PeftModel:
 
 
 def _structure(model: nn.Module) -> Callable[[], None]:
-    """A function that undoes what PEFT does to a model: other modules in places, flags, attributes."""
+    """A function that undoes what PEFT does to a model: other modules and weights, flags, attributes."""
     # Not through the wrappers' own ways back: an injection may have stopped anywhere, and a nonsensical
     # configuration can put a model inside itself.
     places: list[tuple[dict[str, Any], dict[str, Any]]] = [
         (held, dict(held)) for module in model.modules() for held in (module._modules, module._parameters)
     ]
     trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+    values = [
+        (p, p.data) for p in model.parameters()
+    ]  # what rewrites weights mostly puts others in their place
     attributes = set(vars(model))
 
     def put_back() -> None:
@@ -162,6 +176,8 @@ def _structure(model: nn.Module) -> Callable[[], None]:
             delattr(model, name)
         for name, p in model.named_parameters():
             p.requires_grad_(name in trainable)
+        for p, data in values:
+            p.data = data
 
     return put_back
 

@@ -14,16 +14,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from svdk.errors import InputError
+from svdk.models.adapter_rules import PROMPT_TYPES, WEIGHT_TYPES, check_config
+from svdk.models.adapter_rules import check_type as _check_type
+from svdk.models.checkpoint import check_base_view
 from svdk.models.rows import Layout, check_inputs
 from svdk.models.stream import Stream, ViewCache, Virtual
 from svdk.models.traits import find_traits
 from svdk.utils.checks import check_choice
 from svdk.utils.views import BASE
 
-WEIGHT_TYPES = ("LORA", "IA3", "ADALORA", "LOHA", "LOKR")
-"""PEFT types that live inside layers, each with a flag that turns it off."""
-PROMPT_TYPES = ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING")
-"""PEFT types that add virtual tokens and leave the layers alone."""
 CACHES = ("dynamic", "static")
 
 
@@ -75,6 +74,7 @@ class ModelPair:
         self.is_prefix = self.peft_type == "PREFIX_TUNING"
 
         self.config = self.module.config
+        check_base_view(self.module, self.layers)
 
     @property
     def device(self) -> torch.device:
@@ -236,29 +236,3 @@ def _peft_owner(model: nn.Module) -> PeftModel | None:
     bound = getattr(model, "prepare_inputs_for_generation", None)
     owner = getattr(bound, "__self__", None)
     return owner if isinstance(owner, PeftModel) else None
-
-
-def _check_type(config: Any) -> None:
-    check_choice("PEFT type", config.peft_type.value, WEIGHT_TYPES + PROMPT_TYPES)
-
-
-def check_config(config: Any) -> None:
-    """``InputError`` unless the adapter can be switched off and leaves the base weights as they are."""
-    _check_type(config)
-    kind = config.peft_type.value
-    if getattr(config, "num_transformer_submodules", 1) == 2:
-        raise InputError(f"{kind} adapter was made for an encoder-decoder model; allowed: decoder-only")
-    # Each of these changes the base model itself: switching the adapter off would not bring it back.
-    init = getattr(config, "init_lora_weights", True)
-    changed = {
-        "bias": getattr(config, "bias", "none") != "none",
-        "layer_replication": bool(getattr(config, "layer_replication", None)),
-        "init_lora_weights": isinstance(init, str) and init.startswith(("pissa", "olora", "corda", "loftq")),
-        "alora_invocation_tokens": bool(getattr(config, "alora_invocation_tokens", None)),
-    }
-    for name, bad in changed.items():
-        if bad:
-            raise InputError(
-                f"adapter had {name}={getattr(config, name)!r}; allowed: an adapter that leaves the base "
-                "weights as they are and is on at every token"
-            )
