@@ -71,6 +71,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 def run(args: argparse.Namespace) -> int:
     """Load, then answer prompt by prompt."""
     from svdk.generation.generate import decode
+    from svdk.generation.options import stop_criteria
     from svdk.generation.sampler import make_sampler
     from svdk.models.loading import load_adapter, load_model
     from svdk.models.pair import ModelPair
@@ -88,6 +89,8 @@ def run(args: argparse.Namespace) -> int:
     options |= {"steering": steering, "backend": args.backend, "do_sample": args.temperature != 0}
     make_sampler(pair, 1, **options)  # a bad value is an error before the first answer, not after it
     options |= {"max_new_tokens": args.max_new_tokens, "eos_token_id": eos_ids(model, tokenizer)}
+    strings = getattr(model.generation_config, "stop_strings", None)  # a model may bring its own
+    options["stopping_criteria"] = stop_criteria(strings, tokenizer, None)
     if hasattr(sys.stdout, "reconfigure"):  # a model can emit what the terminal's encoding cannot show
         sys.stdout.reconfigure(errors="replace")
 
