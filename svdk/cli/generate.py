@@ -28,7 +28,7 @@ from svdk.warmstart.data import (
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteriaList
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from svdk.calibration.artifact import Steering
     from svdk.models.pair import ModelPair
@@ -98,6 +98,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 def run(args: argparse.Namespace) -> int:
     """Load, then answer prompt by prompt."""
     from svdk.generation.generate import decode
+    from svdk.generation.options import stop_criteria
     from svdk.generation.sampler import make_sampler
     from svdk.models.loading import load_adapter, load_model
     from svdk.models.pair import ModelPair
@@ -122,7 +123,8 @@ def run(args: argparse.Namespace) -> int:
     make_sampler(pair, 1, **options)
     choose_forward(pair, args.forward)
     options |= {"max_new_tokens": args.max_new_tokens, "eos_token_id": eos_ids(model, tokenizer)}
-    options |= {"forward": args.forward, "stopping_criteria": _stops(tokenizer, args.stop)}
+    strings = args.stop or getattr(model.generation_config, "stop_strings", None)  # a model may bring its own
+    options |= {"forward": args.forward, "stopping_criteria": stop_criteria(strings, tokenizer, None)}
     if hasattr(sys.stdout, "reconfigure"):  # a model can emit what the terminal's encoding cannot show
         sys.stdout.reconfigure(errors="replace")
 
@@ -229,12 +231,6 @@ def _warn(file: str, chats: list[Chat], tokenizer: PreTrainedTokenizerBase) -> N
     for chat in chats:
         columns.left_out |= chat.left_out(tokenizer)
     columns.warn(file)
-
-
-def _stops(tokenizer: PreTrainedTokenizerBase, texts: list[str] | None) -> StoppingCriteriaList | None:
-    from transformers import StoppingCriteriaList, StopStringCriteria
-
-    return StoppingCriteriaList([StopStringCriteria(tokenizer, texts)]) if texts else None
 
 
 def _encode(

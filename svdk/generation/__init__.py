@@ -1,7 +1,7 @@
 """Steered decoding: a ``custom_generate``, a logits processor, and svdk's sampler under ``generate``.
 
-Reading order: ``sampler`` (what one step needs beside the logits), ``generate`` (the loop),
-``logits_processor``, ``patch``.
+Reading order: ``sampler`` (what one step needs beside the logits), ``generate`` (the loop), ``options`` and
+``caller`` (what transformers and PEFT keep from a callable), ``logits_processor``, ``patch``.
 """
 
 from svdk.generation.generate import SteeredOutput, decode, generate

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from transformers.generation import LogitsProcessor
 
 from svdk.errors import InputError
+from svdk.generation.caller import assisted_by, decoding_call, mask_of, pair_of
+from svdk.generation.options import check_positions, check_tokens_only
 from svdk.generation.sampler import SteeringOptions, build_sampler
 from svdk.models.pair import ModelPair
 from svdk.models.rows import check_inputs
@@ -36,8 +38,8 @@ class SteeringLogitsProcessor(LogitsProcessor):
         steering: a calibrated artifact or a :class:`svdk.SteeringConfig`; the next six override its fields.
         strength, strength_mode, direction, alpha, penalty, vector: as in :func:`svdk.generate`, numbers
             only (a (V,) tensor for ``vector``).
-        attention_mask: (B, T) of the prompts, as given to ``generate``. Needed with padding where the padding
-            token is also an end-of-sequence token; else worked out as transformers does.
+        attention_mask: (B, T) of the prompts. Needed only in a decoding loop of your own: inside
+            ``generate``, its mask is used. Without either, prompts that may be padded are refused.
         check: raise on NaN or infinite logits; False lets such a row come out as NaN.
         backend: as in :func:`svdk.steered_sample`.
 
@@ -63,7 +65,7 @@ class SteeringLogitsProcessor(LogitsProcessor):
         backend: str = "auto",
     ) -> None:
         """Check everything; nothing runs yet."""
-        self._pair = ModelPair(model)
+        self._pair = pair_of(model)
         given = SteeringOptions(
             steering, strength, strength_mode, direction, alpha, penalty, vector, check=check, backend=backend
         )
@@ -111,7 +113,24 @@ class SteeringLogitsProcessor(LogitsProcessor):
         return logits
 
     def _prompt_mask(self, ids: Tensor) -> Tensor | None:
-        """(N, T), or None without padding."""
+        """(N, T), or None without padding: the one given, else that of the running ``generate``."""
+        call = decoding_call(self._pair.module, self, ids)
+        if call is None:
+            return self._own_mask(ids)
+        if (name := assisted_by(call)) is not None:
+            raise InputError(
+                f"{name} was given; allowed with SteeringLogitsProcessor: None (assisted decoding is not "
+                "supported: its candidates are no steps of one token)"
+            )
+        given = call.get("kwargs", {})
+        check_tokens_only(given, call["generation_config"])
+        mask = mask_of(call, ids) if self._given_mask is None else self._own_mask(ids)
+        if given.get("position_ids") is not None:
+            check_positions(call["model_kwargs"].get("position_ids"), ids, mask)
+        return mask
+
+    def _own_mask(self, ids: Tensor) -> Tensor | None:
+        """(N, T) from the mask that this object was given; None without, where nothing can be padding."""
         rows, length = ids.shape
         mask = self._given_mask
         if mask is not None:
@@ -121,15 +140,12 @@ class SteeringLogitsProcessor(LogitsProcessor):
                     f"attention_mask had shape {found}; allowed: (B, {length}) with B a divisor of {rows}"
                 )
             return check_inputs(ids, mask.to(ids.device).repeat_interleave(rows // mask.shape[0], 0))
-        if not self._pad:
-            return None
-        pad = self._pad[0]
-        if pad not in self._eos:
-            return check_inputs(ids, ids != pad)
-        if bool((ids[:, 0] == pad).any()):
+        # transformers pads with the end of a sequence where there is no padding token.
+        padding = torch.tensor(self._pad or self._eos, dtype=ids.dtype, device=ids.device)
+        if bool(torch.isin(ids[:, 0], padding).any()):
             raise InputError(
-                "attention_mask was None, and a prompt starts with the padding token, which also ends "
-                "sequences; allowed: the attention_mask given to generate"
+                "attention_mask was None outside generate, and a prompt starts with what may be padding; "
+                "allowed: the attention_mask of the prompts"
             )
         return None
 

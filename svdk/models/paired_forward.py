@@ -130,38 +130,43 @@ class PairedForward:
                 vars(layer).pop("forward", None)
 
 
-def why_not_paired(pair: ModelPair, input_ids: Tensor | None = None) -> str | None:
+def why_not_paired(
+    pair: ModelPair, input_ids: Tensor | None = None, row_adapters: Sequence[str] | None = None
+) -> str | None:
     """Why the two views of ``pair`` cannot share a forward; None when they can.
 
-    Two tiny rows decide, run both ways, once a model and adapter; ``input_ids`` (B, T): where their
-    tokens are from.
+    Two tiny rows decide, run both ways, once a model and its adapters; ``input_ids`` (B, T): where their
+    tokens are from. ``row_adapters``: as in :class:`PairedForward`.
     """
     if pair.num_virtual_tokens and pair.traits.padding is not None:
         return f"base rows would have padding for virtual tokens, and {pair.traits.padding}"
-    reason = _routes(pair, RowSpans(), None)[0]
+    names = None if row_adapters is None else _check_adapters(pair, row_adapters)
+    reason = _routes(pair, RowSpans(), names)[0]
     if reason is not None:
         return reason
     found = _probed.setdefault(pair.module, {})
-    key = (_state(pair), torch.is_autocast_enabled(pair.device.type))
+    key = (_state(pair, names), torch.is_autocast_enabled(pair.device.type))
     if key not in found:
-        found[key] = _probe(pair, input_ids)
+        found[key] = _probe(pair, input_ids, names)
     return found[key]
 
 
-def _state(pair: ModelPair) -> tuple[Any, ...]:
-    """What a probe depends on: layers, active adapters, types."""
+def _state(pair: ModelPair, names: list[str] | None) -> tuple[Any, ...]:
+    """What a probe depends on: layers, active adapters or those of the rows, types."""
     layers = [(name, tuple(getattr(layer, "active_adapters", ()))) for name, layer in pair.layers.items()]
-    return (pair.peft_type, pair.module.dtype, *layers)
+    return (pair.peft_type, pair.module.dtype, *layers, names and tuple(names))
 
 
-def _probe(pair: ModelPair, input_ids: Tensor | None) -> str | None:
+def _probe(pair: ModelPair, input_ids: Tensor | None, names: list[str] | None) -> str | None:
     """Run two rows of three tokens, the last one as a step of its own, and compare with the two views."""
     if input_ids is None:
         input_ids = torch.arange(3, device=pair.device)[None] + pair.vocab_size // 3
     tokens = input_ids[0, -3:].repeat(3)[-3:]  # the right end of a row is never padding
     ids = torch.stack([tokens, tokens.flip(0)])
+    if names is not None:
+        ids = ids.repeat(len(names), 1)[: len(names)]
     try:
-        forward = PairedForward(pair)
+        forward = PairedForward(pair, names)
         with pair.evaluating():
             cache = forward.new_cache()
             forward(ids[:, :2], cache=cache)
@@ -191,10 +196,10 @@ def choose_forward(
         raise InputError("forward was 'two_pass' with row_adapters; allowed: 'auto' or 'paired'")
     if forward == "two_pass":
         return None
-    reason = why_not_paired(pair, input_ids) if row_adapters is None else None
+    reason = why_not_paired(pair, input_ids, row_adapters)
     if reason is None:
         return PairedForward(pair, row_adapters)
-    if forward == "paired":
+    if forward == "paired" or row_adapters is not None:  # two passes know one adapter at a time
         raise _not_paired(reason)
     say_two_passes(reason)
     return None

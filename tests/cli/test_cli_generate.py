@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import shutil
 import sys
 
 import pytest
@@ -60,6 +61,16 @@ def test_prints_the_steered_answer(call, tiny_folder, adapter):
     shown = call("--prompt", "say hi", "--raw", "--max-new-tokens", 10, "--strength", 9, "--quiet")
     assert shown.out == expected(tiny_folder, adapter, "say hi", 9.0) + "\n"
     assert "ms a token" not in shown.err
+
+
+def test_stop_strings_of_the_model_count(call, tiny_folder, adapter, tmp_path):
+    folder = shutil.copytree(tiny_folder, tmp_path / "model")
+    path = folder / "generation_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"stop_strings": ["#c"]}))
+    free = expected(tiny_folder, adapter, "say hi")
+    assert "#c" in free[:-2]
+    shown = call("--prompt", "say hi", "--raw", "--max-new-tokens", 10, "--model", folder)
+    assert shown.out == free[: free.index("#c") + 2] + "\n"
 
 
 def test_chat_template_as_the_calibration_examples_have_it(call, tiny_folder, adapter):

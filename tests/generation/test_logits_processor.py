@@ -6,8 +6,14 @@ import math
 
 import pytest
 import torch
-from transformers import DynamicCache
-from transformers.generation import LogitsProcessor
+from transformers import DynamicCache, TextIteratorStreamer
+from transformers.generation import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    MaxLengthCriteria,
+    StoppingCriteriaList,
+)
 
 import svdk
 from svdk import SteeringLogitsProcessor
@@ -170,15 +176,145 @@ def test_padding_is_worked_out_as_transformers_does(lora):
     assert torch.equal(got, want)
 
 
-def test_padding_that_cannot_be_worked_out(lora):
-    model = tiny.tiny_peft("lora")
-    model.generation_config.pad_token_id = 2
-    model.base_model.model.generation_config.pad_token_id = 2
+@pytest.mark.parametrize(
+    "options", [{}, {"num_beams": 3}, {"do_sample": True, "num_return_sequences": 2}, {"use_cache": False}]
+)
+@pytest.mark.parametrize("kind", ["lora", "prompt_tuning"])
+def test_the_mask_is_that_of_generate(kind, options, plain):
+    """Padding that looks like text, and text that looks like padding (its beginning): ids cannot tell."""
+    model = tiny.tiny_peft(kind)
+    bos = model.get_base_model().generation_config.pad_token_id = 1
     ids, mask, _ = left_padded()
-    ids[mask == 0] = 2
-    with pytest.raises(InputError, match="attention_mask was None, and a prompt starts with the padding"):
-        run(model, SteeringLogitsProcessor(model), ids, mask)
-    run(model, SteeringLogitsProcessor(model, attention_mask=mask), ids, mask)
+    ids[mask == 0] = 77
+    ids[0, 0] = bos
+    slow = run(model, SlowSteering(plain, mask, **STEERING), ids, mask, **options).sequences
+    assert torch.equal(run(model, SteeringLogitsProcessor(model, **STEERING), ids, mask, **options)[0], slow)
+    whole = torch.ones_like(mask)
+    ids[:, 0] = bos  # transformers drops a mask of ones
+    slow = run(model, SlowSteering(plain, whole, **STEERING), ids, whole, **options).sequences
+    for given in (whole, None) if options else (whole,):
+        if given is None:  # one that transformers works out, from a padding id that nothing else is
+            model.get_base_model().generation_config.pad_token_id = 0
+        fast = run(model, SteeringLogitsProcessor(model, **STEERING), ids, given, **options)
+        assert torch.equal(fast.sequences, slow)
+
+
+def test_the_mask_is_found_through_another_processor(lora, plain):
+    class Wrapped(LogitsProcessor):
+        def __init__(self, inner):
+            self.inner = inner
+
+        def __call__(self, input_ids, scores):
+            return self.inner(input_ids, scores)
+
+    ids, mask, _ = left_padded()
+    ids[mask == 0] = 77
+    slow = run(lora, SlowSteering(plain, mask, **STEERING), ids, mask).sequences
+    fast = run(lora, Wrapped(SteeringLogitsProcessor(lora, **STEERING)), ids, mask)
+    assert torch.equal(fast.sequences, slow)
+
+
+def test_a_mask_that_is_given_wins(lora, plain):
+    ids, mask, _ = left_padded()
+    other = torch.ones_like(mask)
+    slow = run(lora, SlowSteering(plain, other, **STEERING), ids, mask).sequences
+    fast = run(lora, SteeringLogitsProcessor(lora, attention_mask=other, **STEERING), ids, mask)
+    assert torch.equal(fast.sequences, slow)
+
+
+@pytest.mark.parametrize(("pad", "eos", "first"), [(0, 2, 0), (1, 2, 1), (2, 2, 2), (None, 2, 2)])
+def test_outside_generate_padding_is_not_guessed(plain, pad, eos, first):
+    model = tiny.tiny_peft("lora")
+    for config in (model.get_base_model().generation_config, model.config):
+        config.pad_token_id, config.eos_token_id = pad, eos
+    ids = torch.tensor([[first, 20, 30], [40, 50, 60]])
+    scores = torch.randn(2, tiny.VOCAB_SIZE, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(InputError, match="attention_mask was None outside generate"):
+        SteeringLogitsProcessor(model, **STEERING)(ids, scores)
+    for mask in (torch.ones_like(ids), torch.tensor([[0, 1, 1], [1, 1, 1]])):
+        got = SteeringLogitsProcessor(model, attention_mask=mask, **STEERING)(ids, scores)
+        want = SlowSteering(plain, mask, **STEERING)(ids, scores)
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+    ids[0, 0] = 10  # no padding on the left without any in the first column
+    got = SteeringLogitsProcessor(model, **STEERING)(ids, scores)
+    want = SlowSteering(plain, torch.ones_like(ids), **STEERING)(ids, scores)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+def test_a_loop_inside_another_generate_has_no_mask(lora):
+    """The surrounding call is for other tokens, or of another model."""
+    scores = torch.randn(1, tiny.VOCAB_SIZE)
+
+    class Inside(LogitsProcessor):
+        def __call__(self, input_ids, outer):
+            with pytest.raises(InputError, match="attention_mask was None outside generate"):
+                SteeringLogitsProcessor(lora)(torch.tensor([[0, 20, 30]]), scores)
+            self.called = True
+            return outer
+
+    for model in (lora, tiny.tiny_model(seed=3)):
+        inside = Inside()
+        model.generate(torch.tensor([[7, 8]]), max_new_tokens=1, logits_processor=[inside])
+        assert inside.called
+
+
+def test_a_loop_called_without_generate_has_a_mask_too(lora, plain):
+    """``_sample`` by itself: its mask is one token ahead."""
+    ids, mask, _ = left_padded()
+    ids[mask == 0] = 77
+    model = lora.get_base_model()
+    config = GenerationConfig(max_length=12, do_sample=False)
+    config._pad_token_tensor = torch.tensor(0)
+    ends = StoppingCriteriaList([MaxLengthCriteria(12)])
+    found = []
+    for processor in (SteeringLogitsProcessor(lora, **STEERING), SlowSteering(plain, mask, **STEERING)):
+        options = {"attention_mask": mask, "use_cache": True, "past_key_values": DynamicCache()}
+        with torch.no_grad():
+            found.append(model._sample(ids, LogitsProcessorList([processor]), ends, config, **options))
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"inputs_embeds": torch.zeros(1, 5, tiny.HIDDEN)}, "generate was given inputs_embeds"),
+        ({"position_ids": torch.arange(5)[None] + 1}, "position_ids counted differently"),
+    ],
+)
+def test_what_the_base_model_would_not_see_is_refused(lora, given, message):
+    with pytest.raises(InputError, match=message):
+        run(lora, SteeringLogitsProcessor(lora), left_padded((5,))[0], None, **given)
+
+
+def test_a_cache_that_holds_the_beginning(lora):
+    """Only its end is in input_ids: the base model cannot have seen the rest."""
+    ids = left_padded((9,))[0]
+    cache = DynamicCache()
+    with torch.no_grad():
+        lora(ids[:, :4], past_key_values=cache)
+    with pytest.raises(InputError, match=r"attention_mask in generate had shape \(1, 9\)"):
+        run(lora, SteeringLogitsProcessor(lora), ids[:, 4:], torch.ones_like(ids), past_key_values=cache)
+
+
+def test_streamers_and_stop_strings_work_as_ever(lora, tiny_tokenizer):
+    ids = left_padded((5,))[0]
+    options = {"suppress_tokens": tiny.ids_but_letters(tiny_tokenizer), "eos_token_id": None}
+    free = run(lora, SteeringLogitsProcessor(lora, **STEERING), ids, None, **options).sequences[0, 5:]
+    streamer = TextIteratorStreamer(tiny_tokenizer, skip_prompt=True, timeout=10)
+    options |= {"streamer": streamer, "stop_strings": tiny_tokenizer.decode(free[2:4])}
+    processor = SteeringLogitsProcessor(lora, **STEERING)
+    out = run(lora, processor, ids, None, tokenizer=tiny_tokenizer, **options).sequences[0, 5:]
+    assert torch.equal(out, free[:4])
+    assert "".join(streamer) == tiny_tokenizer.decode(out)
+
+
+def test_a_mixed_peft_model():
+    model = tiny.tiny_mixed()
+    ids, mask, _ = left_padded()
+    options = {"max_new_tokens": STEPS, "attention_mask": mask}
+    want = model.generate(input_ids=ids, custom_generate=svdk.generate, strength=2.0, **options)
+    processor = SteeringLogitsProcessor(model, strength=2.0)
+    assert torch.equal(model.generate(input_ids=ids, logits_processor=[processor], **options), want)
 
 
 @pytest.mark.parametrize("wrong", [torch.ones(3, 4), torch.ones(2, 9), torch.ones(9)])
@@ -190,10 +326,10 @@ def test_wrong_attention_mask(lora, wrong):
 
 def test_assisted_decoding_is_refused(lora):
     ids = left_padded((9,))[0]
-    with pytest.raises(InputError, match="assisted decoding is not supported"):
+    with pytest.raises(InputError, match=r"assistant_model was given.*assisted decoding is not supported"):
         run(lora, SteeringLogitsProcessor(lora), ids, None, assistant_model=tiny.tiny_model(seed=3))
     ids = torch.tensor([[7, 8, 9, 7, 8, 9, 7, 8]])
-    with pytest.raises(InputError, match="assisted decoding is not supported"):
+    with pytest.raises(InputError, match=r"prompt_lookup_num_tokens was given.*assisted decoding"):
         run(lora, SteeringLogitsProcessor(lora), ids, None, prompt_lookup_num_tokens=3)
 
 

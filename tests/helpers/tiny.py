@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 from peft import (
     IA3Config,
+    LoHaConfig,
     LoraConfig,
     PeftConfig,
+    PeftMixedModel,
     PeftModel,
     PrefixTuningConfig,
     PromptEncoderConfig,
@@ -59,6 +61,11 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
         padding_side="left",
         model_max_length=512,
     )
+
+
+def ids_but_letters(tokenizer: PreTrainedTokenizerFast) -> list[int]:
+    """Everything that is not a lower-case letter: without these ids, random models write text."""
+    return [i for text, i in tokenizer.get_vocab().items() if not (len(text) == 1 and "a" <= text <= "z")]
 
 
 def tiny_config(arch: str = "llama", vocab_size: int = VOCAB_SIZE):
@@ -164,3 +171,15 @@ def tiny_examples(n: int = 24, seed: int = 0) -> list[dict[str, str]]:
     order = torch.randperm(len(words) ** 2, generator=generator).tolist()
     pairs = [f"{words[i // len(words)]} {words[i % len(words)]}" for i in order]
     return [{"prompt": f"say {p}: ", "completion": p.upper()} for p in (pairs * (n // len(pairs) + 1))[:n]]
+
+
+def tiny_mixed(seed: int = 1) -> PeftMixedModel:
+    """Adapters of two types in one model, both active."""
+    lora = LoraConfig(r=4, lora_alpha=8, init_lora_weights=False, target_modules=["q_proj"])
+    loha = LoHaConfig(r=4, alpha=8, init_weights=False, target_modules=["v_proj"])
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = get_peft_model(tiny_model(), lora, mixed=True)
+        model.add_adapter("other", loha)
+    model.set_adapter(["default", "other"])
+    return model.eval()
