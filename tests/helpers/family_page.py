@@ -39,7 +39,7 @@ def reason(verdict: Verdict) -> str:
             "padded rows differ from the slow loop" if verdict.alone == "equal" else "rows differ, also alone"
         )
     text = re.sub(r"^[a-z0-9, ]*(batch|alone)\b[^:]*: |; \((padded|row).*$", "", text)
-    text = re.sub(r" @ \S+$|; row \d.*$", "", text)
+    text = re.sub(r" @ \S+$", "", re.sub(r"; row \d.*$", "", text))
     text = re.sub(r"^forward was 'paired'; allowed for this model: 'two_pass', because ", "", text)
     text = re.sub(r"layer \S+: ", "", text)
     return text.replace("|", "/").replace("PEFT: ", "").strip()
@@ -72,6 +72,7 @@ def render(results: Mapping[str, Mapping[str, Sequence[Verdict]]]) -> str:
         f'- **{TWO_PASSES}**: `forward="auto"` runs one forward a model, and says why',
         f"- **{REFUSED}**, **{PADDED}**: an `InputError` that says why; nothing is decoded",
         f"- **{ATTACH}**: PEFT raises, or cannot run one row with its adapter; svdk had no part in it",
+        "- **wrong**, **error**: faults, each on the list of `tests/generation/family_exceptions.py`",
         f"- **{BUILD}**: no tiny model of this type could be made",
         "",
         "Written by `SVDK_LONG=1 SVDK_WRITE=1 python -m pytest tests/generation/test_families.py`.",
