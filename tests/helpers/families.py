@@ -10,6 +10,7 @@ import functools
 import inspect
 import traceback
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ from transformers.pytorch_utils import Conv1D
 import svdk
 from svdk.errors import InputError
 from svdk.warmstart.peft_configs import make_config
-from tests.helpers.family_configs import FAMILIES, VOCAB, CannotBuild, tiny_family
+from tests.helpers.family_configs import FAMILIES, LAYERS, VOCAB, CannotBuild, tiny_family
 
 __all__ = ["FAMILIES", "FORWARDS", "KINDS", "CannotBuild", "NotAttachable", "Verdict", "verdict"]
 
@@ -44,7 +45,17 @@ STEPS = 5
 STRENGTH, ALPHA = 2.0, 0.1
 VIRTUAL = 3
 MAMBA = ("mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h")
-"""Where PEFT refuses LoRA on out_proj and conv1d."""
+EXCLUDED = {
+    **{name: ["out_proj", "conv1d"] for name in MAMBA},
+    "llama4": ["router"],
+    "llama4_text": ["router"],
+    "deepseek_v4": ["o_a_proj"],
+}
+"""Linear layers that PEFT refuses, or that are not quite linear: it cannot run the model with them."""
+NOT_ITS_TEXT = ("git",)
+"""Where the known names for IA3 are those of the vision tower."""
+PREFIX_SHAPES = {"falcon": {"num_attention_heads": 1, "token_dim": 8}}
+"""The keys' heads and their width in all, where PEFT guesses wrong."""
 NEAR_TIE = 1e-3
 """Rows are compared up to the first step whose two best steered logits lie closer than this."""
 ROUNDING = 2e-3
@@ -60,7 +71,7 @@ class Verdict:
     """What came of one family, kind of adapter and forward.
 
     ``verdict``: "equal", "refused" (an InputError), "wrong", "error" (any other), "not attachable" (PEFT) or
-    "not buildable"; ``detail``: why.
+    "not buildable"; ``detail``: why; ``alone``: the verdict of the rows alone, "" where there is none.
     """
 
     family: str
@@ -68,6 +79,7 @@ class Verdict:
     forward: str
     verdict: str
     detail: str = ""
+    alone: str = ""
 
 
 @dataclass(frozen=True)
@@ -99,16 +111,17 @@ def prompts() -> tuple[Tensor, Tensor, list[Tensor]]:
 def adapter_config(model: PreTrainedModel, kind: str) -> PeftConfig:
     """The config of ``kind`` for ``model``; LoRA and IA3 start at random, non-zero values."""
     if kind == "lora":
-        mamba = model.config.model_type in MAMBA
         return LoraConfig(
             r=4,
             target_modules="all-linear",
-            exclude_modules=["out_proj", "conv1d"] if mamba else None,
+            exclude_modules=EXCLUDED.get(model.config.model_type),
             lora_dropout=0.0,
             init_lora_weights=False,
             task_type="CAUSAL_LM",
         )
     if kind == "ia3":
+        if model.config.model_type in NOT_ITS_TEXT:
+            return _ia3_everywhere(model)
         try:
             config = make_config("ia3", model)
             config.init_ia3_weights = False
@@ -116,14 +129,17 @@ def adapter_config(model: PreTrainedModel, kind: str) -> PeftConfig:
         except InputError:  # no known names: all linear layers
             return _ia3_everywhere(model)
     make = {"prompt": PromptTuningConfig, "prefix": PrefixTuningConfig}[kind]
-    config = make(num_virtual_tokens=VIRTUAL, task_type="CAUSAL_LM")
+    shape = PREFIX_SHAPES.get(model.config.model_type, {}) if kind == "prefix" else {}
+    config = make(num_virtual_tokens=VIRTUAL, task_type="CAUSAL_LM", **shape)
     # What PEFT cannot read from this configuration has to be said.
     text = model.config.get_text_config(decoder=True)
     known = text.to_dict()
     if not known.keys() & {"num_attention_heads", "n_head", "num_heads", "encoder_attention_heads"}:
         config.num_attention_heads = getattr(text, "num_attention_heads", 1)
     if not known.keys() & {"hidden_size", "n_embd", "d_model"}:
-        config.token_dim = getattr(text, "hidden_size", None)
+        config.token_dim = model.get_input_embeddings().weight.shape[1]
+    if not hasattr(text, "num_hidden_layers"):
+        config.num_layers = LAYERS
     return config
 
 
@@ -132,9 +148,11 @@ def _ia3_everywhere(model: PreTrainedModel) -> IA3Config:
     linear = {n: m for n, m in model.named_modules() if isinstance(m, (nn.Linear, Conv1D)) and m is not head}
     transposed = any(isinstance(m, Conv1D) for m in linear.values())
     kind = Conv1D if transposed else nn.Linear
-    names = sorted({n.rsplit(".", 1)[-1] for n, m in linear.items() if isinstance(m, kind)})
+    without = tuple(EXCLUDED.get(model.config.model_type, ()))
     return IA3Config(
-        target_modules=names,
+        target_modules=[
+            name for name, m in linear.items() if isinstance(m, kind) and not name.endswith(without)
+        ],
         feedforward_modules=[],
         fan_in_fan_out=transposed,
         init_ia3_weights=False,
@@ -253,16 +271,19 @@ def verdict(model_type: str, kind: str, forward: str) -> Verdict:
         found.setdefault(word, {}).setdefault(detail, []).append(name)
         if word == "error":
             model = None  # who knows what it left behind
-    word = next(w for w in ("error", "wrong", "refused", "equal") if w in found)
-    parts = [] if word == "equal" else [f"{', '.join(n)}: {d}" for d, n in found[word].items()]
-    if word != "equal" and len(found) > 1:
-        rest = [
-            f"{', '.join(n)}: {w} {d}".strip() for w, ds in found.items() if w != word for d, n in ds.items()
-        ]
-        parts += [f"({'; '.join(rest)})"]
-    if len(found) == 1 and len(found[word]) == 1 and word != "wrong":
-        parts = [d for d in found[word] if d]
-    return Verdict(model_type, kind, forward, word, "; ".join(parts))
+    worst, alone = _worst(found, calls), _worst(found, [name for name in calls if "alone" in name])
+    if len(found[worst]) == 1 and len(found) == 1:  # the same for all
+        return Verdict(model_type, kind, forward, worst, next(iter(found[worst])), alone)
+    parts = [f"{', '.join(names)}: {detail}" for detail, names in found[worst].items()]
+    others = {w: [n for names in ds.values() for n in names] for w, ds in found.items() if w != worst}
+    rest = "; ".join(f"{', '.join(names)}: {word}" for word, names in others.items())
+    detail = "; ".join(parts) + (f"; ({rest})" if rest else "")
+    return Verdict(model_type, kind, forward, worst, detail, alone)
+
+
+def _worst(found: dict[str, dict[str, list[str]]], names: Iterable[str]) -> str:
+    words = {word for word, ds in found.items() for called in ds.values() if set(called) & set(names)}
+    return next(word for word in ("error", "wrong", "refused", "equal") if word in words)
 
 
 def _decode(

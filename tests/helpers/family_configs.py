@@ -168,6 +168,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         * 2,
         "mlp_layer_types": ["hash_moe"] + ["moe"] * 5,
         "num_hidden_layers": 6,
+        "num_key_value_heads": 1,
         "compress_rates": {"compressed_sparse_attention": 2, "heavily_compressed_attention": 4},
     },
     "doge": {"sliding_window": WINDOW},
