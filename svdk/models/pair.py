@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
@@ -21,6 +22,7 @@ from svdk.models.rows import Layout, check_inputs
 from svdk.models.stream import Stream, ViewCache, Virtual
 from svdk.models.traits import find_traits
 from svdk.utils.checks import check_choice
+from svdk.utils.notices import warn_once
 from svdk.utils.views import BASE
 
 CACHES = ("dynamic", "static")
@@ -50,7 +52,6 @@ class ModelPair:
         self._root = self.module if owner is None else owner
         self._prompt_model: PeftModel | None = None
         self.traits = find_traits(self.module)
-        self.stream = Stream(self.module, self.traits)
         # modules() once: PEFT's disable_adapter() walks them all on every entry and exit, 30 ms a token.
         kinds = (BaseTunerLayer, AuxiliaryTrainingWrapper)
         self.layers: dict[str, nn.Module] = {
@@ -72,7 +73,9 @@ class ModelPair:
         self.peft_type = "+".join(sorted({config.peft_type.value for config in configs}))
         self.num_virtual_tokens: int = 0 if self._prompt_model is None else configs[0].num_virtual_tokens
         self.is_prefix = self.peft_type == "PREFIX_TUNING"
-
+        if self.is_prefix:
+            self.traits = dataclasses.replace(self.traits, padding=self.traits.padding_of_prefix)
+        self.stream = Stream(self.module, self.traits)
         self.config = self.module.config
         check_base_view(self.module, self.layers)
 
@@ -97,6 +100,9 @@ class ModelPair:
         check_choice("cache_implementation", implementation, CACHES)
         if implementation == "static" and max_length is None:
             raise InputError("max_length was None; allowed with a static cache: the longest sequence")
+        if self.traits.no_cache is not None:
+            name = type(self.module).__name__
+            warn_once(f"svdk runs all of {name}'s tokens again at each step: {self.traits.no_cache}")
         virtual = 0 if view == BASE else self.num_virtual_tokens
         return ViewCache(implementation, None if max_length is None else max_length + virtual)
 

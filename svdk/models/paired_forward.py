@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -17,6 +16,7 @@ from svdk.models.pair import ModelPair
 from svdk.models.paired_adapters import RowSpans, route
 from svdk.models.stream import ViewCache
 from svdk.utils.checks import check_choice
+from svdk.utils.notices import warn_once
 from svdk.utils.views import BASE, WARM
 
 NO_ADAPTER = "__base__"
@@ -24,7 +24,6 @@ NO_ADAPTER = "__base__"
 FORWARDS = ("auto", "paired", "two_pass")
 """How the two views of a step are run: "auto" pairs them when it can."""
 
-_said: set[str] = set()
 _probed: WeakKeyDictionary[nn.Module, dict[tuple[Any, ...], str | None]] = WeakKeyDictionary()
 
 
@@ -211,9 +210,7 @@ def _not_paired(reason: str) -> InputError:
 
 def say_two_passes(reason: str) -> None:
     """Warn, once a reason, that both models are run one after the other."""
-    if reason not in _said:
-        _said.add(reason)
-        warnings.warn(f"svdk decodes with two forward passes a step, because {reason}", stacklevel=3)
+    warn_once(f"svdk decodes with two forward passes a step, because {reason}")
 
 
 def _routes(pair: ModelPair, rows: RowSpans, adapters: list[str] | None) -> tuple[str | None, list[Any]]:

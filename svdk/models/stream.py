@@ -178,6 +178,8 @@ class Stream:
     def _accepted(self, inputs: dict[str, Any], keep: int) -> dict[str, Any]:
         """Arguments that the forward takes, with what this library wants of it."""
         inputs = inputs | {"return_dict": True}
+        if inputs.get("inputs_embeds") is not None:  # some prepare both, and take one
+            inputs.pop("input_ids", None)
         if "logits_to_keep" in self._traits.arguments:
             inputs["logits_to_keep"] = keep
         return {name: x for name, x in inputs.items() if self._traits.accepts(name)}

@@ -14,6 +14,7 @@ from svdk.generation.generate import decode
 from svdk.models import paired_forward
 from svdk.models.pair import ModelPair
 from svdk.models.paired_forward import PairedForward, why_not_paired
+from svdk.utils import notices
 from svdk.warmstart.peft_configs import make_config
 from tests.helpers import tiny
 from tests.models.test_pair import left_padded
@@ -24,7 +25,7 @@ OPTIONS = {"max_new_tokens": 5, "strength": 2.0}
 
 @pytest.fixture(autouse=True)
 def nothing_said(monkeypatch):
-    monkeypatch.setattr(paired_forward, "_said", set())
+    monkeypatch.setattr(notices, "said", set())
 
 
 def tokens(pair, **options):

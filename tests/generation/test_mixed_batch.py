@@ -12,8 +12,8 @@ from transformers.generation import LogitsProcessor
 import svdk
 from svdk.errors import InputError
 from svdk.generation.caller import mixed_batch, mixed_rows
-from svdk.models import paired_forward
 from svdk.models.pair import ModelPair
+from svdk.utils import notices
 from tests.helpers import tiny
 from tests.models.test_pair import left_padded
 
@@ -134,7 +134,7 @@ def test_what_cannot_be_paired_goes_through_pefts_hooks(arch, options, forward):
 
 
 def test_falling_back_is_said(monkeypatch):
-    monkeypatch.setattr(paired_forward, "_said", set())
+    monkeypatch.setattr(notices, "said", set())
     model = two_adapters(modules_to_save=["lm_head"])
     ids, mask, _ = left_padded()
     with pytest.warns(UserWarning, match="svdk decodes with two forward passes a step"):

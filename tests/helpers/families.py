@@ -49,6 +49,7 @@ EXCLUDED = {
     **{name: ["out_proj", "conv1d"] for name in MAMBA},
     "llama4": ["router"],
     "llama4_text": ["router"],
+    "phimoe": ["router"],
     "deepseek_v4": ["o_a_proj"],
 }
 """Linear layers that PEFT refuses, or that are not quite linear: it cannot run the model with them."""
@@ -70,8 +71,9 @@ class NotAttachable(Exception):  # noqa: N818
 class Verdict:
     """What came of one family, kind of adapter and forward.
 
-    ``verdict``: "equal", "refused" (an InputError), "wrong", "error" (any other), "not attachable" (PEFT) or
-    "not buildable"; ``detail``: why; ``alone``: the verdict of the rows alone, "" where there is none.
+    ``verdict``: "equal", "refused" (an InputError), "wrong", "error" (any other), "not generating" (a plain
+    ``generate`` raises, too), "not attachable" (PEFT) or "not buildable"; ``detail``: why; ``alone``: the
+    verdict of the rows alone, "" where there is none.
     """
 
     family: str
@@ -283,7 +285,7 @@ def verdict(model_type: str, kind: str, forward: str) -> Verdict:
 
 def _worst(found: dict[str, dict[str, list[str]]], names: Iterable[str]) -> str:
     words = {word for word, ds in found.items() for called in ds.values() if set(called) & set(names)}
-    return next(word for word in ("error", "wrong", "refused", "equal") if word in words)
+    return next(word for word in ("error", "wrong", "not generating", "refused", "equal") if word in words)
 
 
 def _decode(
@@ -301,6 +303,8 @@ def _decode(
     except InputError as error:
         return "refused", _first_line(error, kind=False)
     except Exception as error:
+        if (theirs := _fails_without_svdk(model, ids, mask)) is not None:
+            return "not generating", theirs
         return "error", f"{_first_line(error)} @ {_place(error)}"
     new = out.sequences[:, ids.shape[1] :]
     warm, scores = (torch.stack(x, 1).double() for x in (out.logits, out.scores))
@@ -310,6 +314,15 @@ def _decode(
         if fault:
             faults.append(fault if len(want) == 1 else f"row {i} {fault}")
     return ("wrong", ", ".join(faults)) if faults else ("equal", "")
+
+
+def _fails_without_svdk(model: PeftModel, ids: Tensor, mask: Tensor) -> str | None:
+    """What a plain ``generate`` of PEFT and transformers raises; None: it does not."""
+    try:
+        model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=2, do_sample=False)
+    except Exception as error:
+        return _first_line(error)
+    return None
 
 
 def _fault(tokens: Tensor, warm: Tensor, scores: Tensor, slow: SlowRow) -> str:

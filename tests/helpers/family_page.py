@@ -13,6 +13,7 @@ from tests.helpers.families import KINDS, LENGTHS, STEPS, Verdict
 
 EQUAL, TWO_PASSES, REFUSED = "equal (paired)", "equal (two passes)", "refused"
 PADDED, ATTACH, BUILD = "refused when padded", "not attachable by PEFT", "not buildable"
+FAILS = "transformers' generate fails"
 HEAD = "| family | LoRA | IA3 | prompt tuning | prefix tuning |"
 
 
@@ -27,7 +28,7 @@ def cell(verdicts: Sequence[Verdict]) -> tuple[str, str]:
     bad = next((v for v in (two_pass, paired) if v.verdict not in ("equal", "refused")), two_pass)
     if bad.verdict == "refused":
         return (PADDED if bad.alone == "equal" else REFUSED), reason(bad)
-    known = {"not attachable": ATTACH, "not buildable": BUILD}
+    known = {"not generating": FAILS, "not attachable": ATTACH, "not buildable": BUILD}
     return known.get(bad.verdict, bad.verdict), reason(bad)
 
 
@@ -72,6 +73,7 @@ def render(results: Mapping[str, Mapping[str, Sequence[Verdict]]]) -> str:
         f'- **{TWO_PASSES}**: `forward="auto"` runs one forward a model, and says why',
         f"- **{REFUSED}**, **{PADDED}**: an `InputError` that says why; nothing is decoded",
         f"- **{ATTACH}**: PEFT raises, or cannot run one row with its adapter; svdk had no part in it",
+        f"- **{FAILS}**: without svdk, too",
         "- **wrong**, **error**: faults, each on the list of `tests/generation/family_exceptions.py`",
         f"- **{BUILD}**: no tiny model of this type could be made",
         "",
@@ -95,7 +97,7 @@ def render(results: Mapping[str, Mapping[str, Sequence[Verdict]]]) -> str:
 
 def _counts(cells: Mapping[str, Sequence[tuple[str, str]]]) -> list[str]:
     counts = Counter((i, word) for found in cells.values() for i, (word, _) in enumerate(found))
-    order = [EQUAL, TWO_PASSES, PADDED, REFUSED, ATTACH, BUILD]
+    order = [EQUAL, TWO_PASSES, PADDED, REFUSED, FAILS, ATTACH, BUILD]
     words = order + sorted({word for _, word in counts} - set(order))
     columns = range(len(KINDS))
     return [

@@ -12,10 +12,10 @@ import svdk
 from svdk.calibration.artifact import Steering
 from svdk.errors import BackendError, InputError
 from svdk.generation.generate import decode
-from svdk.models import paired_forward
 from svdk.models.cpu_linear import ONEDNN_ROWS, TRANSPOSED_ROWS, fast_linears
 from svdk.models.pair import ModelPair
 from svdk.models.paired_forward import PairedForward, choose_forward, why_not_paired
+from svdk.utils import notices
 from tests.helpers import tiny
 from tests.models.test_pair import CASES, close, left_padded
 
@@ -239,7 +239,7 @@ def test_adapters_changed_after_the_pair_was_made(change):
 
 
 def test_fallback_is_said_once(monkeypatch):
-    monkeypatch.setattr(paired_forward, "_said", set())
+    monkeypatch.setattr(notices, "said", set())
     model, sound = patched(), lora_model()
     ids, mask, _ = left_padded()
     with pytest.warns(UserWarning, match="two forward passes a step, because layer .* already replaced"):
