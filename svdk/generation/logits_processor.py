@@ -66,6 +66,7 @@ class SteeringLogitsProcessor(LogitsProcessor):
     ) -> None:
         """Check everything; nothing runs yet."""
         self._pair = pair_of(model)
+        _check_own_generate(self._pair)
         given = SteeringOptions(
             steering, strength, strength_mode, direction, alpha, penalty, vector, check=check, backend=backend
         )
@@ -108,6 +109,8 @@ class SteeringLogitsProcessor(LogitsProcessor):
     def _prefill(self, ids: Tensor) -> Tensor:
         mask = self._prompt_mask(ids)
         cache = self._pair.new_cache("base")
+        if mask is not None:
+            _check_padding(self._pair)
         logits = self._pair.base(ids, mask, cache=cache)[:, -1]
         self._cache, self._ids, self._mask = cache, ids, mask
         return logits
@@ -157,6 +160,35 @@ class SteeringLogitsProcessor(LogitsProcessor):
         if not bool(same.any(1).all()):
             raise _not_a_step("rows that continue none of the last step's", "rows that do")
         return same.int().argmax(1)
+
+
+def _check_own_generate(pair: ModelPair) -> None:
+    """Refuse models for which a plain ``generate`` gives other warm logits than the row whole, alone."""
+    traits, why = pair.traits, pair.traits.no_cache
+    if traits.own_positions:
+        why = "transformers' generate gives it positions that start at 0, and its own do not"
+    elif pair.num_virtual_tokens and traits.cache == "cache_params":
+        why = "PEFT's generate adds the virtual tokens again at each step of such a model"
+    if why is not None:
+        raise _not_in_generate(f"model was {type(pair.module).__name__}", why)
+
+
+def _check_padding(pair: ModelPair) -> None:
+    """Refuse padding that PEFT's ``generate`` puts between the virtual tokens and the row's own."""
+    if not pair.num_virtual_tokens:
+        return
+    # The keys of a tuned prefix have no positions: padding behind them matters to windows alone.
+    if not pair.is_prefix or pair.has_windows:
+        raise _not_in_generate(
+            f"attention_mask had padding with {pair.peft_type}",
+            "PEFT's generate puts the padding between the virtual tokens and the row's own",
+        )
+
+
+def _not_in_generate(found: str, why: str) -> InputError:
+    return InputError(
+        f"{found}; allowed: custom_generate=svdk.generate instead of SteeringLogitsProcessor, because {why}"
+    )
 
 
 def _token_ids(pair: ModelPair, name: str) -> list[int]:

@@ -12,7 +12,8 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
 
 from svdk.errors import InputError
 from svdk.models.adapter_rules import PROMPT_TYPES, WEIGHT_TYPES, check_config
@@ -83,6 +84,12 @@ class ModelPair:
     def device(self) -> torch.device:
         """Where inputs go and logits come from."""
         return self.module.device
+
+    @property
+    def has_windows(self) -> bool:
+        """Whether a layer sees less than the whole row, or keeps a state: sliding, chunked, recurrent."""
+        layers = DynamicCache(config=self.config.get_text_config(decoder=True)).layers
+        return any(type(layer) is not DynamicLayer for layer in layers)
 
     @property
     def vocab_size(self) -> int:

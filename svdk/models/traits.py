@@ -16,6 +16,7 @@ CACHE_NAMES = ("past_key_values", "cache_params")
 # What is wrong in transformers' own generate, too; tests/generation/test_families.py finds it and keeps the
 # list up to date.
 UNPADDED = {
+    "deepseek_v4": "it compresses blocks of columns",
     "git": "it does not mask padding while it decodes",
     "minimax_m3_vl_text": "its sparse attention counts blocks of columns",
     "recurrent_gemma": "its states run over padding",
@@ -64,6 +65,8 @@ class Traits:
     """Whether it takes others too."""
     positions: bool
     """Whether it is given position ids that count from the row's first token."""
+    own_positions: bool
+    """Whether it counts them in a way of its own, although it takes position ids."""
     padding: str | None
     """Why a row would not be the same with padding to its left; None: it is."""
     padding_of_prefix: str | None
@@ -96,10 +99,10 @@ def find_traits(module: PreTrainedModel) -> Traits:
     arguments = frozenset(signature)
     takes_any = any(one.kind is one.VAR_KEYWORD for one in signature.values())
     cache = next((name for name in CACHE_NAMES if name in arguments), None)
-    positions, padding = "position_ids" in arguments, UNPADDED.get(kind)
+    positions, own_positions, padding = "position_ids" in arguments, False, UNPADDED.get(kind)
     # RoBERTa's positions start behind its padding id, and follow the ids: the model counts for itself.
     if any(hasattr(part, "create_position_ids_from_input_ids") for part in module.modules()):
-        positions = False
+        positions, own_positions = False, positions
         padding = padding or "its positions do not start at 0 and count padding while it decodes"
     elif (
         kind != "roformer"
@@ -114,6 +117,7 @@ def find_traits(module: PreTrainedModel) -> Traits:
         arguments=arguments,
         takes_any=takes_any,
         positions=positions,
+        own_positions=own_positions,
         padding=padding,
         padding_of_prefix=padding or UNPADDED_PREFIX.get(kind),
         rotary=LengthRotary(module),

@@ -6,6 +6,7 @@ models, and the reference formulas on float64 logits.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 import traceback
@@ -26,6 +27,7 @@ from peft import (
     get_peft_model,
 )
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -38,6 +40,8 @@ __all__ = ["FAMILIES", "FORWARDS", "KINDS", "CannotBuild", "NotAttachable", "Ver
 
 KINDS = ("lora", "ia3", "prompt", "prefix")
 FORWARDS = ("paired", "two_pass")
+PROCESSOR = "processor"
+"""Beside these: a plain ``generate`` with a SteeringLogitsProcessor."""
 LENGTHS = (9, 4, 2)
 """Prompt tokens a row: the short rows have more padding than a sliding window has slots."""
 STEPS = 5
@@ -59,6 +63,8 @@ PREFIX_SHAPES = {"falcon": {"num_attention_heads": 1, "token_dim": 8}}
 """The keys' heads and their width in all, where PEFT guesses wrong."""
 NEAR_TIE = 1e-3
 """Rows are compared up to the first step whose two best steered logits lie closer than this."""
+CHOICE_TIE = 1e-4
+"""Two scores are a tie in a model's own choice where they differ by less than this share of the largest."""
 ROUNDING = 2e-3
 """Largest difference of logits, as a share of the largest, that is put down to float32."""
 
@@ -95,7 +101,9 @@ class SlowRow:
     steered: Tensor
     """(STEPS, V) float64, -inf outside the confidence set."""
     sure: int
-    """Steps before the first near tie."""
+    """Steps before the first near tie of tokens."""
+    clear: int
+    """Steps before the first near tie in what the model itself chooses: experts, keys to attend to."""
 
 
 def prompts() -> tuple[Tensor, Tensor, list[Tensor]]:
@@ -210,6 +218,27 @@ def last_logits(model: nn.Module, row: Tensor) -> Tensor:
         return model(input_ids=row[None], **({"use_cache": False} if cached else {})).logits[0, -1].double()
 
 
+class Choices(TorchFunctionMode):
+    """Watches what models choose with ``topk``: after a near tie, other rounding means other logits."""
+
+    def __init__(self) -> None:
+        """No tie so far."""
+        super().__init__()
+        self.tied = False
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        """Run ``func``, and look for a tie between the last that is chosen and the first that is not."""
+        kwargs = kwargs or {}
+        if func in (torch.topk, Tensor.topk):
+            scores, k = args[0], (args[1] if len(args) > 1 else kwargs["k"])
+            if k < scores.shape[-1]:
+                top = scores.float().topk(k + 1).values
+                real = top[..., -1] > -1e30  # not masked
+                gap = (top[..., -2] - top[..., -1])[real]
+                self.tied |= bool((gap <= CHOICE_TIE * top[top > -1e30].abs().max()).any())
+        return func(*args, **kwargs)
+
+
 def slow_rows(warm: nn.Module, base: nn.Module, rows: list[Tensor], steps: int) -> list[SlowRow]:
     """Greedy steered decoding, the plain way: see the module's first lines.
 
@@ -219,9 +248,10 @@ def slow_rows(warm: nn.Module, base: nn.Module, rows: list[Tensor], steps: int) 
     """
     found, effect = [], 0.0
     for row in rows:
-        ids, warm_logits, steered, sure = row, [], [], []
+        ids, warm_logits, steered, sure, clear = row, [], [], [], []
         for _ in range(steps):
-            w, b = last_logits(warm, ids), last_logits(base, ids)
+            with Choices() as choices:
+                w, b = last_logits(warm, ids), last_logits(base, ids)
             z, certain = _steer(w, b)
             token = svdk.steered_sample(
                 w[None], b[None], strength=STRENGTH, temperature=0.0, backend="reference"
@@ -231,9 +261,10 @@ def slow_rows(warm: nn.Module, base: nn.Module, rows: list[Tensor], steps: int) 
             warm_logits.append(w)
             steered.append(z)
             sure.append(certain)
+            clear.append(not choices.tied)
             ids = torch.cat([ids, token])
-        first = sure.index(False) if False in sure else steps
-        found.append(SlowRow(ids[len(row) :], torch.stack(warm_logits), torch.stack(steered), first))
+        first, tied = (flags.index(False) if False in flags else steps for flags in (sure, clear))
+        found.append(SlowRow(ids[len(row) :], torch.stack(warm_logits), torch.stack(steered), first, tied))
     if effect < 1e-4:
         raise NotAttachable("PEFT: the adapter changes no logit")
     return found
@@ -292,13 +323,16 @@ def _decode(
     model: PeftModel, ids: Tensor, mask: Tensor, want: list[SlowRow], forward: str
 ) -> tuple[str, str]:
     """A verdict's word and detail for one call of ``generate``."""
+    steering = {"strength": STRENGTH, "alpha": ALPHA}
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
+            options: dict[str, Any] = {"custom_generate": svdk.generate, "forward": forward} | steering
+            if forward == PROCESSOR:
+                options = {"logits_processor": [svdk.SteeringLogitsProcessor(model, **steering)]}
             out: Any = model.generate(
-                input_ids=ids, attention_mask=mask, custom_generate=svdk.generate, forward=forward,
-                max_new_tokens=STEPS, strength=STRENGTH, alpha=ALPHA, do_sample=False, eos_token_id=None,
-                return_dict_in_generate=True, output_scores=True, output_logits=True,
+                input_ids=ids, attention_mask=mask, max_new_tokens=STEPS, do_sample=False, eos_token_id=None,
+                return_dict_in_generate=True, output_scores=True, output_logits=True, **options,
             )  # fmt: skip
     except InputError as error:
         return "refused", _first_line(error, kind=False)
@@ -310,6 +344,8 @@ def _decode(
     warm, scores = (torch.stack(x, 1).double() for x in (out.logits, out.scores))
     faults = []
     for i, slow in enumerate(want):
+        if forward == PROCESSOR:  # its scores are log-probabilities
+            slow = dataclasses.replace(slow, steered=slow.steered.log_softmax(-1))
         fault = _fault(new[i], warm[i], scores[i], slow)
         if fault:
             faults.append(fault if len(want) == 1 else f"row {i} {fault}")
@@ -327,13 +363,13 @@ def _fails_without_svdk(model: PeftModel, ids: Tensor, mask: Tensor) -> str | No
 
 def _fault(tokens: Tensor, warm: Tensor, scores: Tensor, slow: SlowRow) -> str:
     """Where a row first differs, "" when nowhere."""
-    for step in range(STEPS):
+    for step in range(slow.clear):
         for name, got, want in (
             ("warm", warm[step], slow.warm[step]),
             ("steered", scores[step], slow.steered[step]),
         ):
             both = got.isfinite() & want.isfinite()
-            off = float((got - want)[both].abs().max() / want[both].abs().max())
+            off = float((got - want)[both].abs().max() / want[both].abs().max().clamp(min=1))
             if not off <= ROUNDING:
                 return f"step {step} {name} logits off by {off:.1g}"
         if step >= slow.sure:

@@ -48,7 +48,7 @@ SIZES: dict[str, Any] = {
     **_named(HEAD, "head_dim swa_head_dim qk_nope_head_dim qk_rope_head_dim v_head_dim dim_head kv_channels"),
     **_named(HEAD, "linear_key_head_dim linear_value_head_dim linear_head_dim mamba_d_head mamba_head_dim"),
     **_named(16, "index_head_dim q_lora_rank kv_lora_rank"),
-    # With 4, 16 and 64 some index scores tie, and which of the two is attended to is anybody's guess.
+    # With fewer, most index scores are 0.
     **_named(8, "index_n_heads"),
     **_named(8, "rotary_dim"),
     **_named(8, "o_lora_rank d_rel gated_norm_rank router_hidden_size laurel_rank adapter_rank"),
