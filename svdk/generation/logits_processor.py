@@ -167,8 +167,8 @@ def _check_own_generate(pair: ModelPair) -> None:
     traits, why = pair.traits, pair.traits.no_cache
     if traits.own_positions:
         why = "transformers' generate gives it positions that start at 0, and its own do not"
-    elif pair.num_virtual_tokens and traits.cache == "cache_params":
-        why = "PEFT's generate adds the virtual tokens again at each step of such a model"
+    elif pair.num_virtual_tokens and pair.is_recurrent:
+        why = "PEFT's generate loses count of the virtual tokens where a layer has no keys to count"
     if why is not None:
         raise _not_in_generate(f"model was {type(pair.module).__name__}", why)
 
@@ -178,7 +178,7 @@ def _check_padding(pair: ModelPair) -> None:
     if not pair.num_virtual_tokens:
         return
     # The keys of a tuned prefix have no positions: padding behind them matters to windows alone.
-    if not pair.is_prefix or pair.has_windows:
+    if not pair.is_prefix or not pair.sees_whole_rows:
         raise _not_in_generate(
             f"attention_mask had padding with {pair.peft_type}",
             "PEFT's generate puts the padding between the virtual tokens and the row's own",

@@ -86,10 +86,16 @@ class ModelPair:
         return self.module.device
 
     @property
-    def has_windows(self) -> bool:
-        """Whether a layer sees less than the whole row, or keeps a state: sliding, chunked, recurrent."""
+    def sees_whole_rows(self) -> bool:
+        """Whether every layer attends to the whole row: none slides, is chunked or keeps a state."""
         layers = DynamicCache(config=self.config.get_text_config(decoder=True)).layers
-        return any(type(layer) is not DynamicLayer for layer in layers)
+        return all(type(layer) is DynamicLayer for layer in layers)
+
+    @property
+    def is_recurrent(self) -> bool:
+        """Whether a layer keeps a state instead of keys and values."""
+        cache = DynamicCache(config=self.config.get_text_config(decoder=True))
+        return self.traits.cache == "cache_params" or any(getattr(cache, "is_linear", ()))
 
     @property
     def vocab_size(self) -> int:

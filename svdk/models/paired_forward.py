@@ -160,7 +160,8 @@ def _probe(pair: ModelPair, input_ids: Tensor | None, names: list[str] | None) -
     """Run two rows of three tokens, the last one as a step of its own, and compare with the two views."""
     if input_ids is None:
         input_ids = torch.arange(3, device=pair.device)[None] + pair.vocab_size // 3
-    tokens = input_ids[0, -3:].repeat(3)[-3:]  # the right end of a row is never padding
+    # The right end of a row is never padding; ids that are none must not be remembered as the model's fault.
+    tokens = input_ids[0, -3:].repeat(3)[-3:] % pair.vocab_size
     ids = torch.stack([tokens, tokens.flip(0)])
     if names is not None:
         ids = ids.repeat(len(names), 1)[: len(names)]

@@ -208,14 +208,19 @@ def slow_case(model_type: str, kind: str) -> list[SlowRow]:
         raise NotAttachable(f"PEFT: {_first_line(error)}") from error
 
 
-@torch.no_grad()
 def last_logits(model: nn.Module, row: Tensor) -> Tensor:
     """(V,) float64 at the last position of ``row`` (T,), which runs whole, alone and without cache."""
+    return all_logits(model, row)[-1]
+
+
+@torch.no_grad()
+def all_logits(model: nn.Module, row: Tensor) -> Tensor:
+    """(T, V) float64 of ``row`` (T,), which runs whole, alone and without cache."""
     inner = model.get_base_model() if isinstance(model, PeftModel) else model
     cached = "use_cache" in inspect.signature(inner.forward).parameters
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return model(input_ids=row[None], **({"use_cache": False} if cached else {})).logits[0, -1].double()
+        return model(input_ids=row[None], **({"use_cache": False} if cached else {})).logits[0].double()
 
 
 class Choices(TorchFunctionMode):
