@@ -111,6 +111,8 @@ class SteeringLogitsProcessor(LogitsProcessor):
         cache = self._pair.new_cache("base")
         if mask is not None:
             _check_padding(self._pair)
+        if self._pair.num_virtual_tokens:  # raises where PEFT's virtual tokens do not fit the model
+            self._pair.warm(ids[:1, -1:])
         logits = self._pair.base(ids, mask, cache=cache)[:, -1]
         self._cache, self._ids, self._mask = cache, ids, mask
         return logits

@@ -88,8 +88,10 @@ class ModelPair:
     @property
     def sees_whole_rows(self) -> bool:
         """Whether every layer attends to the whole row: none slides, is chunked or keeps a state."""
-        layers = DynamicCache(config=self.config.get_text_config(decoder=True)).layers
-        return all(type(layer) is DynamicLayer for layer in layers)
+        config = self.config.get_text_config(decoder=True)
+        # The cache does not know all windows: GPT-Neo's are in the attention mask alone.
+        named = any(value for name, value in config.to_dict().items() if "window" in name)
+        return not named and all(type(layer) is DynamicLayer for layer in DynamicCache(config=config).layers)
 
     @property
     def is_recurrent(self) -> bool:

@@ -6,7 +6,6 @@ models, and the reference formulas on float64 logits.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import inspect
 import traceback
@@ -350,7 +349,8 @@ def _decode(
     faults = []
     for i, slow in enumerate(want):
         if forward == PROCESSOR:  # its scores are log-probabilities
-            slow = dataclasses.replace(slow, steered=slow.steered.log_softmax(-1))
+            both = scores[i].isfinite() & slow.steered.isfinite()
+            scores[i] += torch.where(both, slow.steered - scores[i], 0).sum(-1, True) / both.sum(-1, True)
         fault = _fault(new[i], warm[i], scores[i], slow)
         if fault:
             faults.append(fault if len(want) == 1 else f"row {i} {fault}")
@@ -374,7 +374,8 @@ def _fault(tokens: Tensor, warm: Tensor, scores: Tensor, slow: SlowRow) -> str:
             ("steered", scores[step], slow.steered[step]),
         ):
             both = got.isfinite() & want.isfinite()
-            off = float((got - want)[both].abs().max() / want[both].abs().max().clamp(min=1))
+            scale = torch.maximum(want[both].abs().max(), slow.warm[step].abs().max())
+            off = float((got - want)[both].abs().max() / scale)
             if not off <= ROUNDING:
                 return f"step {step} {name} logits off by {off:.1g}"
         if step >= slow.sure:
