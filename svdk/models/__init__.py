@@ -1,8 +1,8 @@
 """Models and adapters: loading them, and both views of a pair in one forward.
 
 Reading order: ``loading``, ``gguf``, ``adapter_files``, ``adapter_rules``, ``fingerprints``, ``checkpoint``;
-``rows`` (padding and virtual tokens), ``traits`` and ``rotary`` (what families need), ``stream`` (a forward as
-the model's own ``generate`` would call it), ``pair`` (the warm and the base view of one model);
+``rows`` (padding and virtual tokens), ``traits`` and ``rotary`` (what families need), ``stream`` (a forward
+as the model's own ``generate`` would call it), ``pair`` (the warm and the base view of one model);
 ``paired_forward`` and ``paired_adapters`` (both views in one forward), ``cpu_linear``.
 """
 
