@@ -179,8 +179,9 @@ def _check_padding(pair: ModelPair) -> None:
     """Refuse padding that PEFT's ``generate`` puts between the virtual tokens and the row's own."""
     if not pair.num_virtual_tokens:
         return
-    # The keys of a tuned prefix have no positions: padding behind them matters to windows alone.
-    if not pair.is_prefix or not pair.sees_whole_rows:
+    # The keys of a tuned prefix have no positions: padding behind them matters to windows, and where a model
+    # counts columns for itself.
+    if not pair.is_prefix or not pair.sees_whole_rows or not pair.traits.positions:
         raise _not_in_generate(
             f"attention_mask had padding with {pair.peft_type}",
             "PEFT's generate puts the padding between the virtual tokens and the row's own",

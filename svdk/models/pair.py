@@ -97,7 +97,8 @@ class ModelPair:
     def is_recurrent(self) -> bool:
         """Whether a layer keeps a state instead of keys and values."""
         cache = DynamicCache(config=self.config.get_text_config(decoder=True))
-        return self.traits.cache == "cache_params" or any(getattr(cache, "is_linear", ()))
+        own = bool(self.traits.arguments & {"cache_params", "state"})  # Mamba's and RWKV's
+        return own or any(getattr(cache, "is_linear", ()))
 
     @property
     def vocab_size(self) -> int:
