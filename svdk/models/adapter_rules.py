@@ -42,17 +42,8 @@ HARMLESS = {
     *("monteclora_config", "arrow_config"),
     # training alone, or details of an initialisation, which is looked at itself
     *("lora_dropout", "rank_dropout", "module_dropout", "rank_dropout_scale", "runtime_config"),
-    *(
-        "loftq_config",
-        "eva_config",
-        "corda_config",
-        "lora_ga_config",
-        "target_r",
-        "init_r",
-        "tinit",
-        "tfinal",
-    ),
-    *("deltaT", "beta1", "beta2", "orth_reg_weight", "total_step"),
+    *("loftq_config", "eva_config", "corda_config", "lora_ga_config"),
+    *("target_r", "init_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight", "total_step"),
 }
 """Settings that may have any value. All others must have PEFT's default: those that change the base model
 (trained biases, replicated layers, KaSA) as well as those that a later PEFT brings."""
