@@ -39,6 +39,13 @@ SVDK_HD PhiloxBlock philox(uint64_t seed, uint64_t offset, uint32_t block,
   return {{c0, c1, c2, c3}};
 }
 
+// A row's uniform in (0, 1]: (x + 0.5) 2^-53, x the upper 53 bits of words 0 (high) and 1.
+SVDK_HD double row_uniform(uint64_t seed, uint64_t offset) {
+  const PhiloxBlock block = philox(seed, offset, 0);
+  const uint64_t bits = static_cast<uint64_t>(block.word[0]) << 32 | block.word[1];
+  return (static_cast<double>(bits >> 11) + 0.5) * 0x1p-53;
+}
+
 SVDK_HD uint32_t token_bits(uint64_t seed, uint64_t offset, uint32_t token) {
   return philox(seed, offset, token >> 2).word[token & 3];
 }

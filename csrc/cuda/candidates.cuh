@@ -3,7 +3,6 @@
 // part.candidates, which are in order of id; n is their number.
 #pragma once
 #include "filters.cuh"
-#include "noise.cuh"
 #include "reduce.cuh"
 #include "steering.cuh"
 #include "team.cuh"
@@ -65,23 +64,49 @@ SVDK_DEVICE LogSum steer_candidates(RowShared& s, CandidateScratch& scratch, con
 
 // --- Step 11.
 
-// Greedy or perturbed argmax over the candidates that the filters keep, whose steered logits are in
-// scratch.z; `total` as for filter_candidates.
+// The argmax, or the draw, over the candidates that the filters keep, whose steered logits are in
+// scratch.z, `top` the largest; `total` as for filter_candidates.
 SVDK_DEVICE int draw_candidates(RowShared& s, CandidateScratch& scratch, const Parameters& p, int n,
-                                double total) {
+                                double top, double total) {
+  BestKey found = 0;  // the first token behind the target; else the last one with mass
+  if (p.greedy()) {
+    Best best = Best::none();
+    SVDK_ROLLED
+    for (int i = threadIdx.x; i < n; i += kThreads) {
+      if (scratch.z[i] >= -DBL_MAX) best.offer(scratch.z[i], i);
+    }
+    return s.part.candidates[block_reduce(s.slots, best, Better()).id].id;
+  }
   const bool filtered = p.has_filters();
   const int kept = filtered ? filter_candidates(s.slots, scratch, p, n, total) : n;
-  const double inverse = p.temperature > 0 ? 1.0 / p.temperature : 1.0;
-  Best best = Best::none();
+  const double inverse = 1.0 / p.temperature;
+  double* mass = scratch.weight;  // from here on in order of id
+  SVDK_ROLLED
+  for (int i = threadIdx.x; i < n; i += kThreads) mass[i] = 0;
+  __syncthreads();
   SVDK_ROLLED
   for (int i = threadIdx.x; i < kept; i += kThreads) {
     const int place = filtered ? scratch.order[i] : i;
-    if (scratch.z[place] < -DBL_MAX) continue;
-    double score = scratch.z[place] * inverse;
-    if (p.temperature > 0) score += gumbel(word_of(p.seed, p.offset, s.part.candidates[place].id));
-    best.offer(score, place);
+    mass[place] = Math::exp((scratch.z[place] - top) * inverse);
   }
-  return s.part.candidates[block_reduce(s.slots, best, Better()).id].id;
+  __syncthreads();
+  const int each = (n + kThreads - 1) / kThreads;
+  const int first = thread_id() * each, last = first + each < n ? first + each : n;
+  double mine = 0, all;
+  SVDK_ROLLED
+  for (int i = first; i < last; ++i) mine += mass[i];
+  double reached = block_scan(s.slots, mine, all) - mine;
+  const double target = row_uniform(p.seed, p.offset) * all;
+  SVDK_ROLLED
+  for (int i = first; i < last; ++i) {
+    if (mass[i] == 0) continue;
+    reached += mass[i];
+    const BestKey key = reached > target ? BestKey{1} << 32 | (0xffffffffu - i) : i + 1;
+    found = Better()(found, key);
+  }
+  found = block_reduce(s.slots, found, Better());
+  const int place = found >> 32 ? best_id(found) : static_cast<int>(found) - 1;
+  return s.part.candidates[place].id;
 }
 
 // --- Along mu.

@@ -1,7 +1,6 @@
-// Step 11 by a sweep over a whole row, by all CTAs of it: noise is drawn only for tokens that can
-// still win.
+// Step 11 by a sweep over a whole row, by all CTAs of it: the masses of its slices, of which the
+// row's uniform picks one, and that slice is read again. Greedy rows need the argmax alone.
 #pragma once
-#include "noise.cuh"
 #include "read.cuh"
 #include "reduce.cuh"
 #include "steering.cuh"
@@ -9,110 +8,222 @@
 
 namespace svdk::cuda {
 
-// The best perturbed (or greedy) steered logit that the filter keeps, as a key over the
-// slices of this CTA, in part.best; exceptional tokens are noted on the way. Sets `noise`.
+// What a draw from a whole row needs beside the operands and constants.
+struct Draw {
+  Filter filter;
+  float rate;  // from steered logits to nats over the temperature
+  bool greedy;
+  double uniform;
+
+  SVDK_DEVICE void set(const Parameters& p, float nats) {
+    greedy = p.greedy();
+    rate = static_cast<float>(fmin(nats / p.temperature, static_cast<double>(FLT_MAX)));
+    uniform = row_uniform(p.seed, p.offset);
+  }
+};
+
+// The steered logits of a vector that may be drawn, -inf for the others.
+template <int S, int N>
+SVDK_DEVICE float drawable(const FastConstants& c, const Filter& filter, int at, int n,
+                           const float (&w)[N], const float (&y)[N], float (&z)[N]) {
+  float top = -kFloatInf;
+  SVDK_UNROLL
+  for (int e = 0; e < N; ++e) {
+    z[e] = c.template steered_logit<S>(w[e], S == kNone ? 0.0f : y[e]);
+    if (e >= n || !filter.keeps(z[e], at + e)) z[e] = -kFloatInf;
+    top = fmaxf(top, z[e]);
+  }
+  return top;
+}
+
+// Of the slices of this CTA: the masses into part.sums, the best token into part.best; exceptional
+// tokens are noted on the way.
 template <typename T, int S>
-SVDK_DEVICE void draw_row(Cta& cta, const Operands<T, S>& row, const Constants& constants,
-                          const Filter& filter_of_row, const Parameters& p, Noise& noise_of_row) {
+SVDK_DEVICE void draw_sweep(Cta& cta, const Operands<T, S>& row, const Constants& constants,
+                            const Draw& draw) {
   constexpr int N = Operands<T, S>::N;
   RowShared& s = cta.s;
   const FastConstants c(constants);
-  const Noise& noise = noise_of_row;
-  if (threadIdx.x == 0) {
-    s.part.best = 0;
-    s.running = ordered_key(-kFloatInf);  // here: the best score so far
-    noise_of_row.set(p, c.template nats<S>());
-  }
-  __syncthreads();
-  const Filter filter = filter_of_row;
+  const Filter filter = draw.filter;
+  const float rate = draw.rate;
+  const bool greedy = draw.greedy;
   Exceptional exceptional{0, 0};
   BestKey best = 0;
-  float need = -kFloatInf;  // a score below this has lost
   SVDK_ROLLED
   for (int slice = cta.first_slice(); slice < cta.last_slice(); ++slice) {
+    float max = -kFloatInf, sum = 0.0f;
     for_vectors<Operands<T, S>::kUnroll>(
         row, cta.begin(slice), cta.end(slice),
         [&](int at, int n, const float (&w)[N], const float (&y)[N]) SVDK_INLINED {
-          float z[N], probe = 0.0f, top = -kFloatInf;
+          float z[N], probe = 0.0f;
           SVDK_UNROLL
-          for (int e = 0; e < N; ++e)
+          for (int e = 0; e < N; ++e) {
             probe = nonfinite_probe<S>(w[e], S == kNone ? 0.0f : y[e], probe);
+          }
           if (!is_finite(probe)) {
             SVDK_UNROLL
             for (int e = 0; e < N; ++e) {
               if (e < n) exceptional.look_at<S>(w[e], S == kNone ? 0.0f : y[e]);
             }
           }
-          SVDK_UNROLL
-          for (int e = 0; e < N; ++e) {
-            z[e] = c.template steered_logit<S>(w[e], S == kNone ? 0.0f : y[e]);
-            if (e >= n || !filter.keeps(z[e], at + e)) z[e] = -kFloatInf;
-            top = fmaxf(top, z[e]);
-          }
+          const float top = drawable<S>(c, filter, at, n, w, y, z);
           if (top == -kFloatInf) return;
-          need = fmaxf(need, key_value(read_shared(&s.running)));
-          float score = -kFloatInf;
-          int id = -1;
-          if (noise.greedy) {
-            if (top < need) return;
+          if (greedy) {
+            if (top < max) return;  // ties go to the lower id, which may be another thread's
+            max = top;
             SVDK_UNROLL
             for (int e = 0; e < N; ++e) {
-              if (z[e] > score) {
-                score = z[e];
-                id = at + e;
-              }
+              if (z[e] == top) best = Better()(best, best_key(top, at + e));
             }
-          } else {
-            // A token wins only if 1 - u < exp(bound - need): an integer compare before
-            // logarithms.
-            const float bound = top * noise.rate;
-            const float slack = 1e-6f * (fabsf(bound) + 32.0f * noise.unit);
-            const float gap = need == -kFloatInf ? 0.0f : (bound - need + slack) * noise.per_unit();
-            if (gap + static_cast<float>(kLargestGumbel) < 0.0f) return;
-            const float share = gap < 0.0f ? fast_exp(gap) * 1.0001f * 0x1p32f + 2.0f : 0x1p32f;
-            const uint32_t from = share >= 0x1p32f ? 0u : ~static_cast<uint32_t>(share);
-            uint32_t word[N], hits = 0;
-            SVDK_UNROLL
-            for (int k = 0; k < N / 4; ++k) {
-              const PhiloxBlock block = philox(p.seed, p.offset, static_cast<uint32_t>(at) / 4 + k);
-              SVDK_UNROLL
-              for (int j = 0; j < 4; ++j) word[4 * k + j] = block.word[j];
-            }
-            SVDK_UNROLL
-            for (int e = 0; e < N; ++e) {
-              hits |= static_cast<uint32_t>(word[e] >= from && z[e] > -kFloatInf) << e;
-            }
-            // Few get this far: one copy of the logarithms, and selects instead of an
-            // index, which would put the vector into local memory.
-            for (; hits; hits &= hits - 1) {
-              const int hit = lowest_bit(hits);
-              float logit = z[0];
-              uint32_t bits = word[0];
-              SVDK_UNROLL
-              for (int e = 1; e < N; ++e) {
-                logit = hit == e ? z[e] : logit;
-                bits = hit == e ? word[e] : bits;
-              }
-              const float x = fmaf(logit, noise.rate, noise.unit * gumbel(bits));
-              if (x > score || id < 0) {
-                score = x;
-                id = at + hit;
-              }
-            }
+            return;
           }
-          if (id < 0) return;
-          const BestKey key = best_key(score, id);
-          if (key <= best) return;
-          best = key;
-          if (score > need) {
-            need = score;
-            atomicMax(&s.running, ordered_key(score));
+          if (top > max) {
+            sum *= max == -kFloatInf ? 0.0f : fast_exp((max - top) * rate);
+            max = top;
           }
+          SVDK_UNROLL
+          for (int e = 0; e < N; ++e) sum += fast_exp((z[e] - max) * rate);
         });
+    if (greedy) continue;
+    const float high = warp_reduce(max, Max());
+    const double mass = warp_reduce(
+        max == -kFloatInf ? 0.0 : static_cast<double>(sum * fast_exp((max - high) * rate)), Sum());
+    if (lane_id() == 0) s.part.sums[slice][warp_id()].mass = {high, mass};
   }
   leave_exceptional(s, exceptional);
   best = block_reduce(s.slots, best, Better());
   if (threadIdx.x == 0) s.part.best = best;
+}
+
+// Beside the row's largest, a mass that no uniform of 53 bits can land in.
+constexpr double kNoMass = 0x1p-90;
+
+// Where a draw lands: in which slice, and after which share of its mass.
+struct Landing {
+  float max;  // the largest steered logit of the row
+  int slice;
+  double share;
+};
+
+// From the masses of all slices, in their order; the last one with mass where rounding leaves none.
+SVDK_DEVICE Landing land(const Cta& cta, const Parts& parts, const Draw& draw) {
+  const float max = static_cast<float>(reduce_over(
+      cta.entries(), -kInf, [&](int e) { return cta.entry(parts, e).mass.max; }, Max()));
+  // Eight lanes hold the warps of a slice, and four slices are added up at a time.
+  static_assert(kWarps == 8, "a slice has one entry a warp");
+  double masses[kMaxSlices / 4], all = 0;
+  SVDK_UNROLL
+  for (int k = 0; k < kMaxSlices / 4; ++k) {
+    const int e = k * 32 + lane_id();
+    double mass = 0;
+    if (e < cta.entries()) {
+      const MassSum& x = cta.entry(parts, e).mass;
+      if (x.sum > 0) mass = x.sum * fast_exp((static_cast<float>(x.max) - max) * draw.rate);
+    }
+    for (int distance = 1; distance < 8; distance <<= 1) mass += from_lane_xor(mass, distance);
+    masses[k] = mass;
+    for (int i = 0; i < 4; ++i) all += from_lane(mass, 8 * i);
+  }
+  const double target = draw.uniform * all;
+  Landing found{max, -1, 0};
+  double before = 0;
+  SVDK_UNROLL
+  for (int k = 0; k < kMaxSlices / 4; ++k) {
+    for (int i = 0; i < 4; ++i) {
+      const double mass = from_lane(masses[k], 8 * i);
+      // The target is behind this slice's start: it is in the slice, or the last so far before it.
+      if (mass > kNoMass && target >= before) {
+        found.slice = 4 * k + i;
+        found.share = (target - before) / mass;
+      }
+      before += mass;
+    }
+  }
+  return found;
+}
+
+// The token there. By one CTA, which reads the slice again, warp by warp in order of id: first for
+// the masses of its chunks, then the chunk that it is in.
+template <typename T, int S>
+SVDK_DEVICE int token_at(Cta& cta, const Operands<T, S>& row, const Constants& constants,
+                         const Draw& draw, const Landing& landing) {
+  constexpr int N = Operands<T, S>::N;
+  RowShared& s = cta.s;
+  const FastConstants c(constants);
+  const int chunk = cta.slices.length / kWarps;
+  const int end = cta.end(landing.slice);
+  // The masses of the vector at `at` into m; their sum.
+  const auto masses_at = [&](int at, int stop, float (&m)[N]) {
+    float w[N], y[N], z[N];
+    for (int e = 0; e < N; ++e) m[e] = 0.0f;
+    if (at >= stop) return 0.0;
+    read_vector(row, at, w, y);
+    drawable<S>(c, draw.filter, at, stop - at < N ? stop - at : N, w, y, z);
+    double sum = 0;
+    SVDK_UNROLL
+    for (int e = 0; e < N; ++e) {
+      m[e] = z[e] == -kFloatInf ? 0.0f : fast_exp((z[e] - landing.max) * draw.rate);
+      sum += m[e];
+    }
+    return sum;
+  };
+  float m[N];
+  double mine = 0;
+  int from = cta.begin(landing.slice) + warp_id() * chunk;
+  int stop = from + chunk < end ? from + chunk : end;
+  SVDK_ROLLED
+  for (int at = from + lane_id() * N; at < stop; at += 32 * N) mine += masses_at(at, stop, m);
+  mine = warp_reduce(mine, Sum());
+  double* const chunks = s.slots.of<double>();
+  if (lane_id() == 0) chunks[warp_id()] = mine;
+  __syncthreads();
+  double all = 0, before = 0, start = 0;
+  for (int i = 0; i < kWarps; ++i) all += chunks[i];
+  const double target = landing.share * all;
+  int in = 0;
+  for (int i = 0; i < kWarps; ++i) {
+    if (chunks[i] > 0 && target >= before) {
+      in = i;
+      start = before;
+    }
+    before += chunks[i];
+  }
+  __syncthreads();
+  if (warp_id() == 0) {
+    from = cta.begin(landing.slice) + in * chunk;
+    stop = from + chunk < end ? from + chunk : end;
+    int token = -1;  // of this lane: the first behind the target, else its last with mass
+    bool behind = false;
+    SVDK_ROLLED
+    for (int tile = from; tile < stop && !behind; tile += 32 * N) {
+      const int at = tile + lane_id() * N;
+      const double sum = masses_at(at, stop, m);
+      double until = sum;
+      for (int distance = 1; distance < 32; distance <<= 1) {
+        const double below = from_lane_below(until, distance);
+        if (lane_id() >= distance) until += below;
+      }
+      double reached = start + (until - sum);
+      bool here = false;
+      SVDK_UNROLL
+      for (int e = 0; e < N; ++e) {
+        reached += m[e];
+        if (!here && m[e] > 0.0f) {
+          token = at + e;
+          here = reached > target;
+        }
+      }
+      start += from_lane(until, 31);
+      // The first lane that is behind the target has the token.
+      const int first = warp_first(here);
+      behind = first < 32;
+      if (behind) token = from_lane(token, first);
+    }
+    if (!behind) token = static_cast<int>(warp_max(static_cast<uint32_t>(token + 1))) - 1;
+    if (lane_id() == 0) s.token = token;
+  }
+  __syncthreads();
+  return s.token;
 }
 
 }  // namespace svdk::cuda

@@ -40,16 +40,16 @@ SVDK_DEVICE double log_outside(Cta& cta, const Operands<T, S>& row, const Consta
                 });
     const float high = warp_reduce(top, Max());
     sum = warp_reduce(top == -kFloatInf ? 0.0 : sum * fast_exp(top - high), Sum());
-    if (lane_id() == 0) s.part.sums[slice][warp_id()].outside = {high, sum};
+    if (lane_id() == 0) s.part.sums[slice][warp_id()].mass = {high, sum};
   }
   const Parts parts = cta.own_parts();
   cta.team_barrier();
   const double top = reduce_over(
-      cta.entries(), -kInf, [&](int e) { return cta.entry(parts, e).outside.max; }, Max());
+      cta.entries(), -kInf, [&](int e) { return cta.entry(parts, e).mass.max; }, Max());
   const double sum = reduce_over(
       cta.entries(), 0.0,
       [&](int e) {
-        const Outside& x = cta.entry(parts, e).outside;
+        const MassSum& x = cta.entry(parts, e).mass;
         return x.sum > 0 ? x.sum * fast_exp(static_cast<float>(x.max - top)) : 0.0;
       },
       Sum());

@@ -43,6 +43,12 @@ SVDK_DEVICE float half_to_float(uint16_t x) {
 // Largest value over the warp.
 SVDK_DEVICE uint32_t warp_max(uint32_t x) { return __reduce_max_sync(0xffffffffu, x); }
 
+// The first lane that says yes; 32: none.
+SVDK_DEVICE int warp_first(bool yes) {
+  const uint32_t lanes = __ballot_sync(0xffffffffu, yes);
+  return lanes ? __ffs(lanes) - 1 : 32;
+}
+
 // A shared variable that other warps may be writing.
 SVDK_DEVICE uint32_t read_shared(const uint32_t* p) {
   return *static_cast<const volatile uint32_t*>(p);
@@ -50,7 +56,6 @@ SVDK_DEVICE uint32_t read_shared(const uint32_t* p) {
 
 SVDK_DEVICE float float_of(uint32_t bits) { return __uint_as_float(bits); }
 SVDK_DEVICE uint32_t bits_of(float x) { return __float_as_uint(x); }
-SVDK_DEVICE int lowest_bit(uint32_t x) { return __ffs(x) - 1; }
 SVDK_DEVICE uint32_t funnel_right(uint32_t low, uint32_t high, uint32_t bits) {
   return __funnelshift_r(low, high, bits);
 }

@@ -167,6 +167,19 @@ SVDK_DEVICE float other_at(const Operands<T, S>& row, int id) {
   }
 }
 
+// Both operands of the N tokens from `at` on.
+template <typename T, int S, int N>
+SVDK_DEVICE void read_vector(const Operands<T, S>& row, int at, float (&w)[N], float (&other)[N]) {
+  Lanes<T, N> lanes;
+  lanes.fetch(row.warm, at);
+  lanes.unpack(w);
+  if constexpr (S != kNone) {
+    Lanes<typename Operands<T, S>::Other, N> others;
+    others.fetch(row.other, at);
+    others.unpack(other);
+  }
+}
+
 // The tokens of [begin, end) that are this thread's, vector by vector: f(at, n, w, other) where n
 // of the N tokens exist. `begin` is a multiple of N. U vectors are loaded before the first is used;
 // one is enough for sweeps that are rare or find the row in L2.

@@ -46,6 +46,10 @@ SVDK_DEVICE T from_lane_xor(T x, int distance) {
   return __shfl_xor_sync(0xffffffffu, x, distance);
 }
 template <typename T>
+SVDK_DEVICE T from_lane(T x, int lane) {
+  return __shfl_sync(0xffffffffu, x, lane);
+}
+template <typename T>
 SVDK_DEVICE T from_lane_below(T x, int distance) {
   return __shfl_up_sync(0xffffffffu, x, distance);
 }

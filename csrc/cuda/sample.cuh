@@ -1,12 +1,11 @@
 // steered_sample: one launch, one or more CTAs a row, all twelve steps. Where the tokens in play
 // are few, the first CTA finishes with the candidates; else all CTAs go on with sweeps of the whole
-// row. A direct draw makes do with one sweep and no sums.
+// row. A direct draw makes do with one sweep and its masses.
 #pragma once
 #include "candidates.cuh"
 #include "draw_sweep.cuh"
 #include "filters.cuh"
 #include "full_sweep.cuh"
-#include "noise.cuh"
 #include "steering.cuh"
 #include "sweep.cuh"
 #include "team.cuh"
@@ -16,7 +15,7 @@ namespace svdk::cuda {
 struct SampleShared {
   RowShared row;
   Search search;
-  Noise noise;
+  Draw draw;
   union {
     CandidateScratch candidates;
     Histogram bins;
@@ -33,18 +32,33 @@ SVDK_DEVICE Constants direct_constants(const BatchArgs& a, double mu) {
   return c;
 }
 
-// What the direct draws of all parts came to; the token, or -1 if the row must be opened after all.
-SVDK_DEVICE int merge_direct(Cta& cta, const Parts& parts, const Noise& noise, bool& invalid) {
+// Logits, in nats, next to which the rounding of a float shows where they are not taken relative to
+// their maximum.
+constexpr float kLoud = 8192.0f;
+
+// Step 11 of the whole row, from what the sweeps of all CTAs left; the token, or -1 if a direct draw
+// cannot tell. Only the first CTA knows which; for the others it is 0.
+template <typename T, int S>
+SVDK_DEVICE int finish_draw(Cta& cta, const Operands<T, S>& row, const Parts& parts,
+                            const Draw& draw, bool direct, bool& invalid) {
   const BestKey best =
       reduce_over(parts.count, BestKey{0}, [&](int rank) { return parts.at(rank).best; }, Better());
   const Exceptional found = reduce_over(
       parts.count, Exceptional{0, 0}, [&](int rank) { return parts.at(rank).exceptional; }, Sum());
+  const Landing landing = draw.greedy ? Landing{0.0f, -1, 0} : land(cta, parts, draw);
   cta.team_barrier();
-  invalid = found.flags & kInvalid || found.warm_masked == cta.vocab;
-  // A masked base token does not get the shift that the others get. And a large shift, or a large
-  // score, rounds away what is added to it, as long as it is not taken relative to the maxima.
-  const bool exact = !(found.flags & (kBaseMasked | kFarApart));
-  return exact && !noise.rounds_noise(best_score(best)) ? best_id(best) : -1;
+  const Constants& c = cta.s.broadcast.constants;
+  if (direct) {
+    invalid = found.flags & kInvalid || found.warm_masked == cta.vocab;
+    if (invalid) return -1;
+    // A masked base token does not get the shift that the others get. And a large shift, or a large
+    // logit, rounds away what is added to it, as long as it is not taken relative to the maxima.
+    const float nats = FastConstants(c).template nats<S>();
+    const bool loud = S != kNone && !draw.greedy && fabsf(landing.max) * nats > kLoud;
+    if (found.flags & (kBaseMasked | kFarApart) || loud) return -1;
+  }
+  if (draw.greedy) return best_id(best);
+  return cta.leads() ? token_at(cta, row, c, draw, landing) : 0;
 }
 
 // Steps 7 and 8: mu, into the constants of every CTA of the row. `n`: candidates of C, or -1.
@@ -171,21 +185,26 @@ SVDK_DEVICE void sample_row(const SampleArgs& a, SampleShared& s) {
     if (n >= 0) {
       if (cta.leads()) {
         const LogSum sum = steer_candidates(s.row, s.scratch.candidates, c, n);
-        token = draw_candidates(s.row, s.scratch.candidates, p, n, s.search.total);
+        token = draw_candidates(s.row, s.scratch.candidates, p, n, sum.top, s.search.total);
         if (complete && a.floats) {
           const float w = read_one(row.warm, token);
           steered = (c.steered_logit(w, other_at(row, token)) - sum.top) - sum.log_sum;
         }
       }
     } else if (token < 0) {
-      draw_row(cta, row, c, s.search.filter, p, s.noise);
-      if (direct) {
-        Parts parts;
-        if (!publish(cta, a.rows, parts)) return;
-        token = merge_direct(cta, parts, s.noise, invalid);
-      } else {
-        token = best_id(team_best(cta));
+      if (threadIdx.x == 0) {
+        s.draw.set(p, FastConstants(c).template nats<S>());
+        s.draw.filter = s.search.filter;
       }
+      __syncthreads();
+      draw_sweep(cta, row, c, s.draw);
+      Parts parts = cta.own_parts();
+      if (direct) {
+        if (!publish(cta, a.rows, parts)) return;
+      } else {
+        cta.team_barrier();
+      }
+      token = finish_draw(cta, row, parts, s.draw, direct, invalid);
     }
     if (direct && !invalid && (token < 0 || a.floats)) {
       direct = false;  // once more, for what the direct draw could not know

@@ -50,8 +50,8 @@ SVDK_DEVICE FourSums from_lane_xor(FourSums a, int distance) {
   return a;
 }
 
-// Of the tokens outside C: sum exp(warm - max).
-struct Outside {
+// sum exp(x - max), of the tokens outside C, or of those that may be drawn.
+struct MassSum {
   double max, sum;
 };
 
@@ -59,7 +59,7 @@ struct Outside {
 union WarpSums {
   RunningSums running;
   Partition partition;
-  Outside outside;
+  MassSum mass;
   FourSums four;
 };
 
@@ -103,6 +103,7 @@ struct RowShared {
   Part part;
   uint32_t running;       // ordered key of the largest value so far
   uint32_t n_candidates;  // while they are compacted
+  int token;              // that was drawn
   RowParameters parameters;
   Slots slots;
   Sums sums;  // of the whole row, in the CTA that merges

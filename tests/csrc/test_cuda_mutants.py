@@ -89,9 +89,15 @@ MUTANTS = (
     ),
     Mutant("an_overflow_goes_unnoticed", "cuda/sweep.cuh", "overflow = true;", "overflow = false;"),
     Mutant("cross_term_stays_behind_the_maximum", "common.h", "cross + usable * (", "cross + 0 * ("),
+    Mutant("a_slice_is_entered_too_far", "cuda/draw_sweep.cuh", "(target - before) / mass", "target / mass"),
     Mutant(
-        "noise_threshold_too_high", "cuda/draw_sweep.cuh", "0x1p32f + 2.0f : 0x1p32f", "0x1p31f : 0x1p32f"
+        "masses_of_slices_are_not_of_the_row",
+        "cuda/draw_sweep.cuh",
+        "mass = x.sum * fast_exp((static_cast<float>(x.max) - max) * draw.rate);",
+        "mass = x.sum;",
     ),
+    Mutant("a_draw_takes_the_last_lane", "cuda/draw_sweep.cuh", "behind = first < 32;", "behind = false;"),
+    Mutant("a_draw_forgets_its_chunk", "cuda/draw_sweep.cuh", "start = before;", "start = 0;"),
     Mutant(
         "a_slice_is_skipped",
         "cuda/team.cuh",

@@ -69,6 +69,7 @@ T fetch_add(T* p, T x) {
 #define __syncthreads() shim::block_barrier(__LINE__)
 #define __threadfence() shim::maybe_yield()
 #define __shfl_xor_sync(mask, value, o) shim::from_lane(value, shim::lane() ^ (o), __LINE__)
+#define __shfl_sync(mask, value, lane) shim::from_lane(value, lane, __LINE__)
 #define __shfl_up_sync(mask, value, o) shim::from_lane(value, shim::lane_above(o), __LINE__)
 
 struct uint4 {
@@ -119,13 +120,18 @@ inline uint32_t warp_max_at(uint32_t x, int line) {
   return static_cast<uint32_t>(*std::max_element(all, all + 32));
 }
 #define warp_max(x) warp_max_at(x, __LINE__)
+inline int warp_first_at(bool yes, int line) {
+  uint64_t all[32];
+  shim::exchange(yes, all, line);
+  return static_cast<int>(std::find(all, all + 32, 1u) - all);
+}
+#define warp_first(yes) warp_first_at(yes, __LINE__)
 inline uint32_t read_shared(const uint32_t* p) {
   shim::maybe_yield();
   return *p;
 }
 inline float float_of(uint32_t bits) { return shim::unpack<float>(bits); }
 inline uint32_t bits_of(float x) { return static_cast<uint32_t>(shim::pack(x)); }
-inline int lowest_bit(uint32_t x) { return __builtin_ctz(x); }
 inline uint32_t funnel_right(uint32_t low, uint32_t high, uint32_t bits) {
   return static_cast<uint32_t>((static_cast<uint64_t>(high) << 32 | low) >> (bits & 31));
 }
