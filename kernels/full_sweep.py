@@ -16,7 +16,6 @@ import triton.language as tl
 
 from .candidates import load_tile
 from .filters import kept_by
-from .philox import block_bits, gumbel, token_bits
 from .steering import (
     COMPACT,
     DIRECTION,
@@ -214,41 +213,59 @@ def partition_of(
 
 
 @triton.jit
-def draw_tokens(tokens, constants, strength, filter, noise, KIND: tl.constexpr, BLOCK: tl.constexpr):
-    """Step 11: greedy or perturbed argmax over the tokens that the filter keeps, as :class:`Drawn`.
+def drawable(tokens, constants, strength, filter, start, end, KIND: tl.constexpr, BLOCK: tl.constexpr):
+    """``(ids, w, z, kept)`` of a row's tokens from ``start`` on; kept is z, or -inf at what is not drawn."""
+    ids, w, other = load_tile(tokens, start, KIND, BLOCK)
+    z = steered_logits(constants, strength, w, delta_of(constants, w, other, KIND), KIND)
+    place = start + tl.arange(0, BLOCK)
+    kept = tl.where(place < end, z, -INF)
+    if FILTERS & KIND:
+        if filter.active:
+            kept = tl.where(kept_by(filter, ids, z, place, tokens.count), kept, -INF)
+    return ids, w, z, kept
 
-    Scores are scale * temperature times the perturbed logits: a low temperature cannot make them overflow.
+
+@triton.jit
+def draw_tokens(
+    tokens, constants, strength, filter, begin, end, rate, share, KIND: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Step 11 among a row's tokens ``begin .. end``, as :class:`Drawn`.
+
+    The token is the first whose mass, with that of the tokens before it, exceeds ``share`` (float64) of all;
+    ``rate`` as of :func:`~kernels.filters.per_scaled_logit`. A negative share: the argmax.
     """
     best, best_id = tl.full([BLOCK], -INF, tl.float32), tl.full([BLOCK], MAX_ID, tl.int32)
-    n_inside = tl.zeros([BLOCK], tl.int32)
+    n_inside, mass = tl.zeros([BLOCK], tl.int32), tl.zeros([BLOCK], tl.float64)
     max_z, z_sum = tl.full([], -INF, tl.float32), tl.full([], 0.0, tl.float32)
-    nats, scaled_temperature = inverse_power(strength.scale), strength.scale * noise.temperature
-    greedy = noise.temperature == 0.0
-    for start in range(0, tokens.count, BLOCK):
-        ids, w, other = load_tile(tokens, start, KIND, BLOCK)
-        z = steered_logits(constants, strength, w, delta_of(constants, w, other, KIND), KIND)
+    top = tl.full([], -INF, tl.float32)
+    nats = inverse_power(strength.scale)
+    for start in range(begin, end, BLOCK):
+        ids, w, z, kept = drawable(tokens, constants, strength, filter, start, end, KIND, BLOCK)
         if INFO & KIND:
             n_inside += in_confidence_set(w, constants.max_w, constants.log_alpha).to(tl.int32)
             new_max = tl.maximum(max_z, tl.max(z, 0))
             z_sum = z_sum * tl.exp((max_z - or_zero(new_max)) * nats)
             z_sum += tl.sum(tl.exp((z - or_zero(new_max)) * nats), 0)
             max_z = new_max
-        keep = z > -INF
-        if FILTERS & KIND:
-            if filter.active:
-                keep = keep & kept_by(filter, ids, z, start + tl.arange(0, BLOCK), tokens.count)
-        score = z
-        if not greedy:
-            if COMPACT & KIND:
-                if tokens.from_candidates:
-                    bits = token_bits(ids, noise.seed, noise.offset)
-                else:
-                    bits = block_bits(start, noise.seed, noise.offset, BLOCK)
-            else:
-                bits = block_bits(start, noise.seed, noise.offset, BLOCK)
-            score = z + scaled_temperature * gumbel(bits)
-        better = keep & (score > best)
-        best, best_id = tl.where(better, score, best), tl.where(better, ids, best_id)
+        better = kept > best
+        best, best_id = tl.where(better, kept, best), tl.where(better, ids, best_id)
+        if share >= 0.0:
+            high = tl.maximum(top, tl.max(kept, 0))
+            mass *= tl.exp((top - or_zero(high)) * rate).to(tl.float64)
+            mass += tl.exp((kept - or_zero(high)) * rate).to(tl.float64)
+            top = high
     _, token = best_of(best, best_id)
+    if share >= 0.0:
+        target = share * tl.sum(mass, 0)
+        before, start = target * 0.0, begin
+        while (start < end) & (before <= target):
+            ids, _, _, kept = drawable(tokens, constants, strength, filter, start, end, KIND, BLOCK)
+            m = tl.exp((kept - or_zero(top)) * rate).to(tl.float64)
+            reached = before + tl.cumsum(m, 0)
+            first = tl.min(tl.where((m > 0.0) & (reached > target), ids, MAX_ID), 0)
+            last = tl.max(tl.where(m > 0.0, ids, -1), 0)  # where rounding leaves none
+            token = tl.where(first < MAX_ID, first, tl.where(last >= 0, last, token))
+            before += tl.sum(m, 0)
+            start += BLOCK
     log_z = tl.log(tl.where(z_sum > 0.0, z_sum, 1.0))
     return Drawn(token, strength.mu, max_z, log_z, tl.sum(n_inside, 0))

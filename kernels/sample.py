@@ -5,8 +5,8 @@ from memory once. That is all when the row's candidates fit (CAP a slice; any al
 on a row that is not nearly flat), or when no sums are needed first (plain sampling; ``log_ratio`` and
 ``vector`` with alpha = 0 at a given strength). Otherwise (alpha = 0 with ``kl_gradient``, a finite
 penalty, filters over the whole vocabulary) the finishing program reads its row again, from L2; a filter
-then takes up to 20 such sweeps, and with few rows these do not use the whole GPU. A row is also read again
-where its logits are so large that the first sweep rounded the noise, or the warm logits, away.
+then takes up to 20 such sweeps, and with few rows these do not use the whole GPU. A draw that needs no sums
+reads one slice again, that where the row's uniform lands, and the whole row where the first sweep rounded.
 """
 
 # A condition known at compile time and one known at run time must not share an `if`.
@@ -19,9 +19,9 @@ import triton
 import triton.language as tl
 
 from .candidates import load_token, tokens_of
-from .filters import RANK_LIMIT, Limits, make_filter
+from .filters import RANK_LIMIT, Limits, make_filter, per_scaled_logit
 from .full_sweep import Drawn, draw_tokens, fallback_token, moments_of
-from .philox import Noise
+from .philox import Draw, row_uniform
 from .steering import (
     CONSTANT,
     DIRECT,
@@ -58,11 +58,12 @@ from .sweep import (
     Sums,
     make_constants,
     merge,
+    slice_of_draw,
     slices_of_row,
     sweep_slice,
 )
 
-NOISE_ROUNDED_FROM = tl.constexpr(1024.0)  # perturbed logits from here up are rounded by 3e-5 and more
+LOUD_FROM = tl.constexpr(1024.0)  # nats from here up are rounded by 3e-5 and more
 
 
 class Parameters(NamedTuple):
@@ -75,13 +76,13 @@ class Parameters(NamedTuple):
     alpha: Any
     penalty: Any
     limits: Limits
-    noise: Noise
+    draw: Draw
 
 
 @triton.jit
 def valid_parameters(parameters, vocab, KIND: tl.constexpr, MODE: tl.constexpr):
     """Step 1: whether a row's parameters are in range; only tensors get this far unchecked."""
-    limits, temperature = parameters.limits, parameters.noise.temperature
+    limits, temperature = parameters.limits, parameters.draw.temperature
     valid = is_finite(parameters.strength)
     if DIRECTION & KIND != PLAIN:
         valid = valid & in_unit(parameters.alpha)
@@ -109,11 +110,31 @@ def finish_row(
             delta = in_nats(tl.where(inside, delta_of(constants, w, other, KIND), 0.0), KIND)
         mu = strength_of(moments, delta, parameters.strength, MODE)
     strength = scale_strength(mu, parameters.penalty, KIND)
-    noise = parameters.noise
-    filter = make_filter(
-        tokens, constants, strength, parameters.limits, noise.temperature, ranking, KIND, BLOCK
-    )
-    return draw_tokens(tokens, constants, strength, filter, noise, KIND, BLOCK)
+    return draw_among(tokens, constants, strength, parameters, ranking, 0, tokens.count, -1.0, KIND, BLOCK)
+
+
+@triton.jit
+def draw_among(
+    tokens,
+    constants,
+    strength,
+    parameters,
+    ranking,
+    begin,
+    end,
+    share,
+    KIND: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Steps 10 and 11 among the tokens ``begin .. end``; a negative ``share``: that of the row's uniform."""
+    temperature = parameters.draw.temperature
+    filter = make_filter(tokens, constants, strength, parameters.limits, temperature, ranking, KIND, BLOCK)
+    landing = tl.full([], 0.0, tl.float64) + share
+    if landing < 0.0:
+        landing = row_uniform(parameters.draw)
+    landing = tl.where(temperature == 0.0, -1.0, landing)
+    rate = per_scaled_logit(strength.scale, tl.where(temperature == 0.0, 1.0, temperature))
+    return draw_tokens(tokens, constants, strength, filter, begin, end, rate, landing, KIND, BLOCK)
 
 
 @triton.jit
@@ -168,16 +189,17 @@ def steered_sample_kernel(
     temperature = value_of(PerRow(temperature, temperature_rows), index)
     seed, offset = value_of(PerRow(seed, seed_rows), index), value_of(PerRow(offset, offset_rows), index)
     # The compiler of torch.compile does not heed the annotations: a small number arrives as 32 bits.
-    noise = Noise(temperature, seed.to(tl.int64), offset.to(tl.int64))
+    draw = Draw(temperature, seed.to(tl.int64), offset.to(tl.int64))
     top_k = value_of(PerRow(top_k, top_k_rows), index).to(tl.int64)
     given = scale_strength(mu, penalty, KIND)
-    if sweep_slice(operands, slices, log_alpha, given, noise, KIND, SPLITS, CAP, BLOCK, STAGES):
+    rate = per_scaled_logit(given.scale, tl.where(temperature == 0.0, 1.0, temperature))
+    if sweep_slice(operands, slices, log_alpha, given, rate, KIND, SPLITS, CAP, BLOCK, STAGES):
         swept = merge(operands, slices, log_alpha, KIND, SPLITS, CAP)
         top_p, min_p = value_of(PerRow(top_p, top_p_rows), index), value_of(PerRow(min_p, min_p_rows), index)
         label = tl.full([], 0, tl.int64)
         if MODE == LABEL:
             label = tl.load(labels + index)
-        parameters = Parameters(mu, label, alpha, penalty, Limits(top_k, top_p, min_p), noise)
+        parameters = Parameters(mu, label, alpha, penalty, Limits(top_k, top_p, min_p), draw)
         valid = valid_parameters(parameters, vocab, KIND, MODE) & ((swept.flags & INVALID) == 0)
         row_sums = swept.sums
         if not SUMMED:  # any logit of the row will do to be relative to
@@ -194,16 +216,26 @@ def steered_sample_kernel(
         if valid:
             tokens = tokens_of(operands, slices.candidates, swept.count, KIND)
             if DIRECT & KIND:
-                drawn = Drawn(swept.best_id, mu, zero, constants.log_zw, swept.count)
-                # The sweep's choice does not stand where a base of -inf has delta = 0, which depends on K,
-                # and where the rounding of large numbers would show next to the noise.
-                unit = tl.where(temperature == 0.0, given.scale, given.scale * temperature)
-                rounds_noise = tl.abs(swept.best) > unit * NOISE_ROUNDED_FROM
-                rounds_noise = rounds_noise | ((swept.flags & (BASE_MASKED | FAR_APART)) != 0)
-                if rounds_noise | ((INFO & KIND) != 0 and DIRECTION & KIND != PLAIN):
-                    again = finish_row(tokens, constants, parameters, ranking, KIND, MODE, BLOCK)
-                    token = tl.where(rounds_noise, again.token, swept.best_id)
-                    drawn = Drawn(token, mu, again.max_z, again.log_z, again.size)
+                token = swept.best_id
+                if temperature > 0.0:
+                    part, share = slice_of_draw(slices, swept.best, rate, row_uniform(draw), SPLITS)
+                    begin = part * slices.size
+                    end = tl.minimum(begin + slices.size, vocab)
+                    landed = draw_among(
+                        tokens, constants, given, parameters, ranking, begin, end, share, KIND, BLOCK
+                    )
+                    token = landed.token
+                drawn = Drawn(token, mu, zero, constants.log_zw, swept.count)
+                if DIRECTION & KIND != PLAIN:
+                    # The masses do not stand where a base of -inf has delta = 0, which depends on K, and
+                    # where large numbers, which are not relative to a maximum yet, were rounded.
+                    unit = tl.where(temperature == 0.0, given.scale, given.scale * temperature)
+                    rounded = tl.abs(swept.best) > unit * LOUD_FROM
+                    rounded = rounded | ((swept.flags & (BASE_MASKED | FAR_APART)) != 0)
+                    if rounded | ((INFO & KIND) != 0):
+                        again = finish_row(tokens, constants, parameters, ranking, KIND, MODE, BLOCK)
+                        token = tl.where(rounded, again.token, token)
+                        drawn = Drawn(token, mu, again.max_z, again.log_z, again.size)
             else:
                 drawn = finish_row(tokens, constants, parameters, ranking, KIND, MODE, BLOCK)
         token = drawn.token

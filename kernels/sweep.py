@@ -18,7 +18,6 @@ import triton
 import triton.language as tl
 
 from .candidates import compact_candidates
-from .philox import block_bits, gumbel
 from .steering import (
     COMPACT,
     DIRECT,
@@ -41,8 +40,9 @@ INVALID = tl.constexpr(1)  # the status bits of svdk.ops.results.Status
 BASE_MASKED = tl.constexpr(2)
 FAR_APART = tl.constexpr(4)  # ours alone: a log-ratio so large that DIRECT rounds the warm logits away
 FAR_APART_FROM = tl.constexpr(256.0)
+NO_MASS = tl.constexpr(2.0**-90)  # beside the row's largest: no uniform of 53 bits lands there
 RARE_BLOCK = tl.constexpr(256)  # tokens at a time in a sweep so rare that registers matter more
-SUMS = tl.constexpr(8)  # float32 numbers a slice publishes: the six sums, its best score, one spare
+SUMS = tl.constexpr(8)  # float32 numbers a slice publishes: the six sums, its best score, its mass
 COUNTS = tl.constexpr(4)  # int32 numbers: flags, count, best id, one spare
 
 
@@ -86,8 +86,10 @@ class Swept(NamedTuple):
     """How many candidates (of a row: in C, or -1 when some slice had too many); without COMPACT how many
     tokens have a finite warm logit, where that is counted."""
     best: Any
-    """DIRECT: the best score and its token."""
+    """DIRECT: the largest steered logit, scaled but not less max_w, and its token."""
     best_id: Any
+    mass: Any
+    """DIRECT, of a slice: the sum of exp(z - best), z over the temperature and in nats."""
 
 
 @triton.jit
@@ -106,7 +108,7 @@ def first_sweep(
     slices,
     log_alpha,
     strength,
-    noise,
+    rate,
     KIND: tl.constexpr,
     CAP: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -115,21 +117,18 @@ def first_sweep(
     """Step 2: what the tokens of this program's slice add up to, as :class:`Swept`; slices begin at a BLOCK.
 
     COMPACT collects as candidates (at most CAP) the ids within log_alpha of the running maximum, a superset
-    of those in C; the count goes on past CAP. DIRECT takes part in the draw already here, by ``strength``
-    and ``noise`` (else None). Without a base there are sums only if something asks for them, and DIRECT then
-    counts the finite tokens.
+    of those in C; the count goes on past CAP. DIRECT adds up masses already here, by ``strength`` and
+    ``rate`` (else None), what its scaled logits are multiplied by in exponentials. Without a base there are
+    sums only if something asks for them, and DIRECT then counts the finite tokens.
     """
     HAS_BASE: tl.constexpr = (DIRECTION & KIND) < VECTOR
     SUMMED: tl.constexpr = HAS_BASE or INFO & KIND or not DIRECT & KIND
     begin = slices.part * slices.size
     end = tl.minimum(begin + slices.size, operands.vocab)
     candidates = slices.candidates + slices.part * CAP
-    if DIRECT & KIND:
-        greedy = noise.temperature == 0.0
-        scaled_temperature = strength.scale * noise.temperature
     lane = tl.arange(0, BLOCK)
     zero = tl.zeros([BLOCK], tl.float32)
-    z_w, z_b, usable, cross = zero, zero, zero, zero
+    z_w, z_b, usable, cross, mass = zero, zero, zero, zero, zero
     best, best_id = zero - INF, tl.full([BLOCK], MAX_ID, tl.int32)
     flags, n_finite = tl.zeros([BLOCK], tl.int32), tl.zeros([BLOCK], tl.int32)
     max_w, max_b = tl.max(best, 0), tl.max(best, 0)
@@ -183,9 +182,10 @@ def first_sweep(
                 z += strength.scaled_strength * ratio
             if DIRECTION & KIND == VECTOR:
                 z += strength.scaled_strength * o
-            if not greedy:
-                z += scaled_temperature * gumbel(block_bits(start, noise.seed, noise.offset, BLOCK))
-            better = (w > -INF) & (z > best)
+            z = tl.where(w > -INF, z, -INF)
+            better = z > best
+            e = tl.where(z > -INF, tl.exp(-tl.abs(z - best) * rate), 0.0)  # the less of the two
+            mass = tl.where(better, mass * e + 1.0, mass + e)
             best, best_id = tl.where(better, z, best), tl.where(better, ids, best_id)
             if SUMMED and not HAS_BASE:
                 n_finite += (w > -INF).to(tl.int32)
@@ -194,7 +194,9 @@ def first_sweep(
     top, top_id = best_of(best, best_id)
     found = any_flags(flags)
     sums = Sums(max_w, max_b, tl.sum(z_w, 0), tl.sum(z_b, 0), tl.sum(usable, 0), tl.sum(cross, 0))
-    return Swept(sums, found, count, top, top_id)
+    if DIRECT & KIND:
+        mass *= tl.where(best > -INF, tl.exp((best - or_zero(top)) * rate), 0.0)
+    return Swept(sums, found, count, top, top_id, tl.sum(mass, 0))
 
 
 @triton.jit
@@ -214,6 +216,7 @@ def publish(slices, swept):
     tl.store(sums + 4, swept.sums.usable)
     tl.store(sums + 5, swept.sums.cross)
     tl.store(sums + 6, swept.best)
+    tl.store(sums + 7, swept.mass)
     tl.store(counts, swept.flags)
     tl.store(counts + 1, swept.count)
     tl.store(counts + 2, swept.best_id)
@@ -238,7 +241,7 @@ def sweep_slice(
     slices,
     log_alpha,
     strength,
-    noise,
+    rate,
     KIND: tl.constexpr,
     SPLITS: tl.constexpr,
     CAP: tl.constexpr,
@@ -246,7 +249,7 @@ def sweep_slice(
     STAGES: tl.constexpr,
 ):
     """Sweep this program's slice and publish it; whether this program is to finish the row."""
-    publish(slices, first_sweep(operands, slices, log_alpha, strength, noise, KIND, CAP, BLOCK, STAGES))
+    publish(slices, first_sweep(operands, slices, log_alpha, strength, rate, KIND, CAP, BLOCK, STAGES))
     return arrive(slices.counter, SPLITS)
 
 
@@ -277,7 +280,26 @@ def merge(operands, slices, log_alpha, KIND: tl.constexpr, SPLITS: tl.constexpr,
         count = compact_candidates(slices.candidates, operands.warm, count_s, max_w, log_alpha, LANES, CAP)
     else:
         count = tl.sum(count_s, 0)
-    return Swept(Sums(max_w, max_b, z_w, z_b, usable, cross), flags, count, best, best_id)
+    return Swept(Sums(max_w, max_b, z_w, z_b, usable, cross), flags, count, best, best_id, z_w * 0.0)
+
+
+@triton.jit
+def slice_of_draw(slices, best, rate, uniform, SPLITS: tl.constexpr):
+    """Step 11, DIRECT: which slice a row's uniform lands in, and after which share of its mass (float64)."""
+    LANES: tl.constexpr = triton.next_power_of_2(SPLITS)
+    lane = tl.arange(0, LANES)
+    at = slices.sums + lane * SUMS
+    best_s = tl.load(at + 6, mask=lane < SPLITS, other=-INF)
+    mass_s = tl.load(at + 7, mask=lane < SPLITS, other=0.0) * tl.exp((best_s - best) * rate)
+    mass_s = tl.where(mass_s > NO_MASS, mass_s, 0.0).to(tl.float64)
+    until = tl.cumsum(mass_s, 0)
+    target = uniform * tl.sum(mass_s, 0)
+    some = mass_s > 0.0
+    first = tl.min(tl.where(some & (until > target), lane, LANES), 0)
+    part = tl.where(first < LANES, first, tl.max(tl.where(some, lane, 0), 0))
+    mass = tl.sum(tl.where(lane == part, mass_s, 0.0), 0)
+    before = tl.sum(tl.where(lane < part, mass_s, 0.0), 0)
+    return part, (target - before) / mass
 
 
 @triton.jit
