@@ -254,12 +254,12 @@ def draw_tokens(
             mass *= tl.exp((top - or_zero(high)) * rate).to(tl.float64)
             mass += tl.exp((kept - or_zero(high)) * rate).to(tl.float64)
             top = high
-    _, token = best_of(best, best_id)
+    highest, token = best_of(best, best_id)
     if share >= 0.0:
         target = share * tl.sum(mass, 0)
         before, start = target * 0.0, begin
         while (start < end) & (before <= target):
-            ids, _, _, kept = drawable(tokens, constants, strength, filter, start, end, KIND, BLOCK)
+            ids, w, z, kept = drawable(tokens, constants, strength, filter, start, end, KIND, BLOCK)
             m = tl.exp((kept - or_zero(top)) * rate).to(tl.float64)
             reached = before + tl.cumsum(m, 0)
             first = tl.min(tl.where((m > 0.0) & (reached > target), ids, MAX_ID), 0)

@@ -254,9 +254,23 @@ def scores_of(rows: Rows, z: Tensor, given: Any) -> Tensor:
     greedy = rows.invalid | (given.temperature == 0)
     temperature = torch.where(greedy, 1.0, given.temperature)
     keep = filter_row(z, temperature, given.top_k, given.top_p, torch.where(rows.invalid, 0.0, given.min_p))
-    noise = gumbel(random_bits(given.seed, given.offset, z.shape[1]))
-    perturbed = torch.where(keep, z / temperature[:, None] + noise, -math.inf)
+    words = random_bits(given.seed, given.offset, 4)
+    u = (((words[:, 0] << 21) | (words[:, 1] >> 11)).double() + 0.5) * 2.0**-53
+    kept = torch.where(keep, z, -math.inf)
+    mass = torch.where(keep, ((kept - kept.amax(1, keepdim=True)) / temperature[:, None]).exp(), 0.0)
+    cum = mass.cumsum(1)
+    target = u[:, None] * cum[:, -1:]
+    # score: 1 at the first whose cumulative mass exceeds
+    hit = (cum > target) & (mass > 0)
+    V = z.shape[1]
+    ids = torch.arange(V)
+    first = torch.where(hit.any(1), hit.int().argmax(1), torch.where(mass > 0, ids, -1).amax(1))
+    reference_state["cum"], reference_state["target"], reference_state["mass"] = cum, target, mass
+    perturbed = torch.zeros_like(z).scatter(1, first[:, None], 1.0)
     return torch.where(greedy[:, None], z, perturbed)
+
+
+reference_state = {}
 
 
 def draw_row(rows: Rows, scores: Tensor) -> Tensor:

@@ -142,10 +142,23 @@ def assert_same_tokens(got: Tensor, args, kwargs, want: Tensor | None = None, ro
     if not different:
         return
     _, _, z, scores = reference.steered_rows(*flat_arguments(args, kwargs))
+    st = reference.reference_state
     for row in different:
-        a, b = float(scores[row, got[row]]), float(scores[row, want[row]])
+        g, w = int(got[row]), int(want[row])
         size = 1 + float(z[row][torch.isfinite(z[row])].abs().max())
-        assert b - a <= rounding * size, f"row {row}: token {int(got[row])} scored {a}, {int(want[row])} {b}"
+        if float(flat_temperature(args, kwargs, row)) == 0:
+            assert float(scores[row, w] - scores[row, g]) <= rounding * size
+            continue
+        cum, target, mass = st["cum"][row], float(st["target"][row]), st["mass"][row]
+        assert mass[g] > 0, f"row {row}: token {g} has no mass"
+        lo, hi = float(cum[g] - mass[g]), float(cum[g])
+        off = max(lo - target, target - hi, 0.0) / float(cum[-1])
+        assert off <= rounding * size, f"row {row}: token {g} spans {lo}..{hi}, {w} at {target}, off {off}"
+
+
+def flat_temperature(args, kwargs, row):
+    t = kwargs.get("temperature", 1.0)
+    return t[row] if isinstance(t, Tensor) else t
 
 
 def assert_close(got: Tensor, want: Tensor, name: str, rtol: float = 2e-4, atol: float = 2e-5) -> None:
