@@ -6,7 +6,7 @@
 
 namespace svdk {
 
-// Tokens a sweep handles at a time: small enough for L1, a multiple of the Philox group.
+// Tokens a sweep handles at a time: small enough for L1.
 constexpr int kBlock = 1024;
 // Blocks in a slice at least, where a row is shared by threads; tests of short rows lower it.
 #ifndef SVDK_SLICE_BLOCKS
@@ -28,19 +28,45 @@ struct Candidates {
   bool overflow = false;
 };
 
-// -log(-log(u)), u = (bits + 0.5) / 2^32.
-inline double gumbel_of(uint32_t bits) { return -std::log(-std::log((bits + 0.5) * 0x1p-32)); }
-
 // How a row is drawn from.
-struct Noise {
-  uint64_t seed = 0, offset = 0;
+struct Draw {
   double inverse_temperature = 1;
-  bool greedy = false;
+  bool greedy = true;
 
-  static Noise of(const Parameters& p) {
-    return {p.seed, p.offset, p.greedy() ? 1.0 : 1.0 / p.temperature, p.greedy()};
+  static Draw of(const Parameters& p) {
+    return {p.greedy() ? 1.0 : 1.0 / p.temperature, p.greedy()};
   }
 };
+
+// Of tokens that may be drawn: sum exp((z - max) / temperature) of their steered logits.
+struct MassSum {
+  double max, sum;
+};
+
+// In nats, of what no uniform of 53 bits lands in beside the largest.
+constexpr double kNoMass = -64;
+
+// Where a share of the mass of a sequence ends: at which place, and after which share of its mass.
+struct Landing {
+  int place;
+  double share;
+};
+
+// The first place whose mass, with that of the places before it, exceeds `share` of all; the last
+// one with mass where rounding leaves none.
+inline Landing land(const double* masses, int count, double share) {
+  double all = 0, before = 0;
+  for (int i = 0; i < count; ++i) all += masses[i];
+  const double target = share * all;
+  Landing found{0, 0};
+  for (int i = 0; i < count; ++i) {
+    if (!(masses[i] > 0)) continue;
+    found = {i, (target - before) / masses[i]};
+    before += masses[i];
+    if (before > target) break;
+  }
+  return found;
+}
 
 // A filter that keeps, whatever rounding says of it, the token with the largest exact steered
 // logit.
@@ -89,10 +115,13 @@ struct Sweeps {
   const char* name;
   // Step 2: sums, and with `candidates` those within log_alpha of the running maximum.
   void (*first_sweep)(const Slice&, double log_alpha, Sums&, Candidates*);
-  // Step 11: the best perturbed (or greedy) steered logit. With sums, a row that turns out invalid
-  // or base-masked is left early with the flag set.
-  void (*draw_row)(const Slice&, const Constants&, const RowFilter&, const Noise&,
-                   const SumsOnTheWay*, Best&);
+  // Step 11: the largest steered logit if greedy, else the masses of the slice's blocks, of which
+  // the row has one every kBlock. With sums, a row that turns out invalid or base-masked is left
+  // early with the flag set.
+  void (*draw_row)(const Slice&, const Constants&, const RowFilter&, const Draw&,
+                   const SumsOnTheWay*, Best&, MassSum* masses);
+  // The token of a block (the slice) at which a share of its mass ends.
+  int (*token_at)(const Slice&, const Constants&, const RowFilter&, const Draw&, double share);
   // Step 7.
   void (*moments)(const Slice&, const Constants&, MomentSums&);
   // One partition a strength.

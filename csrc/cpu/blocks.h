@@ -1,7 +1,7 @@
 // Arithmetic on blocks of at most kBlock floats that lie in L1. Included inside an architecture's
 // namespace after its Vec. Blocks are padded with -inf up to kPad, so loops have no tails.
 
-constexpr int kPad = 256;  // tokens one Philox call serves at most: 4 vectors of 16 blocks of 4
+constexpr int kPad = 32;  // tokens of two vectors, which loops take at a time
 // Above this the float loops could overflow (they sum squares of differences): double does it.
 constexpr float kFloatSafe = 1e15f;
 
@@ -81,13 +81,13 @@ inline Block scan(const float* x, int n, int real) {
   return block;
 }
 
-// Sum of exp(x - top) over n floats, a multiple of kPad.
-inline float sum_exp(const float* x, int n, float top) {
-  const Vec::F shift = Vec::set(top);
+// Sum of exp((x - top) rate) over n floats, a multiple of kPad.
+inline float sum_exp(const float* x, int n, float top, float rate) {
+  const Vec::F shift = Vec::set(top), by = Vec::set(rate);
   Vec::F a = Vec::set(0.0f), b = a;
   for (int i = 0; i < n; i += 2 * Vec::N) {
-    a = a + exp(Vec::load(x + i) - shift);
-    b = b + exp(Vec::load(x + i + Vec::N) - shift);
+    a = a + exp((Vec::load(x + i) - shift) * by);
+    b = b + exp((Vec::load(x + i + Vec::N) - shift) * by);
   }
   return Vec::sum(a + b);
 }

@@ -116,14 +116,20 @@ int draw_candidates(ShortList& list, const Parameters& p) {
     for (const SteeredToken& s : list.tokens) best.offer(s.z, s.id);
     return best.id;
   }
-  const size_t kept = p.has_filters() ? filter_candidates(list, p) : list.tokens.size();
-  const double inverse = 1.0 / p.temperature;
-  for (size_t i = 0; i < kept; ++i) {
-    const SteeredToken& s = list.tokens[i];
-    if (s.z == -kInf) continue;
-    best.offer(s.z * inverse + gumbel_of(token_bits(p.seed, p.offset, s.id)), s.id);
+  std::vector<SteeredToken> kept;
+  if (p.has_filters()) {
+    const size_t count = filter_candidates(list, p);
+    kept.assign(list.tokens.begin(), list.tokens.begin() + count);
+    std::sort(kept.begin(), kept.end(),
+              [](const SteeredToken& a, const SteeredToken& b) { return a.id < b.id; });
   }
-  return best.id;
+  const std::vector<SteeredToken>& tokens = p.has_filters() ? kept : list.tokens;
+  double top = -kInf;
+  for (const SteeredToken& s : tokens) top = std::fmax(top, s.z);
+  std::vector<double> masses;
+  for (const SteeredToken& s : tokens) masses.push_back(std::exp((s.z - top) / p.temperature));
+  const double share = row_uniform(p.seed, p.offset);
+  return tokens[land(masses.data(), static_cast<int>(masses.size()), share).place].id;
 }
 
 }  // namespace svdk

@@ -65,7 +65,8 @@ struct ShortList {
   double total = -1;
 };
 
-// Steps 10 and 11: greedy or perturbed argmax over what top-k, top-p and min-p keep.
+// Steps 10 and 11: the argmax, or a draw from what top-k, top-p and min-p keep. In order of id, but
+// for filters.
 int draw_candidates(ShortList& list, const Parameters& p);
 
 }  // namespace svdk

@@ -73,9 +73,7 @@ class Selector {
  public:
   Selector(const RowLogits& row, const Sweeps& sweeps, const Constants& c, const Parameters& p)
       : row_(row), sweeps_(sweeps), constants_(c), p_(p), inverse_(1.0 / p.temperature) {
-    Noise greedy;
-    greedy.greedy = true;
-    sweeps.draw_row(whole(row), c, RowFilter(), greedy, nullptr, best_);
+    sweeps.draw_row(whole(row), c, RowFilter(), Draw(), nullptr, best_, nullptr);
     fill(0, 21, 0);
     for (int b = 0; b < kBins; ++b) {
       tokens_ += histogram_.count[b];

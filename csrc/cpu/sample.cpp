@@ -31,7 +31,8 @@ class RowSampler {
       state_.constants.direction = row.direction;
       state_.constants.mu = p.strength;
       log_alpha_ = log_alpha_of(row.direction, p.alpha);
-      noise_ = Noise::of(p);
+      draw_ = Draw::of(p);
+      if (one_sweep_) make_room();
     }
   }
 
@@ -42,7 +43,8 @@ class RowSampler {
     found = SliceFindings{};
     if (one_sweep_) {
       const SumsOnTheWay sums{found.sums, info_};
-      sweeps_.draw_row(tokens_of(slice), state_.constants, RowFilter(), noise_, &sums, found.best);
+      sweeps_.draw_row(tokens_of(slice), state_.constants, filter_, draw_, &sums, found.best,
+                       masses_.data());
     } else {
       const bool collect = row_.direction != kPlain;
       sweeps_.first_sweep(tokens_of(slice), log_alpha_, found.sums,
@@ -67,7 +69,7 @@ class RowSampler {
     if (!state_.sums.valid()) return refuse();
     Constants& c = state_.constants;
     if (one_sweep_ && !broke_off) {
-      out_.token = best_.id;
+      out_.token = drawn();
       if (info_) {
         c.max_w = static_cast<float>(state_.sums.max_w);
         c.log_zw = std::log(state_.sums.z_w);
@@ -86,10 +88,10 @@ class RowSampler {
     if (in_play_are_candidates) {
       list.tokens = steered_logits(c, state_.candidates.tokens);
     } else {
-      if (!p_.has_filters()) return true;
+      if (!p_.has_filters()) return make_room();
       FilteredRow filtered = filter_row(row_, sweeps_, c, p_);
       filter_ = filtered.filter;
-      if (!filtered.is_short) return true;
+      if (!filtered.is_short) return make_room();
       list = std::move(filtered.list);
     }
     out_.token = draw_candidates(list, p_);
@@ -97,16 +99,17 @@ class RowSampler {
     return false;
   }
 
-  // Step 11 over the whole vocabulary.
+  // Step 11 over the whole vocabulary; room has been made.
   void draw(int slice) {
     Best& best = slices_[slice].best = Best::none();
-    sweeps_.draw_row(tokens_of(slice), state_.constants, filter_, noise_, nullptr, best);
+    sweeps_.draw_row(tokens_of(slice), state_.constants, filter_, draw_, nullptr, best,
+                     masses_.data());
   }
 
   void finish() {
     best_ = Best::none();
     for (int i = 0; i < count_; ++i) offer(slices_[i].best);
-    out_.token = best_.id;
+    out_.token = drawn();
     if (info_) describe_steered(nullptr);
   }
 
@@ -132,6 +135,29 @@ class RowSampler {
       merge(state_, slices_[i].sums, slices_[i].candidates);
       offer(slices_[i].best);
     }
+  }
+
+  // For the masses of the row's blocks.
+  bool make_room() {
+    if (!draw_.greedy) masses_.assign((row_.vocab + kBlock - 1) / kBlock, {-kInf, 0});
+    return true;
+  }
+
+  // Step 11 of a row that was swept: the argmax, or the token in the block where the uniform lands.
+  int drawn() {
+    if (draw_.greedy) return best_.id;
+    double top = -kInf;
+    for (const MassSum& block : masses_) top = std::fmax(top, block.max);
+    std::vector<double> masses;
+    for (const MassSum& block : masses_) {
+      const double x = (block.max - top) * draw_.inverse_temperature;
+      masses.push_back(x < kNoMass ? 0.0 : block.sum * std::exp(x));
+    }
+    const Landing at =
+        land(masses.data(), static_cast<int>(masses.size()), row_uniform(p_.seed, p_.offset));
+    const int begin = at.place * kBlock;
+    const Slice block{row_, begin, std::min(begin + kBlock, row_.vocab)};
+    return sweeps_.token_at(block, state_.constants, filter_, draw_, at.share);
   }
 
   bool refuse() {
@@ -178,7 +204,8 @@ class RowSampler {
   SliceFindings* slices_;
   int count_;
   double log_alpha_ = -kInf;
-  Noise noise_;
+  Draw draw_;
+  std::vector<MassSum> masses_;
   RowFilter filter_;
   RowState state_;
   Best best_ = Best::none();

@@ -85,7 +85,7 @@ inline bool accumulate(const RowLogits& row, const BlockOperands& block, Sums& s
   if (top_w > s.max_w || top_b > s.max_b) s.rescale(top_w, top_b);
   const float max_w = static_cast<float>(s.max_w), max_b = static_cast<float>(s.max_b);
   if (!row.base) {
-    if (block.w.top > -kInf) s.z_w += sum_exp(block.w.data, block.width, max_w);
+    if (block.w.top > -kInf) s.z_w += sum_exp(block.w.data, block.width, max_w, 1.0f);
   } else if (exceptional.beyond_float || std::fabs(max_w) > kFloatSafe ||
              std::fabs(max_b) > kFloatSafe) {
     add_exactly(block, s);
