@@ -70,7 +70,7 @@ def distributions(device: torch.device, backend: str) -> Iterator[Outcome]:
 
 
 def agreement(device: torch.device, backend: str) -> Iterator[Outcome]:
-    """The tokens of the CPU kernels, row by row: all backends draw the same bits."""
+    """The tokens of the CPU kernels, row by row: all backends draw the same uniforms."""
     found: dict[str, int] = {}
     host = logits.make("zipf", AGREEING, 4096, torch.bfloat16, torch.device("cpu"))
     warm, base, seeds = (x.to(device) for x in (host.warm, host.base, host.seeds))
@@ -78,7 +78,7 @@ def agreement(device: torch.device, backend: str) -> Iterator[Outcome]:
         want = svdk.steered_sample(host.warm, host.base, seed=host.seeds, **options)
         got = svdk.steered_sample(warm, base, seed=seeds, backend=backend, **options)
         found[str(options)] = int((got.cpu() != want).sum())
-        # Two perturbed scores that differ by rounding may swap: one row in some hundred thousand.
+        # A uniform within rounding of a boundary may land on either side: one row in some hundred thousand.
         yield {"ok": max(found.values()) <= 2, "rows": AGREEING, "different": found}
 
 

@@ -27,8 +27,6 @@ constexpr int kMaxId = std::numeric_limits<int>::max();
 constexpr double kEps = 1e-12;
 // Bins of a histogram of steered logits: 11 bits of their ordered key.
 constexpr int kBins = 2048;
-// Noise is -log(-log(u)), u = (bits + 0.5) / 2^32; its largest value is -log(-log(1 - 2^-33)).
-constexpr double kLargestGumbel = 22.873856958477;
 
 enum Direction : int { kKlGradient = 0, kLogRatio = 1, kVector = 2, kPlain = 3 };
 enum StrengthMode : int { kConstant = 0, kLabel = 1, kKlBudget = 2 };

@@ -1,6 +1,5 @@
-// Philox4x32-10 (Salmon et al., SC 2011), scalar, usable on host and device.
-// key = the row's seed, counter = (token id >> 2, offset low, offset high, stream), word = token id
-// & 3.
+// Philox4x32-10 (Salmon et al., SC 2011), scalar, usable on host and device, and the one uniform of
+// a row: key = the row's seed, counter = (0, offset low, offset high, stream).
 #pragma once
 #include <cstdint>
 
@@ -21,9 +20,8 @@ struct PhiloxBlock {
   uint32_t word[4];
 };
 
-SVDK_HD PhiloxBlock philox(uint64_t seed, uint64_t offset, uint32_t block,
-                           uint32_t stream = kSampleStream) {
-  uint32_t c0 = block, c1 = static_cast<uint32_t>(offset);
+SVDK_HD PhiloxBlock philox(uint64_t seed, uint64_t offset, uint32_t stream = kSampleStream) {
+  uint32_t c0 = 0, c1 = static_cast<uint32_t>(offset);
   uint32_t c2 = static_cast<uint32_t>(offset >> 32), c3 = stream;
   uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
   for (int round = 0; round < kPhiloxRounds; ++round) {
@@ -41,13 +39,9 @@ SVDK_HD PhiloxBlock philox(uint64_t seed, uint64_t offset, uint32_t block,
 
 // A row's uniform in (0, 1]: (x + 0.5) 2^-53, x the upper 53 bits of words 0 (high) and 1.
 SVDK_HD double row_uniform(uint64_t seed, uint64_t offset) {
-  const PhiloxBlock block = philox(seed, offset, 0);
+  const PhiloxBlock block = philox(seed, offset);
   const uint64_t bits = static_cast<uint64_t>(block.word[0]) << 32 | block.word[1];
   return (static_cast<double>(bits >> 11) + 0.5) * 0x1p-53;
-}
-
-SVDK_HD uint32_t token_bits(uint64_t seed, uint64_t offset, uint32_t token) {
-  return philox(seed, offset, token >> 2).word[token & 3];
 }
 
 }  // namespace svdk

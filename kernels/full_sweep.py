@@ -254,7 +254,7 @@ def draw_tokens(
             mass *= tl.exp((top - or_zero(high)) * rate).to(tl.float64)
             mass += tl.exp((kept - or_zero(high)) * rate).to(tl.float64)
             top = high
-    highest, token = best_of(best, best_id)
+    _best, token = best_of(best, best_id)
     if share >= 0.0:
         target = share * tl.sum(mass, 0)
         before, start = target * 0.0, begin

@@ -24,9 +24,7 @@ struct BlockDraw {
   bool may_draw(int i) const { return i < block.n && steered.z[i] > -kFloatInf; }
   // Whether the rounding of the floats shows in their exponentials.
   bool rounded() const { return steered.slack * draw.inverse_temperature > 1e-3; }
-  float rate() const {
-    return static_cast<float>(std::fmin(draw.inverse_temperature, FLT_MAX));
-  }
+  float rate() const { return static_cast<float>(std::fmin(draw.inverse_temperature, FLT_MAX)); }
   double exact_top() const {
     double top = -kInf;
     for (int i = 0; i < block.n; ++i) {

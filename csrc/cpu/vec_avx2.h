@@ -39,21 +39,4 @@ struct Vec {
   static F load_half(const uint16_t* p) {
     return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
   }
-
-  static U set_u(uint32_t x) { return _mm256_set1_epi32((int)x); }
-  static U iota(uint32_t first) {
-    return _mm256_add_epi32(_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), set_u(first));
-  }
-  static U xor3(U a, U b, U c) { return _mm256_xor_si256(_mm256_xor_si256(a, b), c); }
-  static void multiply(U a, U m, U& high, U& low) {
-    const U even = _mm256_mul_epu32(a, m);
-    const U odd = _mm256_mul_epu32(_mm256_srli_epi64(a, 32), m);
-    low = _mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xAA);
-    high = _mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xAA);
-  }
-  static uint32_t ge_u(U a, U b) {
-    const U hit = _mm256_cmpeq_epi32(_mm256_max_epu32(a, b), a);
-    return (uint32_t)_mm256_movemask_ps(_mm256_castsi256_ps(hit));
-  }
-  static void store_u(uint32_t* p, U x) { _mm256_storeu_si256((__m256i*)p, x); }
 };

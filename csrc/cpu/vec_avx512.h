@@ -1,7 +1,6 @@
 // AVX-512 (F, BW, DQ, VL): 16 floats a vector. Included inside the architecture's own namespace.
 struct Vec {
   using F = __m512;
-  using U = __m512i;
   using Mask = __mmask16;
   static constexpr int N = 16;
   static constexpr bool kScaleSaturates = true;  // scale() takes any exponent, and NaN
@@ -32,19 +31,4 @@ struct Vec {
   static F load_half(const uint16_t* p) {
     return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
   }
-
-  static U set_u(uint32_t x) { return _mm512_set1_epi32((int)x); }
-  static U iota(uint32_t first) {
-    const U lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    return _mm512_add_epi32(lanes, set_u(first));
-  }
-  static U xor3(U a, U b, U c) { return _mm512_ternarylogic_epi32(a, b, c, 0x96); }
-  static void multiply(U a, U m, U& high, U& low) {
-    const U even = _mm512_mul_epu32(a, m);
-    const U odd = _mm512_mul_epu32(_mm512_srli_epi64(a, 32), m);
-    low = _mm512_mask_blend_epi32(0xAAAA, even, _mm512_slli_epi64(odd, 32));
-    high = _mm512_mask_blend_epi32(0xAAAA, _mm512_srli_epi64(even, 32), odd);
-  }
-  static uint32_t ge_u(U a, U b) { return bits(_mm512_cmpge_epu32_mask(a, b)); }
-  static void store_u(uint32_t* p, U x) { _mm512_storeu_si512(p, x); }
 };

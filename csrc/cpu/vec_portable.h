@@ -41,16 +41,4 @@ struct Vec {
   static F load_half(const uint16_t* p) {
     return F{half_to_float(p[0]), half_to_float(p[1]), half_to_float(p[2]), half_to_float(p[3])};
   }
-
-  static U set_u(uint32_t x) { return U{x, x, x, x}; }
-  static U iota(uint32_t first) { return U{first, first + 1, first + 2, first + 3}; }
-  static U xor3(U a, U b, U c) { return a ^ b ^ c; }
-  static void multiply(U a, U m, U& high, U& low) {
-    typedef uint64_t W __attribute__((vector_size(32)));
-    const W wide = __builtin_convertvector(a, W) * __builtin_convertvector(m, W);
-    low = __builtin_convertvector(wide, U);
-    high = __builtin_convertvector(wide >> 32, U);
-  }
-  static uint32_t ge_u(U a, U b) { return bits((Mask)(a >= b)); }
-  static void store_u(uint32_t* p, U x) { std::memcpy(p, &x, sizeof x); }
 };

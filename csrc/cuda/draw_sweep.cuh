@@ -39,8 +39,8 @@ SVDK_DEVICE float drawable(const FastConstants& c, const Filter& filter, int at,
 // Of the slices of this CTA: the masses into part.sums, the best token into part.best; exceptional
 // tokens are noted on the way.
 template <typename T, int S>
-SVDK_DEVICE void draw_sweep(Cta& cta, const Operands<T, S>& row, const Constants& constants,
-                            const Draw& draw) {
+SVDK_DEVICE void draw_row(Cta& cta, const Operands<T, S>& row, const Constants& constants,
+                          const Draw& draw) {
   constexpr int N = Operands<T, S>::N;
   RowShared& s = cta.s;
   const FastConstants c(constants);

@@ -44,8 +44,8 @@ SVDK_DEVICE double log_outside(Cta& cta, const Operands<T, S>& row, const Consta
   }
   const Parts parts = cta.own_parts();
   cta.team_barrier();
-  const double top = reduce_over(
-      cta.entries(), -kInf, [&](int e) { return cta.entry(parts, e).mass.max; }, Max());
+  const double top =
+      reduce_over(cta.entries(), -kInf, [&](int e) { return cta.entry(parts, e).mass.max; }, Max());
   const double sum = reduce_over(
       cta.entries(), 0.0,
       [&](int e) {

@@ -36,8 +36,8 @@ SVDK_DEVICE Constants direct_constants(const BatchArgs& a, double mu) {
 // their maximum.
 constexpr float kLoud = 8192.0f;
 
-// Step 11 of the whole row, from what the sweeps of all CTAs left; the token, or -1 if a direct draw
-// cannot tell. Only the first CTA knows which; for the others it is 0.
+// Step 11 of the whole row, from what the sweeps of all CTAs left; the token, or -1 if a direct
+// draw cannot tell. Only the first CTA knows which; for the others it is 0.
 template <typename T, int S>
 SVDK_DEVICE int finish_draw(Cta& cta, const Operands<T, S>& row, const Parts& parts,
                             const Draw& draw, bool direct, bool& invalid) {
@@ -197,7 +197,7 @@ SVDK_DEVICE void sample_row(const SampleArgs& a, SampleShared& s) {
         s.draw.filter = s.search.filter;
       }
       __syncthreads();
-      draw_sweep(cta, row, c, s.draw);
+      draw_row(cta, row, c, s.draw);
       Parts parts = cta.own_parts();
       if (direct) {
         if (!publish(cta, a.rows, parts)) return;

@@ -26,6 +26,7 @@ def run(args: argparse.Namespace) -> int:
     import svdk
     from svdk.errors import InputError
     from svdk.ops import backends
+    from svdk.ops.philox import CONTRACT
 
     if bool(args.model) != bool(args.adapter):
         missing = "--adapter" if args.model else "--model"
@@ -34,6 +35,7 @@ def run(args: argparse.Namespace) -> int:
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
     versions = {"svdk": svdk.__version__, "Python": platform.python_version()}
     versions |= {"torch": f"{torch.__version__} ({torch.get_num_threads()} threads)", "CUDA": cuda + gpu}
+    versions |= {"draws": f"contract {CONTRACT} (docs/algorithm.md, random numbers)"}
     status = backends.status()
     if status["cpu"] == "available":
         from svdk import _C

@@ -1,9 +1,8 @@
-"""Philox4x32-10 noise keyed by token id, in plain PyTorch integers; step 11 of ``docs/algorithm.md`` uses it.
+"""One uniform a row from Philox4x32-10, in plain PyTorch integers; step 11 of ``docs/algorithm.md`` uses it.
 
-Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011). Every backend draws
-these bits: key = the row's 64-bit seed, counter = (token id >> 2, offset low, offset high, stream),
-word = token id & 3, so one block serves four neighbouring tokens and a row's noise depends on
-nothing but its own seed, its offset and the token id.
+Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011). Every backend draws these
+bits: key = the row's 64-bit seed, counter = (0, offset low, offset high, stream), of whose four words the
+first two make the uniform. It depends on nothing but the row's own seed and its offset.
 """
 
 from __future__ import annotations
@@ -16,6 +15,8 @@ WEYL = (0x9E3779B9, 0xBB67AE85)
 ROUNDS = 10
 MASK32 = 0xFFFFFFFF
 SAMPLE_STREAM = 0
+CONTRACT = 2
+"""Which rule makes tokens of seeds and offsets; those of contract 1 (Gumbel noise a token) come no more."""
 
 
 def _mul_hi_lo(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
@@ -37,25 +38,9 @@ def philox4x32(counter: tuple[Tensor, ...], key: tuple[Tensor, ...]) -> tuple[Te
     return c0, c1, c2, c3
 
 
-def random_bits(seed: Tensor, offset: Tensor, vocab: int, stream: int = SAMPLE_STREAM) -> Tensor:
-    """Raw 32-bit words, int64 ``(B, vocab)``, for int64 seeds and offsets ``(B,)``."""
-    blocks = torch.arange((vocab + 3) // 4, device=seed.device)
-    seed, offset = seed[:, None], offset[:, None]
-    counter = (
-        blocks.expand(seed.shape[0], -1),
-        (offset & MASK32).expand(-1, blocks.numel()),
-        ((offset >> 32) & MASK32).expand(-1, blocks.numel()),
-        torch.full_like(blocks, stream).expand(seed.shape[0], -1),
-    )
-    words = philox4x32(counter, (seed & MASK32, (seed >> 32) & MASK32))
-    return torch.stack(words, dim=-1).flatten(1)[:, :vocab]
-
-
-def uniforms(bits: Tensor) -> Tensor:
-    """float64 uniforms ``(x + 0.5) / 2**32``, strictly inside (0, 1)."""
-    return (bits.double() + 0.5) * 2.0**-32
-
-
-def gumbel(bits: Tensor) -> Tensor:
-    """Standard Gumbel noise ``-log(-log(u))``, float64."""
-    return -torch.log(-torch.log(uniforms(bits)))
+def row_uniforms(seed: Tensor, offset: Tensor, stream: int = SAMPLE_STREAM) -> Tensor:
+    """float64 (B,) ``(x + 0.5) / 2**53``, x the upper 53 bits of words 0 (high) and 1, for int64 (B,)."""
+    zero = torch.zeros_like(seed)
+    counter = (zero, offset & MASK32, (offset >> 32) & MASK32, zero + stream)
+    high, low, _, _ = philox4x32(counter, (seed & MASK32, (seed >> 32) & MASK32))
+    return (((high << 21) | (low >> 11)).double() + 0.5) * 2.0**-53

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from svdk.ops import schema
-from svdk.ops.philox import gumbel, random_bits
+from svdk.ops.philox import row_uniforms
 from svdk.ops.results import Status
 from svdk.ops.schema import CONSTANT, KL_BUDGET, LABEL, LOG_RATIO, PLAIN, VECTOR, Operands, PerRow
 
@@ -249,33 +249,25 @@ def filter_row(z: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min
 
 
 # Step 11: draw.
-def scores_of(rows: Rows, z: Tensor, given: Any) -> Tensor:
-    """What a token must have most of, (B, V): filtered logits with Gumbel noise, or z itself if greedy."""
+def masses_of(rows: Rows, z: Tensor, given: Any) -> Tensor:
+    """What may be drawn, (B, V): ``exp((z - max z) / T)``, 0 for the others; all on the argmax if greedy."""
     greedy = rows.invalid | (given.temperature == 0)
     temperature = torch.where(greedy, 1.0, given.temperature)
     keep = filter_row(z, temperature, given.top_k, given.top_p, torch.where(rows.invalid, 0.0, given.min_p))
-    words = random_bits(given.seed, given.offset, 4)
-    u = (((words[:, 0] << 21) | (words[:, 1] >> 11)).double() + 0.5) * 2.0**-53
-    kept = torch.where(keep, z, -math.inf)
-    mass = torch.where(keep, ((kept - kept.amax(1, keepdim=True)) / temperature[:, None]).exp(), 0.0)
-    cum = mass.cumsum(1)
-    target = u[:, None] * cum[:, -1:]
-    # score: 1 at the first whose cumulative mass exceeds
-    hit = (cum > target) & (mass > 0)
-    V = z.shape[1]
-    ids = torch.arange(V)
-    first = torch.where(hit.any(1), hit.int().argmax(1), torch.where(mass > 0, ids, -1).amax(1))
-    reference_state["cum"], reference_state["target"], reference_state["mass"] = cum, target, mass
-    perturbed = torch.zeros_like(z).scatter(1, first[:, None], 1.0)
-    return torch.where(greedy[:, None], z, perturbed)
+    masses = torch.where(keep, ((z - z.amax(1, keepdim=True)) / temperature[:, None]).exp(), 0.0)
+    best = torch.zeros_like(z).scatter(1, argmax_lowest(z)[:, None], 1.0)
+    return torch.where(greedy[:, None], best, masses)
 
 
-reference_state = {}
+def draw_row(masses: Tensor, uniform: Tensor) -> Tensor:
+    """Tokens int64 (B,): the first in order of id whose cumulative mass exceeds ``uniform`` (B,) of all.
 
-
-def draw_row(rows: Rows, scores: Tensor) -> Tensor:
-    """Tokens int64 (B,): the largest score, the lowest id on ties."""
-    return torch.where(rows.invalid, rows.fallback, argmax_lowest(scores))
+    The last one with mass where rounding leaves none.
+    """
+    reached, ids = masses.cumsum(1), torch.arange(masses.shape[1], device=masses.device)
+    behind = (masses > 0) & (reached > uniform[:, None] * reached[:, -1:])
+    last = torch.where(masses > 0, ids, 0).amax(1)
+    return torch.where(behind.any(1), behind.int().argmax(1), last)
 
 
 # Step 12: describe.
@@ -288,18 +280,19 @@ def describe(rows: Rows, mu: Tensor, z: Tensor, token: Tensor) -> tuple[Tensor, 
 
 # The operations.
 def steered_rows(*flat: Any) -> tuple[Rows, Tensor, Tensor, Tensor]:
-    """``steered_sample`` up to the draw: the rows, mu (B,), steered logits and scores (B, V)."""
+    """``steered_sample`` up to the draw: the rows, mu (B,), steered logits and masses (B, V)."""
     operands, given = unpack(schema.STEERED_SAMPLE, flat)
     rows = open_rows(operands, given)
     mu = strength_of(rows, given)
     z = steered_logits(rows, mu, given.penalty)
-    return rows, mu, z, scores_of(rows, z, given)
+    return rows, mu, z, masses_of(rows, z, given)
 
 
 def steered_sample(*flat: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Tokens int64 (B,), diagnostics float32 (5, B) and int32 (2, B); see :class:`svdk.SampleInfo`."""
-    rows, mu, z, scores = steered_rows(*flat)
-    token = draw_row(rows, scores)
+    rows, mu, z, masses = steered_rows(*flat)
+    _, given = unpack(schema.STEERED_SAMPLE, flat)
+    token = torch.where(rows.invalid, rows.fallback, draw_row(masses, row_uniforms(given.seed, given.offset)))
     info = flat[-1]
     empty = z.new_empty(0, dtype=torch.float32), token.new_empty(0, dtype=torch.int32)
     return token, *(describe(rows, mu, z, token) if info else empty)
@@ -322,7 +315,8 @@ def partition_of(rows: Rows, mu: Tensor, penalty: float) -> Partition:
     share = z.softmax(1)
     slope = (share * moves).sum(1)
     curvature = (share * (moves - slope[:, None]) ** 2).sum(1)
-    greedy = draw_row(rows, torch.where(rows.inside, z, -math.inf))
+    inside = argmax_lowest(torch.where(rows.inside, z, -math.inf))
+    greedy = torch.where(rows.invalid, rows.fallback, inside)
     return Partition(z.log_softmax(1), moves, slope, curvature, greedy)
 
 

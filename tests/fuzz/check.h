@@ -164,7 +164,8 @@ inline Kept filters(const std::vector<Value>& v, const Oracle& r, const svdk::Pa
   return kept;
 }
 
-// The token drawn must be allowed and, within rounding, the best of all that must be allowed.
+// The token drawn must be allowed and, within rounding, the best of all that must be allowed, or
+// the one in whose share of the mass the uniform is.
 inline void check_token(const Oracle& r, const svdk::Parameters& q, int64_t token) {
   const int vocab = static_cast<int>(r.w.size());
   std::vector<Value> v(vocab);
@@ -173,24 +174,36 @@ inline void check_token(const Oracle& r, const svdk::Parameters& q, int64_t toke
   if (r.mu_error == svdk::kInf || r.edge) return;
   const Kept kept = filters(v, r, q);
   EXPECT(kept.may[token], "token %ld was filtered out", static_cast<long>(token));
-  auto score = [&](int64_t t) {
-    if (q.temperature == 0) return v[t].z;
-    const double u = (svdk::token_bits(q.seed, q.offset, static_cast<uint32_t>(t)) + 0.5) * 0x1p-32;
-    return v[t].z / q.temperature - std::log(-std::log(u));
-  };
-  auto blur = [&](int64_t t) {
-    return q.temperature == 0 ? v[t].error
-                              : (v[t].error + 1e-15 * std::fabs(v[t].z)) / q.temperature + 1e-12;
-  };
-  const double got = score(token) + blur(token);
-  for (int t = 0; t < vocab; ++t) {
-    if (!kept.must[t]) continue;
-    EXPECT(got >= score(t) - blur(t), "token %ld scored %.17g, %d %.17g (blur %g, %g)",
-           static_cast<long>(token), score(token), t, score(t), blur(token), blur(t));
-    const bool twin = t < token && r.w[t] == r.w[token] && r.o[t] == r.o[token];
-    EXPECT(!(twin && q.temperature == 0), "greedy took %ld, of its equals %d is lower",
-           static_cast<long>(token), t);
+  if (q.temperature == 0) {
+    const double got = v[token].z + v[token].error;
+    for (int t = 0; t < vocab; ++t) {
+      if (!kept.must[t]) continue;
+      EXPECT(got >= v[t].z - v[t].error, "greedy took %ld with %.17g, %d has %.17g",
+             static_cast<long>(token), v[token].z, t, v[t].z);
+      const bool twin = t < token && r.w[t] == r.w[token] && r.o[t] == r.o[token];
+      EXPECT(!twin, "greedy took %ld, of its equals %d is lower", static_cast<long>(token), t);
+    }
+    return;
   }
+  double top = -svdk::kInf;
+  for (const Value& x : v) top = std::fmax(top, x.z);
+  // Float loops add rounding of their own, of the size of the logits.
+  auto mass = [&](int t, double sign) {
+    const double error = v[t].error + 4e-7 * (std::fabs(v[t].z) + std::fabs(r.w[t] - v[t].z));
+    return std::exp((v[t].z - top + sign * error) / q.temperature) * (1 + sign * 1e-5);
+  };
+  double before = 0, through = 0, from_here = 0, after = 0;  // the least, the most, the most, ...
+  for (int t = 0; t < vocab; ++t) {
+    if (kept.must[t] && t < token) before += mass(t, -1);
+    if (kept.must[t] && t > token) after += mass(t, -1);
+    if (kept.may[t] && t <= token) through += mass(t, 1);
+    if (kept.may[t] && t >= token) from_here += mass(t, 1);
+  }
+  const double u = svdk::row_uniform(q.seed, q.offset);
+  EXPECT(!(u < before / (before + from_here) - 1e-9), "token %ld is behind the uniform %.17g",
+         static_cast<long>(token), u);
+  EXPECT(!(1 - u < after / (after + through) - 1e-9), "token %ld is before the uniform %.17g",
+         static_cast<long>(token), u);
 }
 
 // log softmax(z_hat)(label), its error, and the largest error in z among tokens that matter.

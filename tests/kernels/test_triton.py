@@ -1,4 +1,4 @@
-"""What is the Triton backend's own: noise, slices, candidates, the two filters, tuning, tracing, compilation.
+"""What is the Triton backend's own: uniforms, slices, candidates, filters, tuning, tracing, compilation.
 
 Its results are tested in ``test_ops.py`` with every other backend's.
 """
@@ -27,7 +27,7 @@ import triton.language as tl  # noqa: E402
 
 import svdk  # noqa: E402
 from svdk.kernels import library, tuning  # noqa: E402
-from svdk.kernels import philox as noise  # noqa: E402
+from svdk.kernels import philox as draws  # noqa: E402
 from svdk.ops import backends, philox, schema  # noqa: E402
 from tests.helpers import ops_cases as oc  # noqa: E402
 
@@ -43,45 +43,18 @@ def tiny_config(monkeypatch):
 
 
 @triton.jit
-def _bits_kernel(
-    blocks_out, tokens_out, gumbel_out, bits, start, seed: tl.int64, offset: tl.int64, N: tl.constexpr
-):
-    at = tl.arange(0, N)
-    tl.store(blocks_out + at, noise.block_bits(start, seed.to(tl.int64), offset.to(tl.int64), N).to(tl.int64))
-    tl.store(
-        tokens_out + at, noise.token_bits(start + at, seed.to(tl.int64), offset.to(tl.int64)).to(tl.int64)
-    )
-    tl.store(gumbel_out + at, noise.gumbel(tl.load(bits + at).to(tl.uint32)))
-
-
-def _noise(bits=None, start=0, seed=0, offset=0):
-    bits = torch.zeros(64, dtype=torch.int64) if bits is None else bits
-    blocks, tokens = (torch.empty(64, dtype=torch.int64, device=DEVICE) for _ in range(2))
-    values = torch.empty(64, device=DEVICE)
-    _bits_kernel[(1,)](blocks, tokens, values, bits.to(DEVICE), start, seed, offset, N=64)
-    return blocks.cpu(), tokens.cpu(), values.cpu()
+def _uniform_kernel(out, seed: tl.int64, offset: tl.int64):
+    temperature = 1.0
+    tl.store(out, draws.row_uniform(draws.Draw(temperature, seed.to(tl.int64), offset.to(tl.int64))))
 
 
 @pytest.mark.parametrize(
     ("seed", "offset"), [(0, 0), (1, 2), (-1, -2), (2**62 + 12345, 2**40 + 7), (-(2**63), 1)]
 )
-def test_bits_are_the_reference_ones(seed, offset):
-    for start in (0, 64, 151_872):
-        want = philox.random_bits(torch.tensor([seed]), torch.tensor([offset]), start + 64)[0, start:]
-        blocks, tokens, _ = _noise(start=start, seed=seed, offset=offset)
-        assert torch.equal(blocks, want)
-        assert torch.equal(tokens, want)
-
-
-def test_gumbel_keeps_all_32_bits():
-    edges = [0, 1, 2, 2**16, 2**31 - 1, 2**31, 2**31 + 1, 2**32 - 2**9, 2**32 - 130, 2**32 - 2, 2**32 - 1]
-    bits = torch.cat(
-        [torch.tensor(edges), torch.randint(0, 2**32, (53,), generator=torch.Generator().manual_seed(1))]
-    )
-    _, _, got = _noise(bits=bits)
-    want = philox.gumbel(bits)
-    assert float(((got - want).abs() / (1 + want.abs())).max()) < 4e-7
-    assert got[10] > got[9] > got[8], "the largest words must differ"
+def test_uniforms_are_the_reference_ones(seed, offset):
+    got = torch.empty(1, dtype=torch.float64, device=DEVICE)
+    _uniform_kernel[(1,)](got, seed, offset)
+    assert torch.equal(got.cpu(), philox.row_uniforms(torch.tensor([seed]), torch.tensor([offset])))
 
 
 def test_slices_tiles_and_configurations_change_no_token(tiny_config):
@@ -137,7 +110,7 @@ def test_extreme_logits_in_any_slice(tiny_config, kwargs):
     base[1] = 1e25  # a log-ratio that rounds the warm logits away
     base[2, 650] = -lowest  # K beyond the range of float32 on its way
     warm[3, 650], base[3, 10] = lowest, lowest
-    warm[4] += 1e7  # more than the noise can be added to
+    warm[4] += 1e7  # more than a float resolves
     base[5, 400] = -math.inf
     args = (warm.to(DEVICE), base.to(DEVICE))
     token, info = svdk.steered_sample(*args, **kwargs, seed=2, backend="triton", return_info=True)

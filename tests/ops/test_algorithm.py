@@ -194,7 +194,12 @@ def reference(problem: Problem) -> list[float]:
 def mismatches(row: Callable, kind: str, use: str) -> Iterator[str]:
     """Every problem that the naive row solves differently."""
     for problem in problems(kind, use):
-        got, want = solve(row, problem), reference(problem)
+        want = reference(problem)
+        try:
+            got = solve(row, problem)
+        except IndexError as error:  # no token
+            yield f"{problem.options}: {error}"
+            continue
         if not np.allclose(got, want, rtol=1e-5, atol=1e-6, equal_nan=True):
             yield f"{problem.options}: {got}, the reference: {want}"
 
@@ -245,8 +250,8 @@ MUTANTS = (
     (7, "delta - mean", "delta", "ordinary", "vector"),
     (8, "delta[label] - mean", "delta[label]", "ordinary", "log_ratio"),
     (9, "w + mu * penalty if", "w + penalty if", "ordinary", "kl_gradient"),
-    (10, "np.cumsum(mass) - mass", "np.cumsum(mass)", "ordinary", "vector"),
-    (11, "ids & 3, c", "ids & 1, c", "ordinary", "plain"),
+    (10, "m.sum()) - m / m.sum()", "m.sum())", "ordinary", "vector"),
+    (11, "c[0] << 21", "c[1] << 21", "ordinary", "plain"),
     (12, "z[token] - z.max()) - np", "z[token] - z.max()) / t - np", "ordinary", "plain"),
 )
 

@@ -182,7 +182,7 @@ def both(op, backend: str, args, kwargs):
 
 
 def check_draw(row: int, got: int, flat) -> None:
-    """``got`` must be allowed and nothing surely allowed may score above it, both within rounding."""
+    """``got`` must be allowed, and the uniform in its share of the mass, both within rounding."""
     _, _, z, _ = reference.steered_rows(*flat)
     values = dict(zip(ARGUMENTS, flat, strict=True))
 
@@ -192,29 +192,30 @@ def check_draw(row: int, got: int, flat) -> None:
         return torch.tensor([value], dtype=torch.int64 if isinstance(value, int) else torch.float64)
 
     z, t = z[row : row + 1], of("temperature")
-    finite = torch.isfinite(z)
-    slack = 1e-5 * (1 + float(z[finite].abs().max()))
-    assert finite[0, got], f"row {row}: token {got} was masked"
+    finite = torch.isfinite(z[0])
+    slack = 1e-5 * (1 + float(z[0, finite].abs().max()))
+    assert finite[got], f"row {row}: token {got} was masked"
     if float(t) == 0:
-        score = z[0]
-    else:
-        bits = reference.random_bits(of("seed"), of("offset"), z.shape[1])
-        score = (z / t + reference.gumbel(bits))[0]
-        slack /= float(t)
+        assert float(z.max()) <= float(z[0, got]) + slack, f"row {row}: {z[0, got]} is not the largest"
+        return
 
-    def kept(token: int, shift: float) -> bool:
-        if float(t) == 0:
-            return bool(finite[0, token])
-        moved = z.clone()
-        moved[0, token] += shift * 1e-5 * (1 + float(z[finite].abs().max()))
-        k, p, m = of("top_k").double(), of("top_p"), of("min_p")
-        return bool(reference.filter_row(moved, t, k, (p + shift * 1e-5).clamp(0, 1), m)[0, token])
+    def floor(shift: float) -> float:
+        """The least that the filters keep, were top-p and min-p larger by so much."""
+        p, m = (of("top_p") + shift).clamp(0, 1), (of("min_p") * (1 - shift)).clamp(0, 1)
+        return float(z[0, reference.filter_row(z, t, of("top_k").double(), p, m)[0]].min())
 
-    assert kept(got, 1), f"row {row}: token {got} was filtered out"
-    for token in score.argsort(descending=True).tolist():
-        if not float(score[token]) > float(score[got]) + slack:
-            break
-        assert not kept(token, -1), f"row {row}: token {got} scored {score[got]}, {token} {score[token]}"
+    may, must = finite & (z[0] >= floor(1e-5) - slack), finite & (z[0] > floor(-1e-5) + slack)
+    must |= z[0] == z.max()
+    assert may[got], f"row {row}: token {got} was filtered out"
+    x, blur = (z[0] - z.max()) / t, slack / float(t)
+    least = torch.where(must, (x - blur).exp(), 0.0)
+    most = torch.where(may, (x + blur).exp(), 0.0)
+    uniform = float(reference.row_uniforms(of("seed"), of("offset")))
+    before, through = float(least[:got].sum()), float(most[: got + 1].sum())
+    after, from_here = float(least[got + 1 :].sum()), float(most[got:].sum())
+    # At least so much lies before the token, and so much behind it.
+    assert uniform >= before / (before + from_here) - 1e-9, f"row {row}: token {got} is behind the uniform"
+    assert 1 - uniform >= after / (after + through) - 1e-9, f"row {row}: token {got} is before the uniform"
 
 
 ARGUMENTS = schema.STEERED_SAMPLE.names

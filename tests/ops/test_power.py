@@ -1,7 +1,7 @@
 """The statistics can fail: samplers biased in the ways that are known from practice, and ours beside them.
 
-Each bias is one that shipped somewhere: probabilities in bfloat16, uniforms of 24 bits (a float's), noise
-that goes with a token's rank, a uniform that can be 1. The same test that rejects it must accept every
+Each bias is one that shipped somewhere: probabilities in bfloat16, uniforms of 24 bits (a float's), a draw
+that goes by a token's rank, a uniform that can be 1. The same test that rejects it must accept every
 backend of ours.
 """
 
@@ -14,7 +14,7 @@ import torch
 
 import svdk
 from svdk.bench.goodness import PER_TEST, chi_square_p_value, count_p_value, fit_p_values
-from svdk.ops.philox import random_bits
+from svdk.ops.philox import row_uniforms
 from tests.helpers import ops_cases as oc
 
 BACKEND = pytest.mark.parametrize("backend", [b for b in oc.kernels() if not oc.interpreted(b)])
@@ -60,37 +60,33 @@ def rare_row(vocab: int, gap: float) -> tuple[torch.Tensor, float]:
     return logits, rare / (1 + rare)
 
 
-def gumbel(uniform: torch.Tensor) -> torch.Tensor:
-    return -(-uniform.log()).log()
-
-
 @BACKEND
 def test_uniforms_of_24_bits_are_noticed(backend):
-    """Their Gumbel noise ends at 17.3, so tokens much further than that below the best are hardly drawn."""
+    """Most tokens of 1e-8 lie between two of them: they are never drawn, and their neighbours eight times."""
     draws = 1_600_000
     logits, mass = rare_row(4096, 18.7)
-    ours = int((many(backend, logits, draws) != logits.argmax()).sum())
-    assert count_p_value(ours, mass * draws) > PER_TEST
+    reached = logits.double().softmax(0).cumsum(0)
+    steps = (torch.stack([torch.cat([reached.new_zeros(1), reached[:-1]]), reached]) * 2**24 - 0.5).ceil()
+    between = steps[0] == steps[1]  # no (k + 0.5) / 2^24 in the token's share
+    assert 3000 < int(between.sum()) < 4000
+    ours = int(between[many(backend, logits, draws)].sum())
+    assert count_p_value(ours, float(logits.double().softmax(0)[between].sum()) * draws) > PER_TEST
 
-    generator = torch.Generator().manual_seed(3)
-
-    def coarse(u):
-        return ((u * 2**24).floor() + 0.5) * 2.0**-24
-
-    u = torch.rand(2, draws, generator=generator, dtype=torch.float64)
-    best_of_rare = gumbel(coarse(u[0] ** (1 / (len(logits) - 1)))) + float(logits[0])
-    theirs = int((best_of_rare > gumbel(coarse(u[1]))).sum())
-    assert count_p_value(theirs, mass * draws) < OUTRIGHT
+    uniform = torch.rand(draws, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    coarse = ((uniform * 2**24).floor() + 0.5) * 2.0**-24
+    theirs = int(between[torch.searchsorted(reached, coarse, right=True).clamp(max=4095)].sum())
+    assert count_p_value(theirs, mass * draws * 0.8) < OUTRIGHT
 
 
 def coupling(p: torch.Tensor, q: torch.Tensor) -> float:
-    """P(the same token) when both draw with the same Gumbel noise keyed by token id."""
-    return float((1 / torch.maximum(p[None] / p[:, None], q[None] / q[:, None]).sum(1)).sum())
+    """P(the same token) when both draw with the same uniform, tokens in order of id."""
+    (a, b), (c, d) = ((x.cumsum(0) - x, x.cumsum(0)) for x in (p, q))
+    return float((torch.minimum(b, d) - torch.maximum(a, c)).clamp(min=0).sum())
 
 
 @BACKEND
-def test_noise_that_goes_with_the_rank_is_noticed(backend):
-    """Each row alone is right. But a small change of the logits must change few tokens for a given seed."""
+def test_a_draw_that_goes_by_rank_is_noticed(backend):
+    """Each row alone is right. But a token must depend on its own logits, not on what order they have."""
     draws = 100_000
     generator = torch.Generator().manual_seed(4)
     one = torch.randn(64, generator=generator).double() * 0.1
@@ -105,11 +101,11 @@ def test_noise_that_goes_with_the_rank_is_noticed(backend):
     assert p_value(many(backend, one, draws), many(backend, two, draws)) > PER_TEST
 
     seeds = torch.arange(draws) + 7
-    noise = gumbel((random_bits(seeds, torch.zeros_like(seeds), 64).double() + 0.5) * 2.0**-32)
+    uniform = row_uniforms(seeds, torch.zeros_like(seeds))
 
     def by_rank(logits):
         order = logits.argsort(descending=True)
-        return order[(logits[order] + noise).argmax(1)]
+        return order[torch.searchsorted(logits[order].softmax(0).cumsum(0), uniform).clamp(max=63)]
 
     tokens = by_rank(one)
     fit = fit_p_values(torch.bincount(tokens, minlength=64).double(), one.softmax(0))
@@ -117,28 +113,34 @@ def test_noise_that_goes_with_the_rank_is_noticed(backend):
     assert p_value(tokens, by_rank(two)) < OUTRIGHT
 
 
-# Where Philox yields the extreme words (found by search): seed, token, word.
-EXTREMES = ((346191657, 7, 0xFFFFFFFF), (1343428, 3, 0))
+# Where a row's uniform is next to 1 or 0 (found by search): seed, whether it is 1.
+EXTREMES = ((1352247272, True), (1836991927, False))
 
 
 @pytest.mark.parametrize("backend", oc.kernels())
-@pytest.mark.parametrize(("seed", "token", "word"), EXTREMES, ids=["ones", "zeros"])
-def test_a_uniform_is_never_0_or_1(backend, seed, token, word):
-    """A uniform of 1 draws its token whatever its logit is; one of 0 never does."""
+@pytest.mark.parametrize(("seed", "near"), EXTREMES, ids=["ones", "zeros"])
+def test_a_uniform_is_never_0_or_1(backend, seed, near):
+    """A uniform of 1, which a float's next to it is, draws the last token whatever its logit is."""
     device = oc.device_of(backend)
-    assert int(random_bits(torch.tensor([seed]), torch.tensor([0]), 64)[0, token]) == word
-    logits = torch.zeros(1, 64, device=device)
-    logits[0, token] = -40.0 if word else 40.0
+    uniform = float(row_uniforms(torch.tensor([seed]), torch.tensor([0])))
+    rest = 1 - uniform if near else uniform
+    assert 0 < rest < 2.0**-31
+    assert float(torch.tensor(1 - rest, dtype=torch.float32)) == 1.0
+    token = 63 if near else 0
     vector = torch.zeros(64, device=device)
-    for kwargs in ({}, {"top_k": 63}, {"vector": vector, "alpha": 0.0}, {"vector": vector, "alpha": 1e-30}):
-        got = svdk.steered_sample(logits, seed=seed, backend=backend, **kwargs)
-        oc.assert_same_tokens(got, (logits,), {"seed": seed, **kwargs})
-        assert (int(got[0]) == token) == (word == 0)
-
-    # Float arithmetic does just that: 32 bits and a half do not fit, and the uniform becomes 1.
-    bits = random_bits(torch.tensor([seed]), torch.tensor([0]), 64).float()
-    careless = logits.cpu() + gumbel(bits * 2.0**-32)
-    assert (int(careless.argmax()) == token) == (word != 0)
+    edge = math.log(rest * 63 / (1 - rest))  # the logit at which the token has just that share
+    for gap, drawn in ((0.01, True), (-0.01, False), (-math.inf, False)):
+        logits = torch.zeros(1, 64, device=device)
+        logits[0, token] = edge + gap
+        for kwargs in (
+            {},
+            {"top_k": 64},
+            {"vector": vector, "alpha": 0.0},
+            {"vector": vector, "alpha": 1e-30},
+        ):
+            got = svdk.steered_sample(logits, seed=seed, backend=backend, **kwargs)
+            assert (int(got[0]) == token) == drawn, (gap, kwargs)
+            assert int(got[0]) in (token, 62 if near else 1)
 
 
 @BACKEND

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import svdk
 from svdk.ops import reference
-from svdk.ops.philox import philox4x32, random_bits, uniforms
+from svdk.ops.philox import philox4x32, row_uniforms
 from svdk.ops.schema import KL_GRADIENT, LOG_RATIO, Operands
 
 SEEDS = st.integers(0, 2**31 - 1)
@@ -52,16 +52,32 @@ def test_philox_known_answers(counter, key, words):
     assert tuple(int(x) for x in got) == words
 
 
-def test_noise_is_keyed_by_token_seed_and_offset():
-    seed, offset = torch.tensor([5 - 2**40]), torch.tensor([2**33 + 1])
-    bits = random_bits(seed, offset, 10)[0].tolist()
-    key = (torch.tensor([(5 - 2**40) & 0xFFFFFFFF]), torch.tensor([((5 - 2**40) >> 32) & 0xFFFFFFFF]))
-    for token in range(10):
-        counter = tuple(torch.tensor([x]) for x in (token >> 2, 1, 2, 0))
-        assert int(philox4x32(counter, key)[token & 3]) == bits[token]
-    assert random_bits(seed, offset + 1, 10)[0].tolist() != bits
-    edge = uniforms(torch.tensor([0, 2**32 - 1]))
-    assert 0 < float(edge[0]) < float(edge[1]) < 1
+def test_a_rows_uniform_is_keyed_by_seed_and_offset():
+    seed, offset = 5 - 2**40, 2**33 + 1
+    key = (torch.tensor([seed & 0xFFFFFFFF]), torch.tensor([(seed >> 32) & 0xFFFFFFFF]))
+    words = [int(w) for w in philox4x32(tuple(torch.tensor([x]) for x in (0, 1, 2, 0)), key)]
+    want = (((words[0] << 32 | words[1]) >> 11) + 0.5) / 2**53
+    seeds, offsets = torch.tensor([seed, seed, seed + 1]), torch.tensor([offset, offset + 1, offset])
+    got = row_uniforms(seeds, offsets)
+    assert got.dtype == torch.float64
+    assert float(got[0]) == want
+    assert len(set(got.tolist())) == 3
+
+
+def test_a_token_is_where_the_uniform_ends():
+    """Cumulative mass in order of id; the last token with mass where rounding leaves none."""
+    masses = torch.tensor([[0.0, 1.0, 0.0, 2.0, 1.0, 0.0]], dtype=torch.float64)
+    for uniform, token in (
+        (0.0, 1),
+        (0.2499, 1),
+        (0.25, 3),
+        (0.7499, 3),
+        (0.75, 4),
+        (1 - 2**-53, 4),
+        (1.0, 4),
+    ):
+        got = reference.draw_row(masses, torch.tensor([uniform], dtype=torch.float64))
+        assert int(got) == token, uniform
 
 
 @given(SEEDS, VOCABS, DIRECTIONS)
