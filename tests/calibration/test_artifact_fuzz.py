@@ -234,7 +234,7 @@ def test_adapter_configurations_of_any_content_load_or_are_refused(adapters, kin
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa'.*leaves the base weights"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa'.*leave the base weights"),
         ({"init_lora_weights": "olora"}, "init_lora_weights='olora'"),
         ({"layer_replication": [[0, 2], [0, 2]]}, "layer_replication"),
         ({"bias": "all"}, "bias='all'"),

@@ -63,7 +63,7 @@ def run(model, processor, ids, mask, **options):
     return model.generate(input_ids=ids, attention_mask=mask, logits_processor=[processor], **options)
 
 
-@pytest.mark.parametrize("kind", ["lora", "prompt_tuning"])
+@pytest.mark.parametrize("kind", ["lora", "prefix_tuning"])
 @pytest.mark.parametrize(
     "options",
     [
@@ -177,9 +177,16 @@ def test_padding_is_worked_out_as_transformers_does(lora):
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"num_beams": 3}, {"do_sample": True, "num_return_sequences": 2}, {"use_cache": False}]
+    ("kind", "options"),
+    [
+        ("lora", {}),
+        ("lora", {"num_beams": 3}),
+        ("lora", {"do_sample": True, "num_return_sequences": 2}),
+        ("lora", {"use_cache": False}),
+        ("prefix_tuning", {}),
+        ("prefix_tuning", {"do_sample": True, "num_return_sequences": 2}),
+    ],
 )
-@pytest.mark.parametrize("kind", ["lora", "prompt_tuning"])
 def test_the_mask_is_that_of_generate(kind, options, plain):
     """Padding that looks like text, and text that looks like padding (its beginning): ids cannot tell."""
     model = tiny.tiny_peft(kind)
