@@ -1,4 +1,4 @@
-"""Steps 2, 3 and 4: the first sweep over a slice of a row, the merge of the slices, the row's constants; and of
+"""Steps 2, 3 and 4: the first sweep over a slice of a row, the merge of slices, the row's constants; and of
 step 11 which slice a draw lands in.
 
 A slice yields the streaming softmax sums of both rows, the ids that may be in C, and for one-sweep problems

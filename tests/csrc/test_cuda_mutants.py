@@ -106,6 +106,8 @@ MUTANTS = (
     ),
 )
 CASES = ("default", "kl_budget", "kl_budget_everywhere", "plain", "plain_top_p", "cold_top_p")
+SEVERAL_WARPS = oc.Case("several_warps", {"alpha": 0.01, "top_p": 0.9, "temperature": 1.5})
+"""About 45 candidates where there is room for 64: more than one warp has some."""
 
 
 def problems():
@@ -113,8 +115,8 @@ def problems():
     for vocab, scale in ((999, 3.0), (1000, 3.0), (1200, 0.6)):
         warm, base = oc.logits(2, vocab, seed=vocab, scale=scale)
         warm[0, -1], warm[1, -2] = 3.5 * scale, 3.4 * scale  # the tail of the row matters
-        for case in oc.CASES:
-            if case.name in CASES:
+        for case in (*oc.CASES, SEVERAL_WARPS):
+            if case.name in CASES or case is SEVERAL_WARPS:
                 args, kwargs = oc.operands(case, warm, base)
                 yield args, kwargs | {"seed": 3, "return_info": True}
 
@@ -134,6 +136,8 @@ def assert_right(library, expected) -> None:
                 assert torch.equal(ints, torch.stack([info.candidates, info.status]))
                 oc.assert_close(floats[0], info.strength, "strength", rtol=1e-3)
                 oc.assert_close(floats[1], info.kl, "kl", rtol=1e-3)
+                if torch.equal(got, token):
+                    oc.assert_close(floats[2], info.logprob_steered, "logprob", rtol=1e-3, atol=1e-3)
 
 
 def is_right(library, expected) -> bool:
