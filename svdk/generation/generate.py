@@ -165,9 +165,7 @@ def generate(
             assert input_ids is not None and logits_processor is not None and generation_config is not None
             check_options(caller or model_kwargs)
             criteria = stop_criteria(generation_config.stop_strings, tokenizer, criteria)
-            return prepared(
-                model, input_ids, logits_processor, criteria, generation_config, caller=caller, **model_kwargs
-            )
+            return prepared(model, input_ids, logits_processor, criteria, generation_config, **model_kwargs)
         # Called directly: transformers prepares the arguments, and calls the other function.
         given: dict[str, Any] = {
             "input_ids": input_ids,
@@ -198,17 +196,12 @@ def _generate_prepared(
     paths: ForwardOptions,
     streamer: BaseStreamer | None = None,
     output_steering: bool = False,
-    caller: Mapping[str, Any] | None = None,
     **model_kwargs: Any,
 ) -> Tensor | SteeredOutput:
-    """:func:`generate` with the arguments that transformers has prepared: processors, criteria, config.
-
-    ``caller``: what :func:`running_generate` finds, where somebody has looked already.
-    """
+    """:func:`generate` with the arguments that transformers has prepared: processors, criteria, config."""
     config = generation_config
     check_mode(config)
-    caller = running_generate(model, input_ids, config) if caller is None else caller
-    inputs = given_inputs(caller or None, model_kwargs)
+    inputs = given_inputs(running_generate(model, input_ids, config), model_kwargs)
     check_inputs_given(inputs, config)
     input_ids = input_ids.to(pair.device)
     mask = model_kwargs.get("attention_mask")
