@@ -148,43 +148,34 @@ def generate(
         ends = any(isinstance(criterion, MaxLengthCriteria) for criterion in criteria)
         is_prepared = ends and "use_cache" in model_kwargs
         if input_ids is None or logits_processor is None or generation_config is None or not is_prepared:
-            # Called directly: transformers prepares the arguments, and calls the other function.
-            pair = pair_of(model)
-            given: dict[str, Any] = {
-                "input_ids": input_ids,
-                "logits_processor": logits_processor,
-                "stopping_criteria": stopping_criteria,
-                "generation_config": generation_config,
-            }
-            given = {name: value for name, value in given.items() if value is not None} | model_kwargs
-            given = direct_arguments(model, tokenizer, given)
-            prepared = functools.partial(
-                _generate_prepared,
-                pair=pair,
-                options=options,
-                paths=paths,
-                streamer=_only(streams),
-                output_steering=output_steering,
-            )
-            return cast("Any", model).generate(custom_generate=prepared, **given)
-        caller = running_generate(model, input_ids, generation_config) or {}
+            is_prepared, caller = False, {}
+        else:
+            caller = running_generate(model, input_ids, generation_config) or {}
         if (hidden := caller.get("streamer")) is not None:
             streams.append(Stream(hidden, has_prompt=True))
-        pair = pair_of(model)
-        check_options(caller or model_kwargs)
-        return _generate_prepared(
-            model,
-            input_ids,
-            logits_processor,
-            stop_criteria(generation_config.stop_strings, tokenizer, criteria),
-            generation_config,
-            pair=pair,
+        prepared = functools.partial(
+            _generate_prepared,
+            pair=pair_of(model),
             options=options,
             paths=paths,
             streamer=_only(streams),
             output_steering=output_steering,
-            **model_kwargs,
         )
+        if is_prepared:
+            assert input_ids is not None and logits_processor is not None and generation_config is not None
+            check_options(caller or model_kwargs)
+            criteria = stop_criteria(generation_config.stop_strings, tokenizer, criteria)
+            return prepared(model, input_ids, logits_processor, criteria, generation_config, **model_kwargs)
+        # Called directly: transformers prepares the arguments, and calls the other function.
+        given: dict[str, Any] = {
+            "input_ids": input_ids,
+            "logits_processor": logits_processor,
+            "stopping_criteria": stopping_criteria,
+            "generation_config": generation_config,
+        }
+        given = {name: value for name, value in given.items() if value is not None} | model_kwargs
+        given = direct_arguments(model, tokenizer, given)
+        return cast("Any", model).generate(custom_generate=prepared, **given)
 
 
 def _only(streams: list[Stream]) -> Stream | None:

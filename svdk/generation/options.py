@@ -88,15 +88,7 @@ def check_inputs_given(given: Mapping[str, Any], config: GenerationConfig) -> No
     for name in _CACHES:
         if given.get(name) is not None:
             raise InputError(f"{name} was given; allowed: None (the two models need a cache each)")
-    other = sorted(
-        name
-        for name, value in given.items()
-        if value is not None and name not in _INPUTS and not hasattr(config, name)
-    )
-    if other:
-        raise InputError(
-            f"generate was given {', '.join(other)}; allowed for the model: input_ids, attention_mask"
-        )
+    _refuse_others(given, config, object, "for the model")
 
 
 def check_positions(given: Tensor | None, input_ids: Tensor, mask: Tensor | None) -> None:
@@ -108,16 +100,17 @@ def check_positions(given: Tensor | None, input_ids: Tensor, mask: Tensor | None
 
 def check_tokens_only(given: Mapping[str, Any], config: GenerationConfig) -> None:
     """Refuse tensors that a plain ``generate`` hands to the model, but a logits processor does not see."""
+    _refuse_others(given, config, Tensor, "with SteeringLogitsProcessor")
+
+
+def _refuse_others(given: Mapping[str, Any], config: GenerationConfig, kind: type, where: str) -> None:
     other = sorted(
         name
         for name, value in given.items()
-        if isinstance(value, Tensor) and name not in _INPUTS and not hasattr(config, name)
+        if isinstance(value, kind) and value is not None and name not in _INPUTS and not hasattr(config, name)
     )
     if other:
-        raise InputError(
-            f"generate was given {', '.join(other)}; allowed with SteeringLogitsProcessor: input_ids, "
-            "attention_mask"
-        )
+        raise InputError(f"generate was given {', '.join(other)}; allowed {where}: input_ids, attention_mask")
 
 
 def given_inputs(caller: Mapping[str, Any] | None, model_kwargs: Mapping[str, Any]) -> Mapping[str, Any]:

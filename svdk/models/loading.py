@@ -163,9 +163,7 @@ def _structure(model: nn.Module) -> Callable[[], None]:
         (held, dict(held)) for module in model.modules() for held in (module._modules, module._parameters)
     ]
     trainable = {name for name, p in model.named_parameters() if p.requires_grad}
-    values = [
-        (p, p.data) for p in model.parameters()
-    ]  # what rewrites weights mostly puts others in their place
+    values = [(p, p.data) for p in model.parameters()]  # what rewrites weights mostly replaces them
     attributes = set(vars(model))
 
     def put_back() -> None:

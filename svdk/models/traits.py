@@ -105,7 +105,7 @@ def find_traits(module: PreTrainedModel) -> Traits:
         positions, own_positions = False, positions
         padding = padding or "its positions do not start at 0 and count padding while it decodes"
     elif (
-        kind != "roformer"
+        kind != "roformer"  # whose sinusoids rotate keys: only distances count
         and not positions
         and any("PositionalEmbedding" in type(part).__name__ for part in module.modules())
     ):

@@ -374,8 +374,7 @@ def _fault(tokens: Tensor, warm: Tensor, scores: Tensor, slow: SlowRow) -> str:
             ("steered", scores[step], slow.steered[step]),
         ):
             both = got.isfinite() & want.isfinite()
-            scale = torch.maximum(want[both].abs().max(), slow.warm[step].abs().max())
-            off = float((got - want)[both].abs().max() / scale)
+            off = float((got - want)[both].abs().max() / want[both].abs().max())
             if not off <= ROUNDING:
                 return f"step {step} {name} logits off by {off:.1g}"
         if step >= slow.sure:

@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 
 import svdk
 from svdk.errors import ArtifactError, InputError, out_of_memory
-from svdk.models import fingerprints, loading
+from svdk.models import adapter_files, fingerprints
 from svdk.warmstart.api import warm_start
 from tests import ROOT
 from tests.helpers import tiny
@@ -180,7 +180,7 @@ def test_loading_without_memory_is_no_misfit(monkeypatch, tmp_path, tiny_folder)
         )
         with pytest.raises(InputError, match="cannot be loaded: size mismatch"):
             svdk.load_model(tiny_folder)
-    monkeypatch.setattr(loading, "read_weights", raising(RuntimeError("size mismatch")))
+    monkeypatch.setattr(adapter_files, "read_weights", raising(RuntimeError("size mismatch")))
     with pytest.raises(ArtifactError, match="does not fit"):
         svdk.load_adapter(tiny.tiny_model(), adapter)
 
