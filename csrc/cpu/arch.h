@@ -1,5 +1,6 @@
 // The table of sweeps that each instruction set fills in, and what the sweeps take and yield.
 #pragma once
+#include <algorithm>
 #include <vector>
 
 #include "steering.h"
@@ -8,12 +9,12 @@ namespace svdk {
 
 // Tokens a sweep handles at a time: small enough for L1.
 constexpr int kBlock = 1024;
-// Blocks in a slice at least, where a row is shared by threads; tests of short rows lower it.
+// Blocks in a slice at least; tests of short rows lower it.
 #ifndef SVDK_SLICE_BLOCKS
 #define SVDK_SLICE_BLOCKS 16
 #endif
 constexpr int kSliceBlocks = SVDK_SLICE_BLOCKS;
-// Candidates a row (or slice of one) keeps before the sweep gives up and a second one is made.
+// Candidates a slice keeps before the sweep gives up and a second one is made.
 constexpr int kCapacity = 4096;
 
 // Tokens [begin, end) of a row; begin is a multiple of kBlock.
@@ -84,6 +85,41 @@ struct SumsOnTheWay {
   bool all;
 };
 
+struct SteeredToken {
+  double z;
+  int id;
+};
+
+// What a draw collects on its sweep: every token whose steered logit is `bound` or more. The bound
+// rises with the maximum so far, of which it is `reach` short, and with the k-th largest so far if
+// there is a k.
+struct Nearest {
+  double reach = kInf;
+  int64_t k = 0;
+  double top = -kInf, bound = -kInf;
+  size_t room = kCapacity;           // tokens at which the bound is raised
+  bool overflow = false;             // there are too many of them
+  std::vector<SteeredToken> tokens;  // in order of id; some may be below the bound
+
+  void raise();
+};
+
+// A range of steered logits (as float) that is looked into, and what a slice has above and in it.
+struct Range {
+  float low, high;
+};
+struct RangeFindings {
+  int64_t above = 0, inside = 0;
+  std::vector<SteeredToken> tokens;  // those inside, in order of id, while there is room
+};
+
+// Where the findings of a draw go; each may be null.
+struct Drawn {
+  Best* best;
+  MassSum* masses;
+  Nearest* nearest;
+};
+
 struct Partition : PartitionOf<Math, double> {
   Best greedy = Best::none();  // argmax over the confidence set
 
@@ -95,43 +131,27 @@ struct Strengths {
   int count;
 };
 
-// Which bits of a steered logit's ordered key make its bin: those from `shift` up, 11 of them (10
-// at shift 0), where the higher bits equal `prefix` and the key is at least floor_key. Its mass is
-// exp((z - top) / temperature).
-struct Binning {
-  int shift;
-  uint32_t prefix, floor_key;
-  double top, inverse_temperature;
-
-  int width() const { return shift == 0 ? 10 : 11; }
-};
-
-struct Histogram {
-  int64_t count[kBins];
-  double mass[kBins];
-};
-
 struct Sweeps {
   const char* name;
   // Step 2: sums, and with `candidates` those within log_alpha of the running maximum.
   void (*first_sweep)(const Slice&, double log_alpha, Sums&, Candidates*);
   // Step 11: the largest steered logit if greedy, else the masses of the slice's blocks, of which
-  // the row has one every kBlock. With sums, a row that turns out invalid or base-masked is left
-  // early with the flag set.
+  // the row has one every kBlock, or for step 10 the tokens of `nearest`: whatever is not null.
+  // With sums, a row that turns out invalid or base-masked is left early with the flag set.
   void (*draw_row)(const Slice&, const Constants&, const RowFilter&, const Draw&,
-                   const SumsOnTheWay*, Best&, MassSum* masses);
+                   const SumsOnTheWay*, const Drawn&);
   // The token of a block (the slice) at which a share of its mass ends.
   int (*token_at)(const Slice&, const Constants&, const RowFilter&, const Draw&, double share);
   // Step 7.
   void (*moments)(const Slice&, const Constants&, MomentSums&);
   // One partition a strength.
   void (*partition)(const Slice&, const Constants&, const Strengths&, Partition*);
-  // Step 10.
-  void (*histogram)(const Slice&, const Constants&, const Binning&, Histogram&);
-  // Tokens whose key is at least floor_key; at most kCapacity.
-  void (*gather)(const Slice&, const Constants&, uint32_t floor_key, std::vector<Candidate>&);
-  // The id of the n-th token (from 1) whose key equals `key`, or -1.
-  int (*nth_tie)(const Slice&, const Constants&, uint32_t key, int64_t n);
+  // Step 10: what lies above and in a range; masses are of the slice's blocks, above it and from
+  // its low end up.
+  void (*look_into)(const Slice&, const Constants&, const Draw&, const Range&, RangeFindings&,
+                    MassSum* above, MassSum* from);
+  // The id of the n-th token (from 1) whose steered logit (as float) equals z, or -1.
+  int (*nth_tie)(const Slice&, const Constants&, float z, int64_t n);
 };
 
 const Sweeps* sweeps_portable();

@@ -7,12 +7,14 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <algorithm>
 #include <cstdlib>
 #include <optional>
 #include <string>
 #include <tuple>
 
 #include "ops.h"
+#include "pool.h"
 
 namespace {
 
@@ -20,7 +22,10 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using MaybeTensor = std::optional<Tensor>;
 
-svdk::Runtime runtime() {
+// Logits that a thread gets at least: fewer are swept in the time that waking another one takes.
+constexpr int64_t kGrain = 1 << 16;
+
+svdk::Runtime runtime(int64_t logits) {
   static const svdk::Sweeps* chosen = [] {
     const char* name = std::getenv("SVDK_CPU_ARCH");
     const svdk::Sweeps* s = name ? svdk::named_sweeps(name) : svdk::best_sweeps();
@@ -29,15 +34,17 @@ svdk::Runtime runtime() {
     return s;
   }();
   svdk::Runtime r;
-  r.threads = static_cast<int>(torch::stable::get_num_threads());
+  const int64_t most = std::max<int64_t>(1, logits / kGrain);
+  r.threads = static_cast<int>(std::min<int64_t>(torch::stable::get_num_threads(), most));
   r.sweeps = chosen;
-  r.parallel = [](int64_t count, const std::function<void(int64_t)>& task) {
-    if (count == 1) return task(0);
-    torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) task(i);
-    });
+  r.parallel = [threads = r.threads](int64_t count, const std::function<void(int64_t)>& task) {
+    svdk::run_in_pool(count, threads, task);
   };
   return r;
+}
+
+svdk::Runtime runtime(const svdk::BatchLogits& rows) {
+  return runtime(rows.batch * rows.vocab * (rows.base.data || rows.vector.data ? 2 : 1));
 }
 
 template <typename T>
@@ -138,7 +145,7 @@ std::tuple<Tensor, Tensor, Tensor> steered_sample(
   p.offset = per_row(offset, offset_rows);
   const std::vector<svdk::Parameters> parameters = every_row(p, batch);
   std::vector<svdk::SampleOutput> result(batch);
-  svdk::steered_sample(runtime(), rows, parameters.data(), info, result.data());
+  svdk::steered_sample(runtime(rows), rows, parameters.data(), info, result.data());
 
   Tensor token = allocate({batch}, ScalarType::Long);
   for (int64_t i = 0; i < batch; ++i) out<int64_t>(token)[i] = result[i].token;
@@ -188,7 +195,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> steered_logprob(
   const int64_t plane = batch * count;
   const std::vector<svdk::Parameters> parameters = every_row(p, batch);
   std::vector<svdk::LogprobOutput> result(batch);
-  svdk::steered_logprob(runtime(), rows, parameters.data(), strengths ? &grid : nullptr,
+  svdk::steered_logprob(runtime(rows), rows, parameters.data(), strengths ? &grid : nullptr,
                         {curve, curve + plane, curve + 2 * plane, out<int64_t>(greedy)},
                         result.data());
   Tensor stats = allocate({6, batch}, ScalarType::Float),
@@ -212,7 +219,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> extract(
       every_row(without_sampling(per_row(alpha, alpha_rows), -svdk::kInf), batch);
   std::vector<svdk::Extracted> extracted(batch);
   std::vector<svdk::ExtractOutput> result(batch);
-  const svdk::Runtime run = runtime();
+  const svdk::Runtime run = runtime(rows);
   svdk::extract_rows(run, rows, parameters.data(), extracted.data(), result.data());
 
   Tensor row_ptr = allocate({batch + 1}, ScalarType::Long),
@@ -252,7 +259,7 @@ STABLE_TORCH_LIBRARY_IMPL(svdk, CPU, m) {
 // Importing the module is what registers the ops; the one thing it says is which sweeps run here.
 static PyObject* cpu_arch(PyObject*, PyObject*) {
   try {
-    return PyUnicode_FromString(runtime().sweeps->name);
+    return PyUnicode_FromString(runtime(0).sweeps->name);
   } catch (const std::exception& error) {
     PyErr_SetString(PyExc_RuntimeError, error.what());
     return nullptr;

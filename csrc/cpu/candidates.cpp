@@ -3,8 +3,6 @@
 
 #include <algorithm>
 
-#include "filters.h"
-
 namespace svdk {
 
 void merge(RowState& to, const Sums& sums, Candidates& candidates) {
@@ -110,24 +108,14 @@ std::vector<SteeredToken> steered_logits(const Constants& c, const std::vector<C
   return steered;
 }
 
-int draw_candidates(ShortList& list, const Parameters& p) {
+int draw_candidates(const std::vector<SteeredToken>& tokens, const Parameters& p) {
   Best best = Best::none();
-  if (p.greedy()) {
-    for (const SteeredToken& s : list.tokens) best.offer(s.z, s.id);
-    return best.id;
-  }
-  std::vector<SteeredToken> kept;
-  if (p.has_filters()) {
-    const size_t count = filter_candidates(list, p);
-    kept.assign(list.tokens.begin(), list.tokens.begin() + count);
-    std::sort(kept.begin(), kept.end(),
-              [](const SteeredToken& a, const SteeredToken& b) { return a.id < b.id; });
-  }
-  const std::vector<SteeredToken>& tokens = p.has_filters() ? kept : list.tokens;
-  double top = -kInf;
-  for (const SteeredToken& s : tokens) top = std::fmax(top, s.z);
+  for (const SteeredToken& s : tokens) best.offer(s.z, s.id);
+  if (p.greedy()) return best.id;
   std::vector<double> masses;
-  for (const SteeredToken& s : tokens) masses.push_back(std::exp((s.z - top) / p.temperature));
+  for (const SteeredToken& s : tokens) {
+    masses.push_back(std::exp((s.z - best.score) / p.temperature));
+  }
   const double share = row_uniform(p.seed, p.offset);
   return tokens[land(masses.data(), static_cast<int>(masses.size()), share).place].id;
 }

@@ -50,23 +50,18 @@ double log_outside(const RowLogits& row, const Constants& c, double inside);
 // logarithm of the probability that they have together.
 Partition partition_of(const RowState& state, double strength, double log_outside);
 
-struct SteeredToken {
-  double z;
-  int id;
-};
-
 // Step 9.
 std::vector<SteeredToken> steered_logits(const Constants& c, const std::vector<Candidate>& tokens);
 
-// The tokens to draw from. `total` is the mass sum exp((z - max) / temperature) of the distribution
-// that top-p speaks of, or negative: that of the tokens themselves (after top-k).
+// The tokens to draw from, in order of id. `total` is the mass of the distribution that top-p
+// speaks of; without a maximum, that of the tokens themselves. Below `bound` some may be missing.
 struct ShortList {
   std::vector<SteeredToken> tokens;
-  double total = -1;
+  MassSum total{-kInf, 0};
+  double bound = -kInf;
 };
 
-// Steps 10 and 11: the argmax, or a draw from what top-k, top-p and min-p keep. In order of id, but
-// for filters.
-int draw_candidates(ShortList& list, const Parameters& p);
+// Step 11: the argmax, or a draw.
+int draw_candidates(const std::vector<SteeredToken>& tokens, const Parameters& p);
 
 }  // namespace svdk

@@ -1,16 +1,33 @@
-// Step 11 over a whole row: the argmax, or the mass of every block, of which one is then read
-// again. Included inside an architecture's namespace.
+// Steps 10 and 11 over a whole row: the argmax, the mass of every block, of which one is then read
+// again, the tokens that filters may keep. Included inside an architecture's namespace.
 
+// Takes out what the filter does not keep.
 inline void filter_block(const BlockOperands& block, const RowFilter& filter, SteeredBlock& s,
                          Scratch& scratch) {
   if (filter.floor == -kFloatInf) return;
-  s.top = -kFloatInf;
-  for (int i = 0; i < block.width; ++i) {
-    const float z = s.z[i];
-    scratch.z[i] = filter.keeps(z, block.begin + i) ? z : -kFloatInf;
-    s.top = std::max(s.top, scratch.z[i]);
+  const int best = filter.best - block.begin, last_tie = filter.last_tie - block.begin;
+  const bool has_best = best >= 0 && best < block.n;
+  const float best_z = has_best ? s.z[best] : 0.0f;
+  const float floor = last_tie < 0 ? std::nextafter(filter.floor, kFloatInf) : filter.floor;
+  const Vec::F least = Vec::set(floor), gone = Vec::set(-kFloatInf);
+  Vec::F top = gone;
+  for (int i = 0; i < block.width; i += Vec::N) {
+    const Vec::F z = Vec::load(s.z + i), kept = Vec::select(Vec::ge(z, least), z, gone);
+    Vec::store(scratch.z + i, kept);
+    top = Vec::max(top, kept);
   }
   s.z = scratch.z;
+  s.top = Vec::top(top);
+  if (last_tie >= 0 && last_tie < block.n) {
+    for (int i = last_tie + 1; i < block.n; ++i) {
+      if (scratch.z[i] == floor) scratch.z[i] = -kFloatInf;
+    }
+    s.top = *std::max_element(scratch.z, scratch.z + block.n);
+  }
+  if (has_best) {
+    scratch.z[best] = best_z;
+    s.top = std::max(s.top, best_z);
+  }
 }
 
 // One block of a draw.
@@ -63,6 +80,33 @@ inline MassSum mass_of(const BlockDraw& s) {
   return mass;
 }
 
+// Step 10: the tokens that the filters may keep.
+inline void gather(const BlockDraw& s, Nearest& to) {
+  if (to.overflow || s.steered.top == -kFloatInf) return;
+  const double slack = s.steered.slack;
+  to.top = std::max(to.top, s.steered.top - slack);
+  // Rounded down, as the least that is looked at.
+  to.bound = std::max(to.bound, std::nextafter(to.top - to.reach, -kInf));
+  const auto below = [&](double z) {
+    return std::max(-FLT_MAX, std::nextafter(static_cast<float>(z - slack), -kFloatInf));
+  };
+  float from = below(to.bound);
+  if (s.steered.top < from) return;
+  for (int i = 0; i < s.block.width; i += Vec::N) {
+    uint32_t hits = Vec::bits(Vec::ge(Vec::load(s.steered.z + i), Vec::set(from)));
+    for (; hits; hits &= hits - 1) {
+      const int at = i + __builtin_ctz(hits);
+      const double z = s.exact(at);
+      if (z < to.bound) continue;
+      to.tokens.push_back({z, s.block.begin + at});
+      if (to.tokens.size() < to.room) continue;
+      to.raise();
+      if (to.overflow) return;
+      from = below(to.bound);
+    }
+  }
+}
+
 // Steps 1 and 2 on the way of a draw; false when the draw is to break off.
 inline bool look_at(const RowLogits& row, const BlockOperands& block, const SumsOnTheWay& found) {
   const Exceptional& exceptional = block.exceptional;
@@ -81,7 +125,7 @@ inline bool look_at(const RowLogits& row, const BlockOperands& block, const Sums
 }
 
 void draw_row(const Slice& slice, const Constants& constants, const RowFilter& filter,
-              const Draw& draw, const SumsOnTheWay* found, Best& best, MassSum* masses) {
+              const Draw& draw, const SumsOnTheWay* found, const Drawn& to) {
   Scratch scratch;
   for (int at = slice.begin; at < slice.end; at += kBlock) {
     const BlockOperands block = read_block(slice, at, scratch);
@@ -89,11 +133,9 @@ void draw_row(const Slice& slice, const Constants& constants, const RowFilter& f
     SteeredBlock steered = steered_logits(block, constants, scratch);
     filter_block(block, filter, steered, scratch);
     const BlockDraw one{constants, draw, block, steered};
-    if (draw.greedy) {
-      draw_greedy(one, best);
-    } else {
-      masses[at / kBlock] = mass_of(one);
-    }
+    if (to.best) draw_greedy(one, *to.best);
+    if (to.masses) to.masses[at / kBlock] = mass_of(one);
+    if (to.nearest) gather(one, *to.nearest);
   }
 }
 

@@ -1,196 +1,226 @@
-// Step 10: top-k, top-p and min-p. Over the whole vocabulary by histograms of ordered keys instead
-// of a sort.
+// Step 10: top-k, top-p and min-p. Over the whole vocabulary by looking into ranges of steered
+// logits instead of a sort.
 #include "filters.h"
 
 #include <algorithm>
 
 namespace svdk {
-
-size_t filter_candidates(ShortList& list, const Parameters& p) {
-  std::vector<SteeredToken>& tokens = list.tokens;
-  const double inverse = 1.0 / p.temperature;
-  double total = list.total;
-  size_t kept = tokens.size();
-  std::sort(tokens.begin(), tokens.end(), [](const SteeredToken& a, const SteeredToken& b) {
-    return a.z != b.z ? a.z > b.z : a.id < b.id;
-  });
-  if (p.top_k > 0 && static_cast<size_t>(p.top_k) < kept) {
-    const double kth = tokens[p.top_k - 1].z;
-    kept = p.top_k;
-    while (kept < tokens.size() && tokens[kept].z >= kth) ++kept;  // ties with the k-th stay
-    total = -1;
-  }
-  const double top = tokens[0].z;
-  if (total < 0) {
-    total = 0;
-    for (size_t i = 0; i < kept; ++i) total += std::exp((tokens[i].z - top) * inverse);
-  }
-  const double budget = p.top_p >= 1 ? kInf : p.top_p * total;
-  const double lowest = std::log(p.min_p);
-  double before = 0;
-  size_t i = 0;
-  for (; i < kept; ++i) {
-    const double x = (tokens[i].z - top) * inverse;
-    if (i > 0 && (!(before < budget) || x < lowest)) break;
-    before += std::exp(x);
-  }
-  return i;
-}
-
 namespace {
 
-// A key such that the tokens above it fall short of the target and those from it on reach it.
-struct Cut {
-  uint32_t key = 0;
-  double mass_before = 0, tie_mass = 0;
-  int64_t count_before = 0, tie_count = 0;
-};
-
-// Walks the bins from the top until `target` (of mass, or of tokens) is reached; the last non-empty
-// bin if rounding never lets it.
-uint32_t walk(const Histogram& h, bool by_mass, double target, Cut& cut) {
-  uint32_t bin = 0;
-  bool any = false;
-  for (int b = kBins - 1; b >= 0; --b) {
-    if (h.count[b] == 0) continue;
-    if (any) {
-      cut.mass_before += cut.tie_mass;
-      cut.count_before += cut.tie_count;
-    }
-    any = true;
-    bin = b;
-    cut.tie_mass = h.mass[b];
-    cut.tie_count = h.count[b];
-    const double reached = by_mass ? cut.mass_before + cut.tie_mass
-                                   : static_cast<double>(cut.count_before + cut.tie_count);
-    if (reached >= target) break;
-  }
-  return bin;
+// The likelier first.
+bool before(const SteeredToken& a, const SteeredToken& b) {
+  return a.z != b.z ? a.z > b.z : a.id < b.id;
 }
 
-// The filters of one row.
-class Selector {
- public:
-  Selector(const RowLogits& row, const Sweeps& sweeps, const Constants& c, const Parameters& p)
-      : row_(row), sweeps_(sweeps), constants_(c), p_(p), inverse_(1.0 / p.temperature) {
-    sweeps.draw_row(whole(row), c, RowFilter(), Draw(), nullptr, best_, nullptr);
-    fill(0, 21, 0);
-    for (int b = 0; b < kBins; ++b) {
-      tokens_ += histogram_.count[b];
-      mass_ += histogram_.mass[b];
-    }
-    use_k_ = p.top_k > 0 && p.top_k < tokens_;
-    const double lowest = best_.score + std::log(p.min_p) * p.temperature;
-    const double most = FLT_MAX;
-    const float min_p_floor = static_cast<float>(std::fmin(std::fmax(lowest, -most), most));
-    min_p_key_ = p.min_p > 0 ? ordered_key(min_p_floor) - 1 : 0;
-  }
+template <typename Test>
+void drop(std::vector<SteeredToken>& tokens, const Test& test) {
+  tokens.erase(std::remove_if(tokens.begin(), tokens.end(), test), tokens.end());
+}
 
-  // The tokens of the bins that can hold one to be drawn, if these are few; `list` stays as it is
-  // if not.
-  bool short_list(ShortList& list) {
-    const uint32_t floor_bin = lowest_bin();
-    int64_t within = 0;
-    for (int b = floor_bin; b < kBins; ++b) within += histogram_.count[b];
-    if (within > kCapacity) return false;
-    std::vector<Candidate> candidates;
-    sweeps_.gather(whole(row_), constants_, floor_bin << 21, candidates);
-    list.tokens = steered_logits(constants_, candidates);
-    bool has_best = false;
-    for (const Candidate& k : candidates) has_best |= k.id == best_.id;
-    if (!has_best)
-      list.tokens.push_back({best_.score, best_.id});  // its float fell below the floor
-    list.total = -1;
-    if (!use_k_) {
-      // Where few tokens are left, their masses are taken exactly and only the rest from the
-      // histogram.
-      list.total = 0;
-      for (uint32_t b = 0; b < floor_bin; ++b) list.total += histogram_.mass[b];
-      for (const SteeredToken& s : list.tokens) {
-        list.total += std::exp((s.z - best_.score) * inverse_);
-      }
-    }
-    return true;
-  }
+double kth_largest(const std::vector<SteeredToken>& tokens, size_t k) {
+  std::vector<double> z;
+  for (const SteeredToken& s : tokens) z.push_back(s.z);
+  std::nth_element(z.begin(), z.begin() + (k - 1), z.end(), std::greater<double>());
+  return z[k - 1];
+}
 
-  RowFilter filter() {
-    uint32_t floor_key = 0;
-    if (use_k_) {
-      const Cut cut = exact_cut(false, static_cast<double>(p_.top_k), 0);
-      floor_key = cut.key;
-      mass_ = cut.mass_before + cut.tie_mass;
-    }
-    RowFilter filter;
-    if (p_.top_p < 1) {
-      const Cut cut = exact_cut(true, p_.top_p * mass_, floor_key);
-      floor_key = cut.key;
-      const double each = cut.tie_mass / static_cast<double>(cut.tie_count);
-      // NaN (0 / 0, inf / inf) where logits beyond float are rounded far from the exact maximum;
-      // then one.
-      const double share = std::ceil((p_.top_p * mass_ - cut.mass_before) / each);
-      const int64_t ties =
-          static_cast<int64_t>(std::fmin(std::fmax(share, 1), static_cast<double>(cut.tie_count)));
-      filter.last_tie = sweeps_.nth_tie(whole(row_), constants_, cut.key, ties);
-    }
-    if (min_p_key_ > floor_key) {
-      floor_key = min_p_key_;
-      filter.last_tie = kMaxId;
-    }
-    filter.best = best_.id;
-    // Keys below that of -inf, 0 for "no floor" among them, are of NaNs, which nothing exceeds.
-    filter.floor = key_value(std::max(floor_key, ordered_key(-kFloatInf)));
-    return filter;
-  }
-
- private:
-  void fill(uint32_t floor_key, int shift, uint32_t prefix) {
-    histogram_ = Histogram{};
-    sweeps_.histogram(whole(row_), constants_, {shift, prefix, floor_key, best_.score, inverse_},
-                      histogram_);
-  }
-  // The lowest bin of the first histogram that can hold a token to be drawn; with top-k the bins
-  // from it on hold all of the top-k set, whose mass top-p needs.
-  uint32_t lowest_bin() const {
-    Cut cut;
-    if (use_k_) return walk(histogram_, false, static_cast<double>(p_.top_k), cut);
-    const uint32_t bin = min_p_key_ >> 21;
-    if (p_.top_p >= 1) return bin;
-    // The masses are of logits rounded to float, and blurred by that.
-    const double blur = std::exp(1e-6 + 2.4e-7 * std::fabs(best_.score) * inverse_);
-    return std::max(bin, walk(histogram_, true, p_.top_p * mass_ * blur, cut));
-  }
-  // One sweep for every 11 bits of the key.
-  Cut exact_cut(bool by_mass, double target, uint32_t floor_key) {
-    Cut c;
-    for (int shift : {21, 10, 0}) {
-      fill(floor_key, shift, c.key);
-      c.key = (c.key << (shift == 0 ? 10 : 11)) | walk(histogram_, by_mass, target, c);
-    }
-    return c;
-  }
-
-  const RowLogits& row_;
-  const Sweeps& sweeps_;
-  const Constants& constants_;
-  const Parameters& p_;
-  const double inverse_;
-  Best best_ = Best::none();
-  Histogram histogram_;
-  int64_t tokens_ = 0;
-  double mass_ = 0;
-  bool use_k_;
-  uint32_t min_p_key_;
+// The last of the fewest likeliest tokens whose mass reaches a budget, and all their mass; those
+// of all tokens where it falls short.
+struct Prefix {
+  SteeredToken last;
+  double mass;
 };
+
+template <typename Mass>
+Prefix prefix_of(std::vector<SteeredToken> tokens, double budget, const Mass& mass_of) {
+  const auto at = [&](size_t i) { return tokens.begin() + i; };
+  size_t low = 0, high = tokens.size(), step = 64;
+  double mass = 0;
+  bool within = false;  // whether the last one is known to be in [low, high)
+  while (high - low > 64) {
+    const size_t middle = low + (within ? (high - low) / 2 : std::min(step, high - low - 1));
+    std::nth_element(at(low), at(middle), at(high), before);
+    double part = 0;
+    for (size_t i = low; i < middle; ++i) part += mass_of(tokens[i].z);
+    if (mass + part < budget) {
+      mass += part;
+      low = middle;
+      step *= 2;
+    } else {
+      high = middle;
+      within = true;
+    }
+  }
+  std::sort(at(low), at(high), before);
+  for (size_t i = low; i < high; ++i) {
+    mass += mass_of(tokens[i].z);
+    if (!(mass < budget)) return {tokens[i], mass};
+  }
+  return {tokens[high - 1], mass};
+}
 
 }  // namespace
 
-FilteredRow filter_row(const RowLogits& row, const Sweeps& sweeps, const Constants& c,
-                       const Parameters& p) {
-  Selector selector(row, sweeps, c, p);
-  FilteredRow filtered;
-  filtered.is_short = selector.short_list(filtered.list);
-  if (!filtered.is_short) filtered.filter = selector.filter();
-  return filtered;
+void Nearest::raise() {
+  if (k > 0) bound = std::max(bound, kth_largest(tokens, k));
+  drop(tokens, [&](const SteeredToken& s) { return s.z < bound; });
+  if (tokens.size() > room / 4 * 3) room *= 2;
+  overflow = room > kCapacity;
+  if (overflow) tokens = {};
+}
+
+Nearest nearest_for(const Parameters& p, int vocab) {
+  Nearest n;
+  const bool by_k = p.top_k > 0 && p.top_k < vocab, by_p = p.top_p < 1;
+  if (by_k) {
+    n.k = p.top_k;
+    n.room = std::max<int64_t>(4 * std::min<int64_t>(p.top_k, kCapacity), 256);
+    n.overflow = p.top_k > kCapacity / 4;
+  } else if (by_p) {
+    // All that is further down has less than 1 - p of the mass.
+    n.reach = p.temperature * (std::log(vocab) - std::log1p(-p.top_p));
+  }
+  if (p.min_p > 0 && !(by_k && by_p)) {
+    n.reach = std::min(n.reach, -p.temperature * std::log(p.min_p));
+  }
+  return n;
+}
+
+bool filter_candidates(ShortList& list, const Parameters& p) {
+  std::vector<SteeredToken>& tokens = list.tokens;
+  const double inverse = 1.0 / p.temperature, lowest = std::log(p.min_p);
+  bool complete = list.bound == -kInf;
+  if (tokens.empty()) return false;
+  const double top = std::min_element(tokens.begin(), tokens.end(), before)->z;
+  const auto mass_of = [&](double z) { return std::exp((z - top) * inverse); };
+  double total = list.total.max == -kInf ? -1 : list.total.sum * mass_of(list.total.max);
+  if (p.top_k > 0 && static_cast<uint64_t>(p.top_k) < tokens.size()) {
+    const double kth = kth_largest(tokens, p.top_k);
+    if (kth < list.bound) return false;
+    drop(tokens, [&](const SteeredToken& s) { return s.z < kth; });  // ties with the k-th stay
+    complete = true;
+    total = -1;
+  } else if (p.top_k > 0 && !complete) {
+    return false;
+  }
+  if (total < 0) {
+    total = 0;
+    for (const SteeredToken& s : tokens) total += mass_of(s.z);
+  }
+  if (p.min_p > 0) {
+    complete |= (std::nextafter(list.bound, -kInf) - top) * inverse < lowest;
+    drop(tokens,
+         [&](const SteeredToken& s) { return s.z < top && (s.z - top) * inverse < lowest; });
+  }
+  if (p.top_p < 1) {
+    const double budget = p.top_p * total;
+    const Prefix kept = prefix_of(tokens, budget, mass_of);
+    if (!complete && (kept.mass < budget || kept.last.z < list.bound)) return false;
+    drop(tokens, [&](const SteeredToken& s) { return before(kept.last, s); });
+    return true;
+  }
+  return complete;
+}
+
+float min_p_floor(double top, const Parameters& p) {
+  if (!(p.min_p > 0)) return -kFloatInf;
+  const double most = FLT_MAX, lowest = std::log(p.min_p);
+  const auto stays = [&](float z) { return (z - top) * (1.0 / p.temperature) >= lowest; };
+  float floor = static_cast<float>(
+      std::fmin(std::fmax(top + lowest * p.temperature, -most), std::fmin(top, most)));
+  while (floor > -FLT_MAX && stays(std::nextafter(floor, -kFloatInf))) {
+    floor = std::nextafter(floor, -kFloatInf);
+  }
+  while (floor < top && !stays(floor)) floor = std::nextafter(floor, kFloatInf);
+  return floor;
+}
+
+RangeSearch::RangeSearch(const RowLogits& row, const Constants& c, const Draw& draw, int64_t k,
+                         double share, MassSum mass, float floor)
+    : row_(row),
+      constants_(c),
+      draw_(draw),
+      k_(k),
+      share_(share),
+      unit_(mass.max),
+      target_(share * mass.sum),
+      low_(ordered_key(std::max(floor, -FLT_MAX))),
+      high_(ordered_key(FLT_MAX)) {
+  constexpr int kPlaces = 128, kEach = 8;
+  for (int place = 0; place < kPlaces; ++place) {
+    const int begin = static_cast<int>(static_cast<int64_t>(row.vocab) * place / kPlaces);
+    for (int id = begin; id < std::min(begin + kEach, row.vocab); ++id) {
+      const float z = static_cast<float>(c.steered_logit(row.warm_at(id), row.other_at(id)));
+      if (z >= floor && is_finite(z)) sample_.push_back(z);
+    }
+  }
+  std::sort(sample_.begin(), sample_.end(), std::greater<float>());
+  choose();
+}
+
+// The next range: around where the sample has the cut, wider from try to try; then by halves.
+void RangeSearch::choose() {
+  uint32_t from = low_ + (high_ - low_ + 1) / 2, to = high_;
+  const int size = static_cast<int>(sample_.size());
+  if (tries_ < 3 && size > 0) {
+    int place = static_cast<int>(static_cast<double>(k_) / row_.vocab * size);
+    if (k_ == 0) {
+      double all = 0, reached = 0;
+      for (float z : sample_) all += mass_of(z);
+      while (place < size - 1 && reached < share_ * all) reached += mass_of(sample_[place++]);
+    }
+    const double deviation = std::sqrt(place * (1 - static_cast<double>(place) / size));
+    const int wide = static_cast<int>(3 * deviation + 2) << 2 * tries_;
+    to = place < wide ? high_ : std::min(high_, ordered_key(sample_[place - wide]));
+    from = place + wide < size ? std::max(low_, ordered_key(sample_[place + wide])) : low_;
+    if (from > to) from = low_, to = high_;
+  }
+  ++tries_;
+  range_ = {key_value(from), key_value(to)};
+}
+
+bool RangeSearch::narrow(const Sweeps& sweeps, const RangeFindings& found, const MassSum& above,
+                         const MassSum& from) {
+  const double higher = mass_of(above), all = mass_of(from);
+  const int64_t count = found.above + found.inside;
+  const uint32_t low = ordered_key(range_.low), high = ordered_key(range_.high);
+  if (found.above > 0 && (k_ ? found.above >= k_ : higher >= target_)) {
+    low_ = high + 1;
+  } else if ((k_ ? count < k_ : all < target_) || found.inside == 0) {
+    if (low == low_) {  // everything stays
+      filter_ = {range_.low, kMaxId};
+      kept_ = all;
+      return true;
+    }
+    high_ = low - 1;
+  } else if (static_cast<size_t>(found.inside) == found.tokens.size()) {
+    if (k_) {
+      const double kth = kth_largest(found.tokens, k_ - found.above);
+      filter_ = {static_cast<float>(kth), kMaxId};
+      kept_ = higher;
+      for (const SteeredToken& s : found.tokens) kept_ += s.z >= kth ? mass_of(s.z) : 0;
+    } else {
+      const auto mass = [this](double z) { return mass_of(z); };
+      const Prefix kept = prefix_of(found.tokens, target_ - higher, mass);
+      filter_ = {static_cast<float>(kept.last.z), kept.last.id};
+      kept_ = higher + kept.mass;
+    }
+    return true;
+  } else if (low == high) {  // all ties
+    const double each = (all - higher) / static_cast<double>(found.inside);
+    const double ties = std::ceil((target_ - higher) / each),
+                 most = static_cast<double>(found.inside);
+    const int64_t n = k_ ? found.inside : static_cast<int64_t>(std::fmin(std::fmax(ties, 1), most));
+    filter_ = {range_.low, sweeps.nth_tie(whole(row_), constants_, range_.low, n)};
+    kept_ = higher + static_cast<double>(n) * each;
+    return true;
+  } else {
+    low_ = low;
+    high_ = high;
+    tries_ = 3;
+  }
+  choose();
+  return false;
 }
 
 }  // namespace svdk

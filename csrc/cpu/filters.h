@@ -1,20 +1,55 @@
-// Step 10: top-k, top-p and min-p, on a short list or over the whole vocabulary.
+// Step 10: top-k, top-p and min-p, on a list of tokens or over the whole vocabulary.
 #pragma once
 #include "candidates.h"
 
 namespace svdk {
 
-// Puts the tokens in order, the best first, and says how many of them stay.
-size_t filter_candidates(ShortList& list, const Parameters& p);
+// What a sweep is to collect, so that the filters of nearly every row find all they keep in it.
+Nearest nearest_for(const Parameters& p, int vocab);
 
-// What the filters leave of a row: few enough tokens to draw from, or a filter for one more sweep.
-struct FilteredRow {
-  bool is_short;
-  ShortList list;
-  RowFilter filter;
+// Leaves what stays, in order of id; false when the list might lack some of it.
+bool filter_candidates(ShortList& list, const Parameters& p);
+
+// The floor that min-p sets, as the least float that stays; -inf without it.
+float min_p_floor(double top, const Parameters& p);
+
+// Finds where top-k or top-p cuts a row that keeps more than a list holds: by looking into ranges
+// of steered logits, the first of them by a sample of the row, until one with the cut is small
+// enough to be listed.
+class RangeSearch {
+ public:
+  // For the k-th largest or, if k is 0, for the fewest tokens that have `share` of the mass of
+  // those from `floor` up.
+  RangeSearch(const RowLogits& row, const Constants& c, const Draw& draw, int64_t k, double share,
+              MassSum mass, float floor);
+
+  bool by_k() const { return k_ > 0; }
+  const Range& range() const { return range_; }
+  // Takes in what the sweeps found in the range; whether the cut is known now.
+  bool narrow(const Sweeps& sweeps, const RangeFindings& found, const MassSum& above,
+              const MassSum& from);
+
+  // The cut, and the mass from it up.
+  Filter filter() const { return filter_; }
+  MassSum mass() const { return {unit_, kept_}; }
+
+ private:
+  void choose();
+  double mass_of(double z) const { return std::exp((z - unit_) * draw_.inverse_temperature); }
+  double mass_of(const MassSum& m) const { return m.sum > 0 ? m.sum * mass_of(m.max) : 0; }
+
+  const RowLogits& row_;
+  const Constants& constants_;
+  const Draw draw_;
+  const int64_t k_;
+  const double share_;
+  double unit_, target_;  // the steered logit whose mass counts 1, and the mass that is looked for
+  uint32_t low_, high_;   // keys between which the cut is
+  Range range_;
+  std::vector<float> sample_;  // the largest first
+  int tries_ = 0;
+  Filter filter_ = Filter::none();
+  double kept_ = 0;
 };
-
-FilteredRow filter_row(const RowLogits& row, const Sweeps& sweeps, const Constants& c,
-                       const Parameters& p);
 
 }  // namespace svdk

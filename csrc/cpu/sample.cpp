@@ -1,6 +1,9 @@
 // steered_sample: steps 1 to 12 of every row; where the whole vocabulary is in play, its logits are
 // swept once more for the draw.
 #include <algorithm>
+#include <atomic>
+#include <deque>
+#include <optional>
 
 #include "filters.h"
 #include "ops.h"
@@ -8,132 +11,210 @@
 namespace svdk {
 namespace {
 
+// Parts of a row that threads can take: as many for every number of threads, an even number.
+int slices_of(int vocab) {
+  const int count = (vocab + kBlock - 1) / kBlock / kSliceBlocks;
+  return count < 2 ? 1 : count / 2 * 2;
+}
+
+// What the sweeps find in a slice.
 struct SliceFindings {
   Sums sums;
   Candidates candidates;
   Best best = Best::none();
+  Nearest nearest;
+  RangeFindings range;
 };
 
-// One row on its way to a token. With several slices, first_sweep() and draw() run on each in
-// parallel and the others in between on one thread.
+// One row on its way to a token. Its slices are swept, in any order and in parallel; between the
+// sweeps advance() runs on one thread. (The slices follow from the size of the row alone, so that
+// what is found does, too.)
 class RowSampler {
  public:
-  RowSampler(const RowLogits& row, const Parameters& p, bool info, const Sweeps& sweeps,
-             SliceFindings* slices, int count)
-      : row_(row), p_(p), info_(info), sweeps_(sweeps), slices_(slices), count_(count) {
+  RowSampler(const RowLogits& row, const Parameters& p, bool info, const Sweeps& sweeps)
+      : row_(row), p_(p), info_(info), sweeps_(sweeps), slices_(slices_of(row.vocab)) {
     valid_ = valid_parameters(p, row.vocab);
     // Plain sampling, and steering whose direction needs nothing of the row but a constant shift:
     // the token is found in the first sweep.
     const bool everything = row.direction == kPlain || p.alpha == 0;
-    one_sweep_ = valid_ && everything && !p.has_filters() && p.mode == kConstant &&
+    one_sweep_ = valid_ && everything && p.mode == kConstant &&
                  (row.direction == kPlain || !info) && row.direction != kKlGradient;
-    if (valid_) {
-      state_.constants.direction = row.direction;
-      state_.constants.mu = p.strength;
-      log_alpha_ = log_alpha_of(row.direction, p.alpha);
-      draw_ = Draw::of(p);
-      if (one_sweep_) make_room();
-    }
+    if (!valid_) return;
+    state_.constants.direction = row.direction;
+    state_.constants.mu = p.strength;
+    log_alpha_ = log_alpha_of(row.direction, p.alpha);
+    draw_ = Draw::of(p);
+    wanted_ = nearest_for(p, row.vocab);
+    if (one_sweep_) make_room();
   }
 
-  // Step 2 (with one_sweep_: step 11 too).
-  void first_sweep(int slice) {
+  void sweep(int slice) {
     if (!valid_) return;
     SliceFindings& found = slices_[slice];
-    found = SliceFindings{};
-    if (one_sweep_) {
-      const SumsOnTheWay sums{found.sums, info_};
-      sweeps_.draw_row(tokens_of(slice), state_.constants, filter_, draw_, &sums, found.best,
-                       masses_.data());
-    } else {
+    const Slice tokens = tokens_of(slice);
+    const bool filters = p_.has_filters();
+    Drawn to{draw_.greedy ? &found.best : nullptr, draw_.greedy ? nullptr : masses_.data(),
+             nullptr};
+    if (filters && phase_ != Phase::kDraw) {
+      // Of plain rows the floats are exact; of steered ones the filters must not lose the best.
+      if (row_.direction != kPlain) to.best = &found.best;
+      if (!needs_mass()) to.masses = nullptr;
+      to.nearest = &found.nearest;
+      found.nearest = wanted_;
+      found.nearest.bound = kth_.load(std::memory_order_relaxed);
+      found.nearest.overflow |= overflow_.load(std::memory_order_relaxed);
+    }
+    const Constants& c = state_.constants;
+    if (phase_ == Phase::kFirst && !one_sweep_) {
       const bool collect = row_.direction != kPlain;
-      sweeps_.first_sweep(tokens_of(slice), log_alpha_, found.sums,
-                          collect ? &found.candidates : nullptr);
+      sweeps_.first_sweep(tokens, log_alpha_, found.sums, collect ? &found.candidates : nullptr);
       found.candidates.overflow |= !collect;
+    } else if (phase_ == Phase::kSearch) {
+      found.range = RangeFindings{};
+      sweeps_.look_into(tokens, c, draw_, search_->range(), found.range, above_.data(),
+                        masses_.data());
+    } else {
+      const SumsOnTheWay sums{found.sums, info_};
+      sweeps_.draw_row(tokens, c, filter_, draw_, phase_ == Phase::kFirst ? &sums : nullptr, to);
+      if (wanted_.k > 0) raise_kth(found.nearest.bound);
+      if (found.nearest.overflow) overflow_.store(true, std::memory_order_relaxed);
+    }
+  }
+  int slices() const { return static_cast<int>(slices_.size()); }
+
+  // Steps 3 to 12 as far as they get; true: the row needs one more sweep.
+  bool advance() {
+    switch (phase_) {
+      case Phase::kFirst:
+        return valid_ ? after_first_sweep() : refuse();
+      case Phase::kCollect:
+        return filter_row();
+      case Phase::kSearch:
+        return search();
+      case Phase::kDraw:
+        break;
+    }
+    return finish(drawn());
+  }
+
+  const SampleOutput& out() const { return out_; }
+
+ private:
+  enum class Phase { kFirst, kCollect, kSearch, kDraw };
+
+  Slice tokens_of(int slice) const {
+    const auto from = [&](int64_t i) {
+      const int64_t blocks = (row_.vocab + kBlock - 1) / kBlock;
+      return static_cast<int>(std::min<int64_t>(row_.vocab, blocks * i / slices() * kBlock));
+    };
+    return {row_, from(slice), from(slice + 1)};
+  }
+  // Whether the first step of the filters needs the mass of the row.
+  bool needs_mass() const { return wanted_.k == 0 && p_.top_p < 1; }
+
+  void raise_kth(double bound) {
+    double before = kth_.load(std::memory_order_relaxed);
+    while (before < bound &&
+           !kth_.compare_exchange_weak(before, bound, std::memory_order_relaxed)) {
     }
   }
 
-  // Steps 3 to 10, and if the tokens in play are few enough 11 and 12; else true: the row needs
-  // draw() and finish().
-  bool needs_draw() {
-    if (!valid_) return refuse();
+  bool after_first_sweep() {
     merge_slices();
     // A masked base token or a logit beyond float: the sweep broke off there, and the maxima and K
     // are needed.
     const bool broke_off = one_sweep_ && state_.sums.needs_maxima() && !state_.sums.invalid &&
                            row_.direction == kLogRatio;
     if (broke_off) {
+      one_sweep_ = false;
       state_ = RowState{};
       sweeps_.first_sweep(whole(row_), log_alpha_, state_.sums, &state_.candidates);
     }
     if (!state_.sums.valid()) return refuse();
+    if (one_sweep_) return p_.has_filters() ? filter_row() : finish(drawn());
     Constants& c = state_.constants;
-    if (one_sweep_ && !broke_off) {
-      out_.token = drawn();
-      if (info_) {
-        c.max_w = static_cast<float>(state_.sums.max_w);
-        c.log_zw = std::log(state_.sums.z_w);
-        describe(c.max_w, c.log_zw, state_.sums.n_finite);
-      }
-      return false;
-    }
     close_row(row_, p_, state_);
     Moments m{};
     if (p_.mode != kConstant) m = moments_of(row_, sweeps_, state_);
     c.mu = strength_of(row_, p_, c, m);
-
-    ShortList list;
-    const bool in_play_are_candidates =
-        !state_.overflow() && (c.drops_outside() || state_.complete());
-    if (in_play_are_candidates) {
-      list.tokens = steered_logits(c, state_.candidates.tokens);
-    } else {
-      if (!p_.has_filters()) return make_room();
-      FilteredRow filtered = filter_row(row_, sweeps_, c, p_);
-      filter_ = filtered.filter;
-      if (!filtered.is_short) return make_room();
-      list = std::move(filtered.list);
+    if (state_.overflow() || !(c.drops_outside() || state_.complete())) {
+      return sweep_again(p_.has_filters() ? Phase::kCollect : Phase::kDraw);
     }
-    out_.token = draw_candidates(list, p_);
-    if (info_) describe_steered(in_play_are_candidates ? &list.tokens : nullptr);
-    return false;
+    // The candidates are all that can be drawn.
+    ShortList list;
+    list.tokens = steered_logits(c, state_.candidates.tokens);
+    if (info_) steered_ = sum_of(list.tokens);
+    if (p_.has_filters()) filter_candidates(list, p_);
+    return finish(draw_candidates(list.tokens, p_));
   }
 
-  // Step 11 over the whole vocabulary; room has been made.
-  void draw(int slice) {
-    Best& best = slices_[slice].best = Best::none();
-    sweeps_.draw_row(tokens_of(slice), state_.constants, filter_, draw_, nullptr, best,
-                     masses_.data());
+  // Step 10 over the whole vocabulary, after a sweep that collected.
+  bool filter_row() {
+    const MassSum total = needs_mass() ? sum_of(masses_) : MassSum{-kInf, 0};
+    if (!overflow_) {
+      ShortList list;
+      list.total = total;
+      for (const SliceFindings& found : slices_) {
+        const Nearest& n = found.nearest;
+        list.tokens.insert(list.tokens.end(), n.tokens.begin(), n.tokens.end());
+        list.bound = std::max(list.bound, n.bound);
+      }
+      if (filter_candidates(list, p_)) return finish(draw_candidates(list.tokens, p_));
+    }
+    top_ = state_.sums.max_w;
+    if (row_.direction != kPlain) {
+      merge_best();
+      top_ = best_.score;
+      filter_.best = best_.id;
+    }
+    if (wanted_.k > 0) return look_for(p_.top_k, 0, {top_, 0});
+    if (p_.top_p < 1) return look_for(0, p_.top_p, total);
+    return draw_filtered();
   }
 
-  void finish() {
-    best_ = Best::none();
-    for (int i = 0; i < count_; ++i) offer(slices_[i].best);
-    out_.token = drawn();
-    if (info_) describe_steered(nullptr);
+  bool look_for(int64_t k, double share, const MassSum& mass) {
+    search_.emplace(row_, state_.constants, draw_, k, share, mass, filter_.floor);
+    above_.assign((row_.vocab + kBlock - 1) / kBlock, {-kInf, 0});
+    return sweep_again(Phase::kSearch);
   }
 
-  const SampleOutput& out() const { return out_; }
-
- private:
-  int from(int slice) const {
-    const int blocks = (row_.vocab + kBlock - 1) / kBlock;
-    return std::min<int64_t>(row_.vocab, static_cast<int64_t>(blocks) * slice / count_ * kBlock);
+  bool search() {
+    RangeFindings all;
+    for (const SliceFindings& found : slices_) {
+      const RangeFindings& one = found.range;
+      all.above += one.above;
+      all.inside += one.inside;
+      all.tokens.insert(all.tokens.end(), one.tokens.begin(), one.tokens.end());
+    }
+    if (!search_->narrow(sweeps_, all, sum_of(above_), sum_of(masses_))) return true;
+    static_cast<Filter&>(filter_) = search_->filter();
+    if (search_->by_k() && p_.top_p < 1) return look_for(0, p_.top_p, search_->mass());
+    return draw_filtered();
   }
-  Slice tokens_of(int slice) const { return {row_, from(slice), from(slice + 1)}; }
 
-  void offer(const Best& best) {
-    if (best.id >= 0) best_.offer(best.score, best.id);
+  bool draw_filtered() {
+    const float floor = min_p_floor(top_, p_);
+    if (floor > filter_.floor) static_cast<Filter&>(filter_) = {floor, kMaxId};
+    return sweep_again(Phase::kDraw);
+  }
+
+  bool sweep_again(Phase phase) {
+    phase_ = phase;
+    for (SliceFindings& found : slices_) found.best = Best::none();
+    return make_room();
   }
 
   // Step 3.
   void merge_slices() {
     state_.sums = slices_[0].sums;
     std::swap(state_.candidates, slices_[0].candidates);
-    best_ = slices_[0].best;
-    for (int i = 1; i < count_; ++i) {
-      merge(state_, slices_[i].sums, slices_[i].candidates);
-      offer(slices_[i].best);
+    for (int i = 1; i < slices(); ++i) merge(state_, slices_[i].sums, slices_[i].candidates);
+  }
+
+  void merge_best() {
+    best_ = Best::none();
+    for (const SliceFindings& found : slices_) {
+      if (found.best.id >= 0) best_.offer(found.best.score, found.best.id);
     }
   }
 
@@ -143,16 +224,37 @@ class RowSampler {
     return true;
   }
 
+  // The masses of blocks, relative to the largest of them.
+  std::vector<double> relative(const std::vector<MassSum>& blocks, double& top) const {
+    top = -kInf;
+    for (const MassSum& block : blocks) top = std::fmax(top, block.max);
+    std::vector<double> masses;
+    for (const MassSum& block : blocks) {
+      const double x = (block.max - top) * draw_.inverse_temperature;
+      masses.push_back(x > kNoMass ? block.sum * std::exp(x) : 0.0);
+    }
+    return masses;
+  }
+  MassSum sum_of(const std::vector<MassSum>& blocks) const {
+    MassSum sum{-kInf, 0};
+    for (const double mass : relative(blocks, sum.max)) sum.sum += mass;
+    return sum;
+  }
+  static MassSum sum_of(const std::vector<SteeredToken>& tokens) {
+    MassSum sum{-kInf, 0};
+    for (const SteeredToken& s : tokens) sum.max = std::fmax(sum.max, s.z);
+    for (const SteeredToken& s : tokens) sum.sum += std::exp(s.z - sum.max);
+    return sum;
+  }
+
   // Step 11 of a row that was swept: the argmax, or the token in the block where the uniform lands.
   int drawn() {
-    if (draw_.greedy) return best_.id;
-    double top = -kInf;
-    for (const MassSum& block : masses_) top = std::fmax(top, block.max);
-    std::vector<double> masses;
-    for (const MassSum& block : masses_) {
-      const double x = (block.max - top) * draw_.inverse_temperature;
-      masses.push_back(x < kNoMass ? 0.0 : block.sum * std::exp(x));
+    if (draw_.greedy) {
+      merge_best();
+      return best_.id;
     }
+    double top;
+    const std::vector<double> masses = relative(masses_, top);
     const Landing at =
         land(masses.data(), static_cast<int>(masses.size()), row_uniform(p_.seed, p_.offset));
     const int begin = at.place * kBlock;
@@ -166,98 +268,87 @@ class RowSampler {
     return false;
   }
 
-  // Step 12, with the steered log-sum-exp in two parts: log_sum would be rounded away next to a top
-  // beyond float.
-  void describe(double top, double log_sum, int64_t candidates) {
-    const Constants& c = state_.constants;
+  bool finish(int token) {
+    out_.token = token;
+    if (info_) describe();
+    return false;
+  }
+
+  // Step 12. The steered log-sum-exp stays in two parts: the sum would be rounded away next to a
+  // top beyond float.
+  void describe() {
+    Constants& c = state_.constants;
     const int token = static_cast<int>(out_.token);
+    if (one_sweep_) {  // a plain row
+      c.max_w = static_cast<float>(state_.sums.max_w);
+      c.log_zw = std::log(state_.sums.z_w);
+      steered_ = {c.max_w, state_.sums.z_w};
+    } else if (steered_.max == -kInf) {
+      Partition part;
+      const Strengths strengths{&c.mu, 1};
+      sweeps_.partition(whole(row_), c, strengths, &part);
+      steered_ = {part.max, part.z};
+    }
     const float w = row_.warm_at(token), other = row_.other_at(token);
     out_.strength = static_cast<float>(c.mu);
     out_.kl = static_cast<float>(row_.base ? c.kl : kNaN);
     out_.logprob_warm = static_cast<float>(c.log_p_of(w));
     out_.logprob_base = static_cast<float>(row_.base ? c.log_q_of(other) : kNaN);
-    out_.logprob_steered = static_cast<float>(c.steered_logit(w, other) - top - log_sum);
-    out_.candidates = static_cast<int32_t>(candidates);
+    const double z = c.steered_logit(w, other);
+    out_.logprob_steered = static_cast<float>(z - steered_.max - std::log(steered_.sum));
+    const int64_t n = one_sweep_ ? state_.sums.n_finite : confidence_set_size(row_, state_);
+    out_.candidates = static_cast<int32_t>(n);
     out_.status = state_.sums.status();
-  }
-
-  // `tokens`: all that can be drawn, before filters; without them the whole vocabulary is summed.
-  void describe_steered(const std::vector<SteeredToken>* tokens) {
-    double top = -kInf, sum = 0;
-    if (tokens) {
-      for (const SteeredToken& s : *tokens) top = std::fmax(top, s.z);
-      for (const SteeredToken& s : *tokens) sum += std::exp(s.z - top);
-    } else {
-      Partition part;
-      const Strengths strengths{&state_.constants.mu, 1};
-      sweeps_.partition(whole(row_), state_.constants, strengths, &part);
-      top = part.max;
-      sum = part.z;
-    }
-    describe(top, std::log(sum), confidence_set_size(row_, state_));
   }
 
   RowLogits row_;
   Parameters p_;
   bool info_, valid_ = false, one_sweep_ = false;
   const Sweeps& sweeps_;
-  SliceFindings* slices_;
-  int count_;
-  double log_alpha_ = -kInf;
+  std::vector<SliceFindings> slices_;
+  Phase phase_ = Phase::kFirst;
+  double log_alpha_ = -kInf, top_ = -kInf;
   Draw draw_;
-  std::vector<MassSum> masses_;
+  Nearest wanted_;
+  std::atomic<double> kth_{-kInf};  // at least k tokens of the row are at or above it
+  std::atomic<bool> overflow_{false};
+  std::vector<MassSum> masses_, above_;
+  std::optional<RangeSearch> search_;
   RowFilter filter_;
   RowState state_;
   Best best_ = Best::none();
+  MassSum steered_{-kInf, 0};  // of all that can be drawn, before filters, at temperature 1
   SampleOutput out_{};
 };
-
-// Slices a row: rows alone keep the threads busy, or few rows are cut.
-int slices_a_row(const Runtime& runtime, const BatchLogits& rows) {
-  if (rows.batch % runtime.threads == 0 || rows.batch >= 4 * runtime.threads) return 1;
-  const int64_t blocks = (rows.vocab + kBlock - 1) / kBlock;
-  return static_cast<int>(
-      std::max<int64_t>(1, std::min<int64_t>(runtime.threads, blocks / kSliceBlocks)));
-}
 
 }  // namespace
 
 void steered_sample(const Runtime& runtime, const BatchLogits& rows, const Parameters* parameters,
                     bool info, SampleOutput* out) {
-  if (rows.batch == 0) return;
   const int64_t batch = rows.batch;
-  const int slices = slices_a_row(runtime, rows);
-  if (slices == 1) {
+  const bool by_row = batch % runtime.threads == 0 || batch >= 4 * runtime.threads;
+  if (by_row || slices_of(rows.vocab) == 1) {
     runtime.parallel(batch, [&](int64_t i) {
-      SliceFindings found;
-      RowSampler row(rows.at(i), parameters[i], info, *runtime.sweeps, &found, 1);
-      row.first_sweep(0);
-      if (row.needs_draw()) {
-        row.draw(0);
-        row.finish();
-      }
+      RowSampler row(rows.at(i), parameters[i], info, *runtime.sweeps);
+      do {
+        for (int slice = 0; slice < row.slices(); ++slice) row.sweep(slice);
+      } while (row.advance());
       out[i] = row.out();
     });
     return;
   }
-  std::vector<SliceFindings> found(batch * slices);
-  std::vector<RowSampler> samplers;
-  samplers.reserve(batch);
+  std::deque<RowSampler> samplers;
+  std::vector<RowSampler*> active;
   for (int64_t i = 0; i < batch; ++i) {
-    samplers.emplace_back(rows.at(i), parameters[i], info, *runtime.sweeps, &found[i * slices],
-                          slices);
+    samplers.emplace_back(rows.at(i), parameters[i], info, *runtime.sweeps);
+    active.push_back(&samplers.back());
   }
-  runtime.parallel(batch * slices, [&](int64_t t) {
-    samplers[t / slices].first_sweep(static_cast<int>(t % slices));
-  });
-  std::vector<RowSampler*> again;
-  for (RowSampler& row : samplers) {
-    if (row.needs_draw()) again.push_back(&row);
-  }
-  if (!again.empty()) {
-    runtime.parallel(static_cast<int64_t>(again.size()) * slices,
-                     [&](int64_t t) { again[t / slices]->draw(static_cast<int>(t % slices)); });
-    for (RowSampler* row : again) row->finish();
+  while (!active.empty()) {
+    const int slices = active[0]->slices();
+    runtime.parallel(static_cast<int64_t>(active.size()) * slices,
+                     [&](int64_t t) { active[t / slices]->sweep(static_cast<int>(t % slices)); });
+    const auto done = [](RowSampler* row) { return !row->advance(); };
+    active.erase(std::remove_if(active.begin(), active.end(), done), active.end());
   }
   for (int64_t i = 0; i < batch; ++i) out[i] = samplers[i].out();
 }
