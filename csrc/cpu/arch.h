@@ -91,16 +91,20 @@ struct SteeredToken {
 };
 
 // What a draw collects on its sweep: every token whose steered logit is `bound` or more. The bound
-// rises with the maximum so far, of which it is `reach` short, and with the k-th largest so far if
-// there is a k.
+// rises with the maximum so far, with the mass so far and, if there is a k, with the k-th largest.
 struct Nearest {
-  double reach = kInf;
+  double reach = kInf;       // what the bound is below the maximum
+  double below_mass = kInf;  // and below the logit that has all the mass so far (as far as known)
   int64_t k = 0;
-  double top = -kInf, bound = -kInf;
+  double bound = -kInf;
+  MassSum mass{-kInf, 0};
   size_t room = kCapacity;           // tokens at which the bound is raised
   bool overflow = false;             // there are too many of them
   std::vector<SteeredToken> tokens;  // in order of id; some may be below the bound
 
+  // Takes in a block with this maximum and, if asked for, this mass; a slice has `seen` its share
+  // of the row.
+  void rise(double top, const MassSum* block, double seen, const Draw& draw);
   void raise();
 };
 

@@ -80,29 +80,34 @@ inline MassSum mass_of(const BlockDraw& s) {
   return mass;
 }
 
-// Step 10: the tokens that the filters may keep.
-inline void gather(const BlockDraw& s, Nearest& to) {
+// Step 10: the tokens that the filters may keep. `seen`: the share of the row that the slice has
+// been through.
+inline void gather(const BlockDraw& s, const MassSum* mass, double seen, Nearest& to) {
   if (to.overflow || s.steered.top == -kFloatInf) return;
   const double slack = s.steered.slack;
-  to.top = std::max(to.top, s.steered.top - slack);
-  // Rounded down, as the least that is looked at.
-  to.bound = std::max(to.bound, std::nextafter(to.top - to.reach, -kInf));
+  to.rise(s.steered.top - slack, mass, seen, s.draw);
   const auto below = [&](double z) {
     return std::max(-FLT_MAX, std::nextafter(static_cast<float>(z - slack), -kFloatInf));
   };
   float from = below(to.bound);
   if (s.steered.top < from) return;
-  for (int i = 0; i < s.block.width; i += Vec::N) {
-    uint32_t hits = Vec::bits(Vec::ge(Vec::load(s.steered.z + i), Vec::set(from)));
-    for (; hits; hits &= hits - 1) {
-      const int at = i + __builtin_ctz(hits);
-      const double z = s.exact(at);
-      if (z < to.bound) continue;
-      to.tokens.push_back({z, s.block.begin + at});
-      if (to.tokens.size() < to.room) continue;
-      to.raise();
-      if (to.overflow) return;
-      from = below(to.bound);
+  for (int at = 0; at < s.block.width; at += kPad) {
+    const float* z = s.steered.z + at;
+    Vec::F top = Vec::load(z);
+    for (int i = Vec::N; i < kPad; i += Vec::N) top = Vec::max(top, Vec::load(z + i));
+    if (!Vec::bits(Vec::ge(top, Vec::set(from)))) continue;
+    for (int i = at; i < at + kPad; i += Vec::N) {
+      uint32_t hits = Vec::bits(Vec::ge(Vec::load(s.steered.z + i), Vec::set(from)));
+      for (; hits; hits &= hits - 1) {
+        const int k = i + __builtin_ctz(hits);
+        const double exact = s.exact(k);
+        if (exact < to.bound) continue;
+        to.tokens.push_back({exact, s.block.begin + k});
+        if (to.tokens.size() < to.room) continue;
+        to.raise();
+        if (to.overflow) return;
+        from = below(to.bound);
+      }
     }
   }
 }
@@ -135,7 +140,10 @@ void draw_row(const Slice& slice, const Constants& constants, const RowFilter& f
     const BlockDraw one{constants, draw, block, steered};
     if (to.best) draw_greedy(one, *to.best);
     if (to.masses) to.masses[at / kBlock] = mass_of(one);
-    if (to.nearest) gather(one, *to.nearest);
+    if (to.nearest) {
+      const double seen = static_cast<double>(at + block.n - slice.begin) / slice.row.vocab;
+      gather(one, to.masses ? to.masses + at / kBlock : nullptr, seen, *to.nearest);
+    }
   }
 }
 

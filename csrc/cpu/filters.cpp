@@ -61,6 +61,20 @@ Prefix prefix_of(std::vector<SteeredToken> tokens, double budget, const Mass& ma
 
 }  // namespace
 
+void Nearest::rise(double top, const MassSum* block, double seen, const Draw& draw) {
+  // Rounded down, as the least that is looked at.
+  bound = std::max(bound, std::nextafter(top - reach, -kInf));
+  if (below_mass == kInf || !block) return;
+  if (block->max > mass.max) {
+    mass.sum *= std::exp((mass.max - block->max) * draw.inverse_temperature);
+    mass.max = block->max;
+  }
+  mass.sum += block->sum * std::exp((block->max - mass.max) * draw.inverse_temperature);
+  // What the whole row has is between this and this over `seen`.
+  const double logit = mass.max + std::log(mass.sum / std::sqrt(seen)) / draw.inverse_temperature;
+  bound = std::max(bound, logit - below_mass);
+}
+
 void Nearest::raise() {
   if (k > 0) bound = std::max(bound, kth_largest(tokens, k));
   drop(tokens, [&](const SteeredToken& s) { return s.z < bound; });
@@ -77,8 +91,9 @@ Nearest nearest_for(const Parameters& p, int vocab) {
     n.room = std::max<int64_t>(4 * std::min<int64_t>(p.top_k, kCapacity), 256);
     n.overflow = p.top_k > kCapacity / 4;
   } else if (by_p) {
-    // All that is further down has less than 1 - p of the mass.
-    n.reach = p.temperature * (std::log(vocab) - std::log1p(-p.top_p));
+    // A rule of thumb from the logits of real models: all that is further down has less than 1 - p
+    // of the mass. (It surely has without the 1 / 32. What is found is checked.)
+    n.below_mass = p.temperature * (std::log(vocab / 32.0 + 1) - std::log1p(-p.top_p));
   }
   if (p.min_p > 0 && !(by_k && by_p)) {
     n.reach = std::min(n.reach, -p.temperature * std::log(p.min_p));
