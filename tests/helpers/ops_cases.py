@@ -143,8 +143,7 @@ def assert_same_tokens(got: Tensor, args, kwargs, want: Tensor | None = None, ro
     if not different:
         return
     flat = flat_arguments(args, kwargs)
-    _, given = reference.unpack(schema.STEERED_SAMPLE, flat)
-    _, _, z, masses = reference.steered_rows(*flat)
+    given, _, _, z, masses = reference.steered_rows(*flat)
     uniform = reference.row_uniforms(given.seed, given.offset)
     for row in different:
         token, other, t = int(got[row]), int(want[row]), float(given.temperature[row])
