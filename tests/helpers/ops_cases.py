@@ -158,6 +158,17 @@ def assert_same_tokens(got: Tensor, args, kwargs, want: Tensor | None = None, ro
         assert off <= rounding * size / t, message
 
 
+def assert_the_last_with_mass(monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
+    """Draws of a backend in which a uniform of exactly 1 was planted; here it is planted in the reference."""
+    monkeypatch.setattr(reference, "row_uniforms", lambda seed, _: torch.ones(len(seed), dtype=torch.float64))
+    warm, base = logits(3, 400, seed=7)
+    warm[0, -150:] = -INF
+    warm[1, -1] = -40.0
+    for case in CASES:
+        args, kwargs = operands(case, warm, base)
+        assert_same_tokens(svdk.steered_sample(*args, **kwargs, backend=backend), args, kwargs)
+
+
 def boundary_distance(masses: Tensor, token: int, uniform: float) -> float:
     """How far, as a share of all of ``masses`` (V,), the uniform is from the token's share of them."""
     before, mass, all_of = float(masses[:token].sum()), float(masses[token]), float(masses.sum())
