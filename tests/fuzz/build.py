@@ -27,7 +27,7 @@ SANITIZERS = {
 
 @dataclass(frozen=True)
 class Edit:
-    """A planted bug: ``old``, once in ``file`` of csrc, becomes ``new``; ``units`` (or "target") include it."""
+    """A planted bug: ``old``, once in ``file`` of csrc, becomes ``new``; ``units`` or target include it."""
 
     file: str
     old: str
