@@ -135,7 +135,7 @@ PLAIN_ROUNDING = 2e-7
 """Of a plain row's mass. Its logits are exact, a float's rounding of what one lacks to the largest is
 relative to that, and beyond some nats there is no mass: at any size and temperature a mass is off by few
 units of 2^-24 of itself. Measured with seeds near boundaries (300 tokens, logits up to 1e30): 1.5e-8 on the
-CPU, 5e-9 on the shim and in Triton's interpreter; on a GPU, ``ex2.approx`` is off by 2^-22: 1.2e-7 at most."""
+CPU, 5e-9 on the shim and in Triton's interpreter; a GPU's ``ex2.approx`` is off by 2^-22: 1.2e-7 at most."""
 STEERED_ROUNDING = 1e-6
 """Of the size of the steered logits, floats of that size, over the temperature; if greedy, in nats."""
 
