@@ -300,7 +300,7 @@ def slice_of_draw(slices, best, rate, uniform, SPLITS: tl.constexpr):
     part = tl.where(first < LANES, first, tl.max(tl.where(some, lane, 0), 0))
     mass = tl.sum(tl.where(lane == part, mass_s, 0.0), 0)
     before = tl.sum(tl.where(lane < part, mass_s, 0.0), 0)
-    return part, (target - before) / mass
+    return part, tl.maximum((target - before) / mass, 0.0)  # the two sums before it may differ in a bit
 
 
 @triton.jit

@@ -131,7 +131,7 @@ def run(args: argparse.Namespace) -> int:
     for index, (prompt, ids) in enumerate(zip(prompts, encoded, strict=True)):
         if len(prompts) > 1 or args.compare:
             print(f"{'' if index == 0 else chr(10)}> {_shown(prompt)}", flush=True)
-        # Chosen here, not by decode, so that the three answers of --compare share their noise.
+        # Chosen here, not by decode, so that the three answers of --compare share their uniforms.
         options["seed"] = secrets.randbits(63) if args.seed is None else args.seed
 
         def answer(view: str = STEERED, ids: Tensor = ids, streamer: Printer | None = None) -> Tensor:

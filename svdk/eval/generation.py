@@ -57,7 +57,7 @@ def generate_answers(
     """What one system writes after each prompt: one line, without white space around it.
 
     An answer ends at EOS, at the first newline after some text, or after ``max_new_tokens``. All systems
-    sample with the same noise, which follows from the seed and the question alone, not from the batch.
+    sample with the same uniforms, which follow from the seed and the question alone, not from the batch.
 
     Args:
         peft_model: base model with its adapter.

@@ -284,7 +284,7 @@ def decode(
             ``vector``, ``seed``, ``check``, ``backend`` as in :func:`generate`; ``do_sample``,
             ``temperature``, ``top_k``, ``top_p``, ``min_p`` as in transformers, but without its
             default ``top_k=50``; ``view="warm"`` or ``"base"`` (default "steered") for one model's
-            own answer with the same filters and noise.
+            own answer with the same filters and uniforms.
 
     Raises:
         InputError, ArtifactError: as :func:`generate`.

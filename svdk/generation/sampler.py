@@ -40,7 +40,7 @@ class SteeringOptions:
     """(V,) or (B, V)"""
     seed: int | Tensor | None = None
     view: str = STEERED
-    """Or "warm" or "base", to sample plainly from one model with the same filters and noise."""
+    """Or "warm" or "base", to sample plainly from one model with the same filters and uniforms."""
     check: bool = False
     backend: str = "auto"
 

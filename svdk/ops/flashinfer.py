@@ -1,7 +1,7 @@
 """FlashInfer's sampling functions by name and argument, on svdk's kernels, on the CPU as well.
 
 ``import svdk.sampling as sampling`` in place of ``from flashinfer import sampling``: the same distributions
-and return types. Tokens for a given seed differ from FlashInfer's (other noise), and
+and return types. Tokens for a given seed differ from FlashInfer's (other uniforms), and
 
 - a (B,) tensor of seeds gives every row its own stream: its token depends on its own seed, offset and
   logits, not on the rows around it. A single seed (or none: it then comes from ``generator`` or torch's

@@ -279,19 +279,18 @@ def describe(rows: Rows, mu: Tensor, z: Tensor, token: Tensor) -> tuple[Tensor, 
 
 
 # The operations.
-def steered_rows(*flat: Any) -> tuple[Rows, Tensor, Tensor, Tensor]:
-    """``steered_sample`` up to the draw: the rows, mu (B,), steered logits and masses (B, V)."""
+def steered_rows(*flat: Any) -> tuple[Any, Rows, Tensor, Tensor, Tensor]:
+    """``steered_sample`` up to the draw: what was given, rows, mu (B,), steered logits and masses (B, V)."""
     operands, given = unpack(schema.STEERED_SAMPLE, flat)
     rows = open_rows(operands, given)
     mu = strength_of(rows, given)
     z = steered_logits(rows, mu, given.penalty)
-    return rows, mu, z, masses_of(rows, z, given)
+    return given, rows, mu, z, masses_of(rows, z, given)
 
 
 def steered_sample(*flat: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Tokens int64 (B,), diagnostics float32 (5, B) and int32 (2, B); see :class:`svdk.SampleInfo`."""
-    rows, mu, z, masses = steered_rows(*flat)
-    _, given = unpack(schema.STEERED_SAMPLE, flat)
+    given, rows, mu, z, masses = steered_rows(*flat)
     token = torch.where(rows.invalid, rows.fallback, draw_row(masses, row_uniforms(given.seed, given.offset)))
     info = flat[-1]
     empty = z.new_empty(0, dtype=torch.float32), token.new_empty(0, dtype=torch.int32)

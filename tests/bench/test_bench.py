@@ -37,7 +37,7 @@ DRAWS = 200_000
 
 def expected(args, kwargs):
     """(V,) probabilities of the first row, by the reference."""
-    _, _, _, masses = svdk.reference.steered_rows(*oc.flat_arguments(args, kwargs))
+    *_, masses = svdk.reference.steered_rows(*oc.flat_arguments(args, kwargs))
     return masses[0] / masses[0].sum()
 
 
@@ -68,7 +68,7 @@ def assert_draws(function, args, kwargs):
 )
 def test_eager_steering_equals_the_reference(kwargs):
     warm, base = oc.logits(4, 999)
-    _, _, want, _ = svdk.reference.steered_rows(*oc.flat_arguments((warm, base), kwargs))
+    *_, want, _ = svdk.reference.steered_rows(*oc.flat_arguments((warm, base), kwargs))
     got = baselines.steered_logits(warm, base, **kwargs)
     torch.testing.assert_close(got.log_softmax(-1).double(), want.log_softmax(-1), rtol=1e-4, atol=1e-4)
 
@@ -76,7 +76,7 @@ def test_eager_steering_equals_the_reference(kwargs):
 def test_eager_vector_equals_the_reference():
     warm, _ = oc.logits(4, 99)
     vector = torch.linspace(-1, 1, 99)
-    _, _, want, _ = svdk.reference.steered_rows(*oc.flat_arguments((warm,), {"vector": vector}))
+    *_, want, _ = svdk.reference.steered_rows(*oc.flat_arguments((warm,), {"vector": vector}))
     got = baselines.steered_logits(warm, vector=vector)
     torch.testing.assert_close(got.log_softmax(-1).double(), want.log_softmax(-1), rtol=1e-4, atol=1e-4)
 

@@ -90,6 +90,34 @@ def test_threads_and_slices_do_not_change_a_token(case, batch):
             oc.assert_close(getattr(info, name), getattr(results[0][1], name), name, rtol=1e-5, atol=1e-5)
 
 
+FULL_ROWS = {
+    "log_ratio_everywhere": {"direction": "log_ratio", "alpha": 0.0, "strength": 1.5},
+    "finite_penalty": {"penalty": -1.5, "strength": 2.0},
+    "kl_budget_everywhere": {"strength_mode": "kl_budget", "strength": 0.5, "alpha": 0.0},
+}
+
+
+@pytest.mark.xfail(strict=True, reason="sums are merged by slices, whose number is that of the threads")
+@pytest.mark.parametrize("name", FULL_ROWS)
+def test_no_bit_depends_on_the_number_of_threads(name):
+    """Nor on the batch: K steers every token of a full row, so that its last bit can move a token."""
+    before = torch.get_num_threads()
+    warm, base = oc.logits(1, 151936, seed=3)
+    results = []
+    try:
+        for threads in (1, 2, 3, 5, 8):
+            for batch in (1, 3):
+                torch.set_num_threads(threads)
+                rows = (warm.expand(batch, -1), base.expand(batch, -1))
+                token, info = svdk.steered_sample(*rows, **FULL_ROWS[name], backend="cpu", return_info=True)
+                results.append((token[0], info.kl[0], info.strength[0], info.logprob_steered[0]))
+    finally:
+        torch.set_num_threads(before)
+    for found in results[1:]:
+        for x, y in zip(found, results[0], strict=True):
+            assert torch.equal(x, y)
+
+
 @pytest.mark.parametrize("alpha", [0.1, 1e-3])
 def test_candidates_beyond_the_buffer_take_the_second_sweep(alpha):
     """Flat rows: far more tokens are within ln(alpha) of the maximum than the buffer holds."""

@@ -13,6 +13,7 @@ import torch
 
 import svdk
 from svdk.ops import backends
+from tests.csrc.test_cuda_mutants import Mutant, mutated
 from tests.helpers import cuda_shim
 from tests.helpers import ops_cases as oc
 from tests.ops import test_ops
@@ -141,6 +142,14 @@ def test_rows_off_16_byte_boundaries_give_the_same_bits(backend, dtype, width):
         assert torch.equal(got[0], want[0])
         assert torch.equal(got[1].kl, want[1].kl)
         assert torch.equal(got[1].strength, want[1].strength)
+
+
+def test_a_uniform_of_one_draws_the_last_token_with_mass(tmp_path, monkeypatch):
+    """53 bits that are all ones make it, by a seed that nobody knows."""
+    one = Mutant("one", "philox.h", "(static_cast<double>(bits >> 11) + 0.5) * 0x1p-53", "bits * 0.0 + 1.0")
+    library = cuda_shim.build(mutated(tmp_path, one), **cuda_shim.SMALL)
+    install(monkeypatch, cuda_shim.Shim(library, cuda_shim.CLUSTER, 3, 5))
+    oc.assert_the_last_with_mass(monkeypatch, "shim")
 
 
 FULL_SIZE = ("default", "kl_everywhere", "plain", "plain_top_k", "plain_wide_top_k", "top_p_penalty")

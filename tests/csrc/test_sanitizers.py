@@ -40,6 +40,16 @@ def test_corpus_and_random_inputs_are_clean(sanitizer):
     assert done.returncode == 0, done.stderr[-3000:]
 
 
+def test_a_uniform_of_one_draws_the_last_token_with_mass():
+    """53 bits of ones make it, by a seed that nobody knows; the oracle wants no mass behind the token."""
+    units = ("sample", "candidates", "target")
+    one = Edit("philox.h", "(static_cast<double>(bits >> 11) + 0.5) * 0x1p-53", "bits * 0.0 + 1.0", units)
+    program = build.build("plain", one)
+    done = build.replay(program, "-hex", str(build.CORPUS))
+    program.unlink()
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
 PLANTED = {
     "read_past_the_row": (
         "address",

@@ -100,7 +100,7 @@ def test_sampling_follows_its_seed(peft_model, tiny_tokenizer):
     assert first == same != other
 
 
-def test_questions_have_noise_of_their_own(peft_model, tiny_tokenizer):
+def test_questions_have_uniforms_of_their_own(peft_model, tiny_tokenizer):
     same_prompt = [replace(QUESTIONS[0], id=f"id {i}") for i in range(4)]
     decoding = {"do_sample": True, "temperature": 2.0}
     assert len(set(answers(peft_model, tiny_tokenizer, same_prompt, decoding=decoding))) > 1

@@ -153,7 +153,7 @@ def test_greedy_tokens_are_the_argmax_of_scoring(peft_type, name, tiny_tokenizer
 
 @pytest.mark.parametrize("system", SYSTEMS)
 def test_sampled_tokens_are_drawn_from_what_scoring_sees(system, tiny_tokenizer):
-    """The plain sampler, given the scored rows and the same noise, draws the tokens of the generation."""
+    """The plain sampler, given the scored rows and the same uniforms, draws the tokens of the generation."""
     setting = STEERINGS["kl_gradient"] | {"scoring_penalty": -math.inf} if system == "steered" else {}
     lm = SteeredLM(tiny.tiny_peft("lora"), tokenizer=tiny_tokenizer, system=system, **setting)
     filters = {"temperature": 1.3, "top_p": 0.95, "top_k": 40}

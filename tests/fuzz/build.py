@@ -11,11 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-KERNELS = HERE.parent.parent / "csrc"
+ROOT = HERE.parent.parent
+KERNELS = ROOT / "csrc"
 CORPUS = HERE / "corpus.txt"
 ARCHITECTURES = ("arch_portable", "arch_avx2", "arch_avx512")
 UNITS = ("sample", "logprob", "extract", "candidates", "filters", "arch", *ARCHITECTURES)
 """The kernels without PyTorch: all of csrc/cpu but the binding."""
+HARNESS = ("target", "replay")
 SANITIZERS = {
     "plain": [],
     "address": ["-fsanitize=address,undefined,float-cast-overflow", "-fno-sanitize-recover=all"],
@@ -25,7 +27,7 @@ SANITIZERS = {
 
 @dataclass(frozen=True)
 class Edit:
-    """A planted bug: ``old``, once in ``file`` of csrc, becomes ``new``; ``units`` include the file."""
+    """A planted bug: ``old``, once in ``file`` of csrc, becomes ``new``; ``units`` or target include it."""
 
     file: str
     old: str
@@ -65,27 +67,29 @@ def build(sanitizer: str, edit: Edit | None = None) -> Path:
         digest.update(path.read_bytes())
     kept = Path(tempfile.gettempdir()) / f"svdk-fuzz-{os.getuid()}" / digest.hexdigest()[:16]
     kept.mkdir(mode=0o700, parents=True, exist_ok=True)
-    objects = {name: kept / f"{name}.o" for name in (*UNITS, "target", "replay")}
+    objects = {name: kept / f"{name}.o" for name in (*UNITS, *HARNESS)}
     for name, target in objects.items():
-        source = HERE / f"{name}.cpp" if name in ("target", "replay") else KERNELS / "cpu" / f"{name}.cpp"
         if not target.exists():
-            _compile(flags, source, target)
+            _compile(flags, _source(ROOT, name), target)
     with tempfile.TemporaryDirectory(dir=kept) as folder:
         if edit is not None:
-            tree = Path(folder) / "csrc"
-            shutil.copytree(KERNELS / "cpu", tree / "cpu")
-            for header in KERNELS.glob("*.h"):
-                shutil.copy(header, tree)
-            text = (tree / edit.file).read_text()
+            tree = Path(folder)
+            shutil.copytree(KERNELS, tree / "csrc")
+            shutil.copytree(HERE, tree / "tests" / "fuzz")
+            text = (tree / "csrc" / edit.file).read_text()
             if text.count(edit.old) != 1:
                 raise AssertionError(f"{edit.file} has {text.count(edit.old)} of {edit.old!r}; wanted: one")
-            (tree / edit.file).write_text(text.replace(edit.old, edit.new))
+            (tree / "csrc" / edit.file).write_text(text.replace(edit.old, edit.new))
             for name in edit.units:
-                objects[name] = Path(folder) / f"{name}.o"
-                _compile(flags, tree / "cpu" / f"{name}.cpp", objects[name])
+                objects[name] = tree / f"{name}.o"
+                _compile(flags, _source(tree, name), objects[name])
         label = "replay" if edit is None else "replay-" + hashlib.sha256(repr(edit).encode()).hexdigest()[:8]
         _link(flags, objects.values(), kept / label)
     return kept / label
+
+
+def _source(root: Path, name: str) -> Path:
+    return root.joinpath(*(("tests", "fuzz") if name in HARNESS else ("csrc", "cpu")), f"{name}.cpp")
 
 
 def _compile(flags: list[str], source: Path, target: Path) -> None:

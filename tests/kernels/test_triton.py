@@ -26,7 +26,7 @@ import triton  # noqa: E402
 import triton.language as tl  # noqa: E402
 
 import svdk  # noqa: E402
-from svdk.kernels import library, tuning  # noqa: E402
+from svdk.kernels import library, sample, tuning  # noqa: E402
 from svdk.kernels import philox as draws  # noqa: E402
 from svdk.ops import backends, philox, schema  # noqa: E402
 from tests.helpers import ops_cases as oc  # noqa: E402
@@ -55,6 +55,17 @@ def test_uniforms_are_the_reference_ones(seed, offset):
     got = torch.empty(1, dtype=torch.float64, device=DEVICE)
     _uniform_kernel[(1,)](got, seed, offset)
     assert torch.equal(got.cpu(), philox.row_uniforms(torch.tensor([seed]), torch.tensor([offset])))
+
+
+@triton.jit
+def _one(draw):
+    return tl.full([], 1.0, tl.float64)
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="only the interpreter looks names up at every call")
+def test_a_uniform_of_one_draws_the_last_token_with_mass(tiny_config, monkeypatch):
+    monkeypatch.setattr(sample, "row_uniform", _one)
+    oc.assert_the_last_with_mass(monkeypatch, "triton")
 
 
 def test_slices_tiles_and_configurations_change_no_token(tiny_config):

@@ -206,7 +206,7 @@ def test_an_invalid_row_whose_base_is_masked_earlier_on(backend, value):
 
 @pytest.mark.parametrize("size", [1e8, -1e8])
 def test_a_draw_among_large_logits(backend, size):
-    """The sweep that drew without the maximum rounded noise away, and the lowest id of equal tokens won."""
+    """The sweep that drew without the maximum rounded draws away, and the lowest id of equal tokens won."""
     warm, base, vector = on(backend, torch.full((30, 40), size), torch.full((30, 40), size), torch.ones(40))
     kwargs = {"alpha": 0.0, "direction": "log_ratio", "seed": torch.arange(30, device=warm.device)}
     for args, more in (((warm,), {}), ((warm, base), {}), ((warm,), {"vector": vector})):

@@ -14,7 +14,9 @@ import torch
 
 import svdk
 from svdk.bench.goodness import PER_TEST, chi_square_p_value, count_p_value, fit_p_values
+from svdk.ops import reference
 from svdk.ops.philox import row_uniforms
+from tests.helpers import cuda_shim
 from tests.helpers import ops_cases as oc
 
 BACKEND = pytest.mark.parametrize("backend", [b for b in oc.kernels() if not oc.interpreted(b)])
@@ -113,30 +115,56 @@ def test_a_draw_that_goes_by_rank_is_noticed(backend):
     assert p_value(tokens, by_rank(two)) < OUTRIGHT
 
 
-# Where a row's uniform is next to 1 or 0 (found by search): seed, whether it is 1.
-EXTREMES = ((1352247272, True), (1836991927, False))
+def test_masses_that_are_rounded_as_large_logits_are_noticed():
+    """By ``ops_cases.assert_same_tokens``. Next to 1e6 a float loses what tells them apart."""
+    warm = torch.randn(500, 40, generator=torch.Generator().manual_seed(5)).round(decimals=1) + 1e6
+    kwargs = {"seed": torch.arange(500), "temperature": 0.7}
+    rate = torch.tensor(1.4426950408889634 / 0.7)
+    masses = torch.exp2(warm * rate - warm.amax(1, keepdim=True) * rate).double()
+    rounded = reference.draw_row(masses, row_uniforms(kwargs["seed"], torch.zeros(500, dtype=torch.int64)))
+    oc.assert_same_tokens(svdk.steered_sample(warm, **kwargs, backend="cpu"), (warm,), kwargs)
+    with pytest.raises(AssertionError, match="of the mass away"):
+        oc.assert_same_tokens(rounded, (warm,), kwargs)
 
 
-@pytest.mark.parametrize("backend", oc.kernels())
-@pytest.mark.parametrize(("seed", "near"), EXTREMES, ids=["ones", "zeros"])
-def test_a_uniform_is_never_0_or_1(backend, seed, near):
-    """A uniform of 1, which a float's next to it is, draws the last token whatever its logit is."""
+# Where a row's uniform is next to 1 or 0 (found by search): seed, whether it is 1, nats of what is left.
+EXTREMES = (
+    (1352247272, True, -21.5),
+    (1836991927, False, -21.5),
+    (66150703786, True, -24.9),
+    (43576376709, False, -25.6),
+)
+
+
+@pytest.mark.usefixtures("shim_backend")
+@pytest.mark.parametrize("backend", cuda_shim.kernels())
+@pytest.mark.parametrize("others", [63, 1])
+@pytest.mark.parametrize(("seed", "near", "nats"), EXTREMES)
+def test_a_uniform_is_never_0_or_1(backend, seed, near, nats, others):
+    """A uniform of 1, which a float's next to it is, draws the last token whatever its logit is.
+
+    And a token 25 nats below the best, or in the last 2^-36 of the mass, is drawn where it should be.
+    """
     device = oc.device_of(backend)
     uniform = float(row_uniforms(torch.tensor([seed]), torch.tensor([0])))
     rest = 1 - uniform if near else uniform
-    assert 0 < rest < 2.0**-31
+    assert 0 < rest < math.exp(nats)
     assert float(torch.tensor(1 - rest, dtype=torch.float32)) == 1.0
     token = 63 if near else 0
     vector = torch.zeros(64, device=device)
-    edge = math.log(rest * 63 / (1 - rest))  # the logit at which the token has just that share
+    edge = math.log(rest * others / (1 - rest))  # the logit at which the token has just that share
     for gap, drawn in ((0.01, True), (-0.01, False), (-math.inf, False)):
         logits = torch.zeros(1, 64, device=device)
+        if others == 1:
+            logits[0, : 62 if near else 1], logits[0, 63 if near else 2 :] = -math.inf, -math.inf
         logits[0, token] = edge + gap
         for kwargs in (
             {},
             {"top_k": 64},
             {"vector": vector, "alpha": 0.0},
             {"vector": vector, "alpha": 1e-30},
+            {"base_logits": logits, "alpha": 0.0, "direction": "log_ratio"},
+            {"base_logits": logits, "alpha": 0.0},
         ):
             got = svdk.steered_sample(logits, seed=seed, backend=backend, **kwargs)
             assert (int(got[0]) == token) == drawn, (gap, kwargs)
@@ -156,3 +184,37 @@ def test_tokens_far_below_the_best_are_drawn_as_often_as_they_should_be(backend)
     ):
         seen = int((many(backend, logits, draws, **kwargs) != logits.argmax()).sum())
         assert count_p_value(seen, mass * draws) > PER_TEST, kwargs
+
+
+# Seeds (found by search) whose uniforms are in the first or the last 1e-6.
+TAILS = torch.tensor([75465, 677491, 1686699, 3618098, 2705167, 3760026, 5985477])
+
+
+@BACKEND
+@pytest.mark.parametrize("place", [0, 75_000, 150_000])
+def test_tokens_25_nats_below_the_best_have_their_share(backend, place):
+    """150,000 tokens of 1.4e-11 beside one of 1: which of them is drawn, in every seed that draws one.
+
+    They are next to nothing in a float. Only the sum of a block of 1,024 may miss those beside the best.
+    """
+    device = oc.device_of(backend)
+    warm = torch.full((1, 150_001), -25.0, device=device)
+    warm[0, place] = 0.0
+    masses = warm[0].double().cpu().exp()
+    uniform = row_uniforms(TAILS, torch.zeros_like(TAILS))
+    reached = masses.cumsum(0) / masses.sum()
+    want = torch.searchsorted(reached, uniform, right=True)
+    assert len(set(want.tolist())) > 3
+    rows, seeds = warm.expand(len(TAILS), -1), TAILS.to(device)
+    vector = torch.zeros(warm.shape[1], device=device)
+    for kwargs in (
+        {},
+        {"top_k": 150_000},
+        {"vector": vector, "alpha": 0.0},
+        {"vector": vector, "alpha": 1e-30},
+        {"base_logits": rows, "alpha": 0.0},
+    ):
+        token = svdk.steered_sample(rows, seed=seeds, backend=backend, **kwargs).cpu()
+        assert torch.equal((token - place).sign(), (want - place).sign()), kwargs
+        for t, u in zip(token.tolist(), uniform.tolist(), strict=True):
+            assert oc.boundary_distance(masses, t, u) < 1024 * math.exp(-25), kwargs
