@@ -13,7 +13,8 @@ and return types. What FlashInfer 0.7's module has, and what is different here:
   top-p's boundary the lower ids stay, where FlashInfer keeps all.
 - ``top_p_renorm_probs``, ``top_k_renorm_probs``, ``top_k_mask_logits``: what they keep is exactly what the
   sampler of that name may draw. A row of zeros stays zeros; one with NaN (or a negative or infinite
-  probability) comes back as NaN throughout, where FlashInfer says nothing of it. ``top_p_renorm_prob`` and
+  probability) comes back as NaN throughout, of logits as what it kept and its NaN; FlashInfer says nothing
+  of such rows. ``top_p_renorm_prob`` and
   ``top_k_renorm_prob`` are other names.
 - ``chain_speculative_sampling``: each position has one uniform number, for both counts; FlashInfer draws the
   rejected one's a second time for the count of accepted tokens. See there for rows without a distribution.
@@ -50,7 +51,16 @@ from torch import Tensor
 from svdk.errors import InputError
 from svdk.ops import api, arguments
 from svdk.ops.configs import SamplingConfig, SteeringConfig
-from svdk.ops.probabilities import cut, filtered, in_top_k, in_top_p, marked, normalised, probabilities
+from svdk.ops.probabilities import (
+    cut,
+    filtered,
+    log_of,
+    marked,
+    normalised,
+    outside_top_k,
+    outside_top_p,
+    probabilities,
+)
 from svdk.ops.results import Status
 from svdk.ops.schema import PerRow
 from svdk.ops.seeds import get_seed_and_offset, row_words
@@ -188,10 +198,10 @@ def top_k_top_p_sampling_from_logits(
     _check_logits(logits, check_nan)
     cuts: dict[str, Any] = {"top_k": cut("top_k", top_k, logits), "top_p": cut("top_p", top_p, logits)}
     if order == "joint":
-        p = marked(logits.float().softmax(-1), **cuts)
-        keep = in_top_k(logits, cuts["top_k"]) & in_top_p(p, cuts["top_p"])
-        logits = logits.where(keep, -torch.inf).where(~p.isnan().any(1, keepdim=True), torch.nan)
-        cuts = {}
+        logits = marked(logits, **cuts)
+        outside = outside_top_k(logits, cuts["top_k"])
+        outside |= outside_top_p(logits.float().softmax(-1), cuts["top_p"])
+        logits, cuts = logits.masked_fill(outside, -torch.inf), {}
     return _draw(logits, indices, generator, seed, offset, **cuts)
 
 
@@ -231,7 +241,7 @@ def top_k_mask_logits(logits: Tensor, top_k: Tensor | int) -> Tensor:
     arguments.logits("logits", logits)
     cuts = {"top_k": cut("top_k", top_k, logits)}
     x = marked(logits, **cuts)
-    return x.where(in_top_k(x, **cuts), -torch.inf).where(~x.isnan().any(1, keepdim=True), torch.nan)
+    return x.masked_fill(outside_top_k(x, **cuts), -torch.inf)
 
 
 top_p_renorm_prob = top_p_renorm_probs
@@ -253,7 +263,7 @@ def _draw_probs(
     p = probabilities("probs", probs)
     _refuse_nan("probs", probs, check_nan)
     left = filtered(p, joint=joint, **{name: cut(name, value, p) for name, value in cuts.items()})
-    return _draw(left.log(), indices, generator, seed, offset, return_valid)
+    return _draw(log_of(left), indices, generator, seed, offset, return_valid)
 
 
 def _draw(

@@ -1,8 +1,8 @@
 """What the filters leave of rows of probabilities: one boundary for all of ``svdk.sampling``.
 
-Probabilities are compared as float32, never by their logarithms, of which several have the same. A row of
-zeros keeps nothing. What is no probability (negative, infinite) becomes NaN, and a row with NaN keeps all it
-has, NaN too, so that whatever is made of it shows.
+Probabilities are compared as float32, never by their logarithms, of which several have the same. What is no
+probability (negative, infinite) becomes NaN. Every mask here says what is cut, by ``<``: NaN never is, so
+whatever is made of a row with NaN has it too.
 """
 
 from __future__ import annotations
@@ -16,13 +16,17 @@ from torch import Tensor
 from svdk.ops import arguments
 from svdk.ops.schema import PARAMETER, PerRow
 
-FIRST_LOOK = 1024
-"""So many of the likeliest tokens nearly always hold top-p's mass; finding them is cheaper than sorting."""
+FIRST_LOOKS = (1 << 10, 1 << 14)
+"""So many of the likeliest tokens mostly hold top-p's mass; finding them is cheaper than sorting the row."""
 
 
 def probabilities(name: str, x: Any) -> Tensor:
     """Float32 (N, V) of an argument that should be probabilities."""
     p = arguments.logits(name, x).float()
+    if arguments.host_values(p) and p.numel():
+        low, high = p.aminmax()
+        if low >= 0 and high < math.inf:  # not so with NaN
+            return p
     return p.where((p >= 0) & (p < math.inf), math.nan)
 
 
@@ -46,53 +50,57 @@ def filtered(p: Tensor, *, joint: bool = False, **cuts: PerRow) -> Tensor:
     Each works on what the one before it left, in this order; ``joint``: each on the whole row.
     """
     p = left = marked(p, **cuts)
-    for name, inside in (("top_k", in_top_k), ("top_p", in_top_p), ("min_p", in_min_p)):
+    for name, outside in (("top_k", outside_top_k), ("top_p", outside_top_p), ("min_p", outside_min_p)):
         if name in cuts:
-            left = left.where(inside(p if joint else left, cuts[name]), 0.0)
-    return left.where(p.isnan().any(1, keepdim=True).logical_not(), p)
+            left = left.masked_fill(outside(p if joint else left, cuts[name]), 0.0)
+    return left
 
 
-def in_top_k(x: Tensor, top_k: PerRow) -> Tensor:
-    """Bool (N, V): at least the k-th greatest of the row, so ties with it stay; k = 0 keeps all."""
+def outside_top_k(x: Tensor, top_k: PerRow) -> Tensor:
+    """Bool (N, V): less than the k-th greatest of the row, so ties with it stay; k = 0 cuts nothing."""
     vocab, (number, rows) = x.shape[1], top_k
     if rows is None:
-        return x >= x.topk(int(number), 1).values[:, -1:] if 0 < number < vocab else torch.ones_like(x).bool()
+        return x < (x.topk(int(number), 1).values[:, -1:] if 0 < number < vocab else -math.inf)
     on = (rows > 0) & (rows < vocab)
     place = rows.where(on, 1)
     most = int(place.max()) if arguments.host_values(rows) and len(rows) else vocab
     kth = x.topk(most, 1).values.gather(1, place[:, None] - 1)
-    return (x >= kth) | ~on[:, None]
+    return x < kth.where(on[:, None], -math.inf)
 
 
-def in_top_p(p: Tensor, top_p: PerRow) -> Tensor:
-    """Bool (N, V): the fewest tokens that hold ``top_p`` of the row, at least one; ties: the lower id first.
+def outside_top_p(p: Tensor, top_p: PerRow) -> Tensor:
+    """Bool (N, V): not of the fewest tokens that hold ``top_p`` of the row, at least one.
 
-    Masses are summed in double and compared as float32, so that ten equal tokens hold .3 with three of them.
+    Ties: the lower ids are of them. Masses are summed in double and compared as float32, so that three of ten
+    equal tokens hold .3 of them.
     """
-    limit = _column(top_p, p)
+    host, vocab, limit = arguments.host_values(p), p.shape[1], _column(top_p, p)
     total = p.sum(1, keepdim=True, dtype=torch.float64)
-
-    def look(width: int) -> tuple[Tensor, Tensor]:
-        """The ``width`` likeliest, and how many of them it takes, (N, 1)."""
+    for width in (*(look for look in FIRST_LOOKS if host and look < vocab), vocab):
         values = p.topk(width, 1).values
         mass = values.cumsum(1, dtype=torch.float64)
-        before = ((mass - values) / total).float()
-        return values, ((before < limit) & (limit < 1)).sum(1, keepdim=True)
+        count = ((((mass - values) / total).float() < limit) & (limit < 1)).sum(1, keepdim=True)
+        if width < vocab and not bool((count == width).any()):
+            break
+    count = count.clamp(min=1)
+    last = values.gather(1, count - 1)
+    outside = p < last
+    if not host or bool((vocab - outside.sum(1, keepdim=True) > count).any()):
+        ties = p == last
+        room = count - (p > last).sum(1, keepdim=True)
+        outside = outside | (ties & (ties.cumsum(1) > room))
+    return outside & (limit < 1)
 
-    vocab = p.shape[1]
-    width = min(vocab, FIRST_LOOK) if arguments.host_values(p) else vocab
-    values, count = look(width)
-    if width < vocab and bool((count == width).any()):
-        values, count = look(vocab)
-    last = values.gather(1, (count - 1).clamp(min=0))
-    above, equal = p > last, p == last
-    room = count.clamp(min=1) - above.sum(1, keepdim=True)
-    return above | (equal & (equal.cumsum(1) <= room)) | (limit >= 1)
+
+def outside_min_p(p: Tensor, min_p: PerRow) -> Tensor:
+    """Bool (N, V): less than ``min_p`` times as likely as the likeliest."""
+    return p < _column(min_p, p) * p.amax(1, keepdim=True)
 
 
-def in_min_p(p: Tensor, min_p: PerRow) -> Tensor:
-    """Bool (N, V): at least ``min_p`` times as likely as the likeliest, that is ``p >= min_p * max p``."""
-    return p >= _column(min_p, p) * p.amax(1, keepdim=True)
+def log_of(p: Tensor) -> Tensor:
+    """Logits of probabilities; the logarithm of a zero is an order of magnitude slower than of a one."""
+    zero = p == 0
+    return p.masked_fill(zero, 1.0).log_().masked_fill_(zero, -math.inf)
 
 
 def normalised(p: Tensor) -> Tensor:

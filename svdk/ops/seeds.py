@@ -1,4 +1,4 @@
-"""Seeds and offsets of ``svdk.sampling``: from FlashInfer's arguments to the stream that each row draws from."""
+"""Seeds and offsets of ``svdk.sampling``: from FlashInfer's arguments to one stream a row."""
 
 from __future__ import annotations
 

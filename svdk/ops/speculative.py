@@ -14,13 +14,13 @@ from torch import Tensor
 from svdk.ops import api, arguments
 from svdk.ops.configs import SamplingConfig, SteeringConfig
 from svdk.ops.philox import SAMPLE_STREAM, row_uniforms
-from svdk.ops.probabilities import probabilities
+from svdk.ops.probabilities import log_of, probabilities
 from svdk.ops.results import Status
 from svdk.ops.seeds import row_words
 from svdk.utils.checks import fail
 
 FAR = -(1 << 63)
-"""Flips an offset's top bit: the last token's draw is none that a sampler makes of the same seed and offset."""
+"""Flips an offset's top bit: the last token's draw is none that a sampler makes of the same numbers."""
 
 
 def chain_speculative_sampling(
@@ -97,7 +97,7 @@ def _last_token(draft: Tensor, target: Tensor, emitted: Tensor, seeds: Tensor, o
         rest = (wanted - rejected).clamp(min=0)
         rest = rest.where(rest.sum(1, keepdim=True) != 0, wanted)
     values = SteeringConfig().values() | SamplingConfig().values() | {"seed": seeds, "offset": offsets}
-    token, info = api.sample(arguments.operands(rest.log()), values, return_info=True)
+    token, info = api.sample(arguments.operands(log_of(rest)), values, return_info=True)
     assert info is not None
     return token.where((info.status & int(Status.INVALID)) == 0, -1)
 
