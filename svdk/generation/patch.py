@@ -79,6 +79,9 @@ def patch_transformers(backend: str = "auto") -> Patch:
     assisted decoding, ``output_scores``, filters that the kernel has not got (typical_p, top_h,
     epsilon_cutoff, eta_cutoff), and processors placed behind the filters.
 
+    A step raises where ``torch.multinomial`` would: scores that are NaN, +inf or all -inf once divided by the
+    temperature. To know, it waits for the device once; plain sampling does so as well, twice.
+
     Patching twice replaces the backend; the older handle is then void.
 
     Returns:
@@ -134,7 +137,19 @@ class _Drawn(LogitsProcessor):
         values |= {"seed": self._seeds, "offset": self._step}
         token, _ = api.sample(rows, values, backend=self._backend)
         self._step += 1
+        peaks = scores.amax(1) / self._sampling.temperature  # in float32, as TemperatureLogitsWarper divides
+        if not peaks.isfinite().all():  # behind the draw, which runs while this waits
+            raise _no_distribution(peaks)
         return torch.full_like(scores, -torch.inf).scatter_(1, token[:, None], 0.0)
+
+
+def _no_distribution(peaks: Tensor) -> RuntimeError:
+    """What ``torch.multinomial`` raises, and the rows beside it."""
+    rows = ", ".join(map(str, peaks.isfinite().logical_not().nonzero()[:, 0].tolist()))
+    return RuntimeError(
+        "probability tensor contains either `inf`, `nan` or element < 0: the scores of these rows were NaN, "
+        f"+inf or all -inf after processors and temperature: {rows}"
+    )
 
 
 def _split(

@@ -2,7 +2,8 @@
 
 Reading order: ``api`` (the three ops), ``arguments`` (their checks), ``results``, ``schema`` (the one table
 of parameters, and the registration with the dispatcher), ``backends``, ``reference`` (what is right),
-``philox``, ``flashinfer`` (the same sampler under FlashInfer's names).
+``philox``; then ``flashinfer`` (the same sampler under FlashInfer's names) and what it stands on:
+``probabilities`` (its filters), ``seeds``, ``speculative``.
 """
 
 from svdk.ops.api import extract, steered_logprob, steered_sample

@@ -160,6 +160,8 @@ def parameter(
     if isinstance(value, Tensor):
         return PerRow(0, _row_parameter(name, value, batch, like, low, high, integer))
     number = (integer_value if integer else float_value)(name, value, "a number or a (B,) tensor")
+    if integer and number >= TWO64 >> 1:
+        raise fail(name, value, "an integer below 2**63")
     if not low <= number <= high or not math.isfinite(number):
         raise fail(name, value, span(low, high))
     if not integer and abs(number) > LARGEST:

@@ -38,8 +38,11 @@ def philox4x32(counter: tuple[Tensor, ...], key: tuple[Tensor, ...]) -> tuple[Te
     return c0, c1, c2, c3
 
 
-def row_uniforms(seed: Tensor, offset: Tensor, stream: int = SAMPLE_STREAM) -> Tensor:
-    """float64 (B,) ``(x + 0.5) / 2**53``, x the upper 53 bits of words 0 (high) and 1, for int64 (B,)."""
+def row_uniforms(seed: Tensor, offset: Tensor, stream: int | Tensor = SAMPLE_STREAM) -> Tensor:
+    """float64 ``(x + 0.5) / 2**53``, x the upper 53 bits of words 0 (high) and 1, for int64 (B,).
+
+    Or for any shapes that broadcast.
+    """
     zero = torch.zeros_like(seed)
     counter = (zero, offset & MASK32, (offset >> 32) & MASK32, zero + stream)
     high, low, _, _ = philox4x32(counter, (seed & MASK32, (seed >> 32) & MASK32))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers.generation import GenerationMixin, TopKLogitsWarper
+from transformers.generation import GenerationMixin, LogitsProcessor, TopKLogitsWarper
 
 import svdk
 from svdk.errors import BackendError
@@ -98,6 +98,55 @@ def test_calls_that_are_left_alone(model, calls, options):
     else:
         assert torch.equal(got.sequences, want.sequences)
         assert torch.equal(got.scores[0], want.scores[0])
+
+
+class Changed(LogitsProcessor):
+    """The scores after a function."""
+
+    def __init__(self, change):
+        self.change = change
+
+    def __call__(self, input_ids, scores):
+        return self.change(scores.clone())
+
+
+LOWEST = torch.finfo(torch.float32).min
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda z: z.index_fill_(1, torch.tensor([3]), float("nan")),
+        lambda z: z.index_fill_(1, torch.tensor([3]), float("inf")),
+        lambda z: z.index_fill_(1, torch.tensor([3]), -LOWEST),  # infinite over a temperature below 1
+        lambda z: z.fill_(-float("inf")),
+        lambda z: z.fill_(LOWEST),  # the same, and nothing left
+        lambda z: z.fill_(LOWEST).index_fill_(1, torch.tensor([3, 5]), -1e30),
+    ],
+    ids=["nan", "inf", "greatest", "nothing", "lowest", "two left"],
+)
+def test_raises_where_plain_sampling_does(model, calls, change, temperature):
+    options = FILTERS | {"temperature": temperature, "min_p": None, "logits_processor": [Changed(change)]}
+    try:
+        plain = sample(model, 3000, **options)[:, -1].unique()
+    except RuntimeError as error:
+        with pytest.raises(RuntimeError, match=str(error)) as raised, svdk.patch_transformers():
+            sample(model, 2, **options)
+        assert str(raised.value).endswith("temperature: 0, 1")
+    else:
+        with svdk.patch_transformers():
+            ours = sample(model, 3000, **options)[:, -1].unique()
+        assert calls and len(plain) == len(ours)  # of equal ones top-p leaves others there, but as many
+
+
+def test_one_bad_row_is_named(model):
+    def change(z):
+        z[1, 4] = float("nan")
+        return z
+
+    with pytest.raises(RuntimeError, match=r"temperature: 1$"), svdk.patch_transformers():
+        sample(model, 3, logits_processor=[Changed(change)])
 
 
 def test_raw_logits_are_still_returned(model, calls):

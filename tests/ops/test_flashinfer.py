@@ -57,11 +57,10 @@ def test_support_and_frequencies(case):
     arguments, mask = CASES[case]
     p = probs()
     given = logits() if "logits" in name else p
-    # `indices` draws each row many times over; per-row parameters belong to the outputs.
-    rows = torch.arange(3).repeat_interleave(DRAWS)
-    spread = [a.repeat_interleave(DRAWS) if isinstance(a, torch.Tensor) else a for a in arguments]
+    # `indices` draws each row many times over, in no order; parameters belong to the distributions.
+    rows = torch.arange(3).repeat_interleave(DRAWS)[torch.randperm(3 * DRAWS, generator=torch.Generator())]
     options = {"filter_apply_order": "joint"} if "joint" in case else {}
-    drawn = getattr(sampling, name)(given, *spread[:2], indices=rows, seed=1, offset=0, **options)
+    drawn = getattr(sampling, name)(given, *arguments[:2], indices=rows, seed=1, offset=0, **options)
     assert drawn.dtype == torch.int64
     keep = mask(p)
     for i in range(3):
@@ -101,6 +100,46 @@ def test_rows_without_indices_and_seeds(name):
     assert not torch.equal(third, fourth)
     torch.manual_seed(0)
     assert torch.equal(draw(given, *arguments), third)
+
+
+@pytest.mark.parametrize("order", ["top_k_first", "joint"])
+@pytest.mark.parametrize("what", ["logits", "probs"])
+def test_parameters_belong_to_the_rows_of_the_distribution(what, order):
+    """As many outputs as rows, so that a parameter of the outputs would be taken too."""
+    p = torch.tensor([[0.6, 0.3, 0.1]] * 3)
+    rows = torch.tensor([2, 1, 0], dtype=torch.int32)
+    given = p.log() if what == "logits" else p
+    both = getattr(sampling, f"top_k_top_p_sampling_from_{what}")
+    ones, limits = torch.tensor([1, 1, 0]), torch.tensor([0.1, 0.1, 1.0])
+    calls = [
+        lambda seed: both(given, ones, 1.0, rows, order, seed=seed, offset=0),
+        lambda seed: both(given, 0, limits, rows, order, seed=seed, offset=0),
+    ]
+    if what == "probs":
+        calls += [
+            lambda seed: sampling.top_p_sampling_from_probs(p, limits, rows, seed=seed, offset=0),
+            lambda seed: sampling.top_k_sampling_from_probs(p, ones, rows, seed=seed, offset=0),
+            lambda seed: sampling.min_p_sampling_from_probs(p, 1 - limits, rows, seed=seed, offset=0),
+        ]
+    for call in calls:
+        drawn = torch.stack([call(seed) for seed in range(60)])
+        assert [set(column.tolist()) for column in drawn.T] == [{0, 1, 2}, {0}, {0}]
+    for length in (2, 4):
+        with pytest.raises(InputError, match=rf"top_p was .*\({length},\).*allowed: a scalar or \(3,\)"):
+            both(given, 5, torch.ones(length), torch.zeros(length, dtype=torch.int64), order)
+
+
+def test_seeds_belong_to_the_outputs():
+    z, rows = logits(2), torch.tensor([1, 1, 0, 1])
+    seeds, offsets = torch.tensor([5, 6, 7, 5]), torch.tensor([0, 0, 0, 1])
+    drawn = sampling.sampling_from_logits(z, rows, seed=seeds, offset=offsets)
+    each = [
+        sampling.sampling_from_logits(z, rows[i : i + 1], seed=seeds[i : i + 1], offset=int(offsets[i]))
+        for i in range(4)
+    ]
+    assert torch.equal(drawn, torch.cat(each))
+    with pytest.raises(InputError, match=r"seed was .*\(2,\).*\(4,\)"):
+        sampling.sampling_from_logits(z, rows, seed=torch.arange(2), offset=0)
 
 
 def test_output_takes_the_dtype_of_indices():
@@ -152,6 +191,25 @@ def test_softmax():
     assert got[1].argmax() == z[1].argmax() and got[1].max() == 1 and got[1].sum() == 1
 
 
+@pytest.mark.parametrize("t", [1e-30, 1e-20, 0.5, 1.0])
+@pytest.mark.parametrize("as_tensor", [False, True])
+def test_softmax_of_great_logits_and_small_temperatures(t, as_tensor):
+    big, inf = torch.finfo(torch.float32).max, float("inf")
+    z = torch.tensor([[big, 1, 2], [big, -big, big], [20, 10, 5], [-inf, 1, -inf], [-big, -big, -inf]])
+    got = sampling.softmax(z, torch.full((5,), t) if as_tensor else t)
+    want = ((z.double() - z.double().amax(1, keepdim=True)) / t).softmax(-1).float()
+    torch.testing.assert_close(got, want)
+
+
+def test_softmax_shows_what_is_no_distribution():
+    nan, inf = float("nan"), float("inf")
+    z = torch.tensor([[1.0, nan, 3.0], [1.0, inf, 3.0], [-inf, -inf, -inf], [1.0, 3.0, 3.0]])
+    for t in (None, 0.0, 0.5, torch.tensor([0.0, 0.0, 0.0, 0.0]), torch.full((4,), 1e-30)):
+        got = sampling.softmax(z, t)
+        assert got[:3].isnan().all() and got[3].isfinite().all()
+    assert sampling.softmax(z, 0)[3].tolist() == [0, 1, 0]  # the lower id
+
+
 def test_bfloat16_logits():
     assert sampling.top_k_top_p_sampling_from_logits(logits().bfloat16(), 1, 0.9).tolist() == (
         logits().bfloat16().argmax(-1).tolist()
@@ -175,7 +233,16 @@ SIGNATURES = {
     "top_p_renorm_probs": "probs top_p is_deterministic",
     "top_k_renorm_probs": "probs top_k is_deterministic",
     "top_k_mask_logits": "logits top_k",
+    "chain_speculative_sampling": "draft_probs draft_token_ids target_probs maybe_output_accepted_token_num "
+    "maybe_output_emitted_draft_token_num deterministic generator seed offset",
+    "get_seed_and_offset": "increment generator device",
 }
+
+
+def test_the_documentation_names_everything():
+    assert set(sampling.__all__) == set(SIGNATURES) | {"top_p_renorm_prob", "top_k_renorm_prob"}
+    for name in (*sampling.__all__, "get_sampling_module"):
+        assert f"``{name}``" in sampling.__doc__
 
 
 @pytest.mark.parametrize("name", SIGNATURES)
@@ -200,8 +267,54 @@ def test_arguments_are_flashinfers(name):
             lambda: sampling.top_k_top_p_sampling_from_probs(probs(), 1, 0.5, None, "top_p_first"),
             "filter_apply_order was 'top_p_first'; allowed: 'top_k_first' | 'joint'",
         ),
+        (lambda: sampling.softmax(logits(), 1e-31), r"temperature was 1e-31; allowed: 0 \(greedy\) or"),
+        (lambda: sampling.softmax(logits(), torch.tensor([1, 1e-31, 1])), r"temperature\[1\] was"),
+        (lambda: sampling.softmax([[1.0]]), "logits was list"),
+        (lambda: sampling.top_k_sampling_from_probs(probs(), 1 << 63), "top_k was 9223372036854775808"),
+        (lambda: sampling.top_k_renorm_probs(probs(), 1 << 2000), "top_k was"),
+        (lambda: sampling.top_k_mask_logits(logits(), 2.5), r"top_k was 2\.5"),
+        (lambda: sampling.top_k_mask_logits(logits().long(), 2), "logits was torch.int64"),
+        (lambda: sampling.min_p_sampling_from_probs(probs(), float("nan")), "min_p was nan"),
+        (lambda: sampling.min_p_sampling_from_probs(probs(), torch.tensor([0.1, 2, 0])), r"min_p\[1\] was 2"),
+        (lambda: sampling.sampling_from_logits(logits(), seed="a", offset=0), "seed was 'a'"),
+        (
+            lambda: sampling.sampling_from_logits(logits(), seed=torch.ones(3), offset=0),
+            "seed was torch.float32",
+        ),
+        (lambda: sampling.sampling_from_logits(logits(), seed=0, offset=torch.zeros(2).long()), "offset was"),
+        (lambda: sampling.sampling_from_logits(logits(), seed=1 << 64, offset=0), "seed was"),
+        (
+            lambda: sampling.sampling_from_logits(logits(), generator=5),
+            "generator was 5; allowed: a torch.Gen",
+        ),
+        (lambda: sampling.sampling_from_logits([[1.0]], check_nan=True), "logits was list"),
+        (lambda: sampling.sampling_from_logits(logits().double()), "logits was torch.float64"),
     ],
 )
 def test_bad_arguments(call, message):
     with pytest.raises(InputError, match=message):
         call()
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("order", ["top_k_first", "joint"])
+@pytest.mark.parametrize(
+    ("indices", "was"),
+    [
+        ([0, 1], r"\[0, 1\]"),
+        (1, "1"),
+        (torch.tensor(1), r"a tensor of shape \(\)"),
+        (torch.tensor([[1]]), r"a tensor of shape \(1, 1\)"),
+        (torch.tensor([True]), "a tensor of shape .*bool"),
+        (torch.tensor([1.0]), "a tensor of shape .*float32"),
+        (torch.tensor([7]), r"7\.\.7"),
+        (torch.tensor([-1]), r"-1\.\.-1"),
+    ],
+)
+def test_bad_indices(name, order, indices, was):
+    extra = {"top_k": (5,), "top_p": (0.9,), "min_p": (0.05,), "top_k_top_p": (5, 0.9)}
+    kind = name.partition("_sampling")[0]
+    options = {"filter_apply_order": order} if kind == "top_k_top_p" else {}
+    given = logits() if "logits" in name else probs()
+    with pytest.raises(InputError, match=f"indices was {was}.*; allowed: "):
+        getattr(sampling, name)(given, *extra.get(kind, ()), indices=indices, **options)
