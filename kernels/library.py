@@ -131,7 +131,7 @@ def _taken(kernel, known: dict[str, Any]) -> list[Any]:
 def steered_sample(*flat: Any) -> tuple[Tensor, Tensor, Tensor]:
     """See ``svdk.ops.schema.STEERED_SAMPLE`` and ``svdk.reference.steered_sample``."""
     call = _Call(schema.STEERED_SAMPLE, flat)
-    given, info, mode = call.given, call.given["info"], call.given["mode"]
+    given, info, mode = call.given, call.given["info"], call.given["strength_mode"]
     token = call.warm.new_empty(call.batch, dtype=torch.int64)
     floats = call.warm.new_empty((5, call.batch) if info else (0,), dtype=torch.float32)
     ints = call.warm.new_empty((2, call.batch) if info else (0,), dtype=torch.int32)

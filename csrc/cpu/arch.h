@@ -126,6 +126,8 @@ struct Sweeps {
   void (*moments)(const Slice&, const Constants&, MomentSums&);
   // One partition a strength.
   void (*partition)(const Slice&, const Constants&, const Strengths&, Partition*);
+  // Step 9: the steered logits of a slice, within the range of a float.
+  void (*steer)(const Slice&, const Constants&, float* z);
   // Step 10.
   void (*histogram)(const Slice&, const Constants&, const Binning&, Histogram&);
   // Tokens whose key is at least floor_key; at most kCapacity.

@@ -158,7 +158,7 @@ class Shim:
                 value = KINDS[parameter.kind](value.scalar, _address(value.rows))
             setattr(call.parameters, parameter.name, value)
         call.parameters.labels.rows = _address(getattr(given, "labels", None))
-        call.parameters.mode = getattr(given, "mode", schema.CONSTANT)
+        call.parameters.mode = getattr(given, "strength_mode", schema.CONSTANT)
         keep = list(flat)
         if call.transport == WORKSPACE:
             # What an earlier call left there could pass for this call's.
