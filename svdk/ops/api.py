@@ -6,7 +6,6 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from svdk.errors import InvalidLogitsError
@@ -269,22 +268,23 @@ def steered_logits(
 ) -> Tensor:
     """The whole rows of steered logits that :func:`steered_sample` draws from, without a synchronisation.
 
-    For logits processors, serving engines and analysis: decoding with svdk never needs these rows. As there, a
-    ``penalty`` of -inf takes the tokens outside C out whatever the strength is, 0 too; a row that is to stay
-    as it is has ``skip``. With a finite penalty, or with alpha 0, strength 0 gives the warm logits.
+    For logits processors, serving engines and analysis: decoding with svdk never needs these rows. As there,
+    a ``penalty`` of -inf takes the tokens outside C out whatever the strength is, 0 too: ``skip`` is for rows
+    that are to stay as they are. With a finite penalty, or alpha 0, strength 0 gives the warm logits.
 
     Args:
         skip: bool ``(B,)``: these rows are copied; their base row is not looked at, NaN in them is no error.
-        out: ``(B, V)`` to write to, of ``warm_logits``' width and device, float32 or its dtype, last dimension
-            contiguous. It may be ``warm_logits`` itself, if that is neither picked by ``warm_rows`` nor holds
-            the base rows; any other overlap with an operand is refused. None: a new float32 tensor.
+        out: ``(B, V)`` to write to, of ``warm_logits``' width and device, float32 or its dtype, last
+            dimension contiguous. It may be ``warm_logits`` itself, if that is neither picked by ``warm_rows``
+            nor holds the base rows; any other overlap with an operand is refused. None: a new float32 tensor.
         strength_mode: ``"constant"`` or ``"kl_budget"``.
-        warm_logits, base_logits, vector, strength, direction, alpha, penalty, warm_rows, base_rows, vocab_size,
-            check, backend: as in :func:`steered_sample`. Without base and vector the rows are copied.
+        warm_logits, base_logits, vector, strength, direction, alpha, penalty, warm_rows, base_rows,
+            vocab_size, check, backend: as in :func:`steered_sample`. Without base and vector the valid rows
+            are copied.
 
     Returns:
-        ``out``: -inf at what cannot be drawn and from ``vocab_size`` on. Finite values stay within the range of
-        its dtype. A row with NaN, +inf or nothing finite is NaN.
+        ``out``: -inf at what cannot be drawn and from ``vocab_size`` on. Finite values stay within the range
+        of its dtype. A row with NaN, +inf or nothing finite is NaN.
 
     Raises:
         InputError, InvalidLogitsError, BackendError: as :func:`steered_sample`.

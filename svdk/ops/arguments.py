@@ -260,7 +260,7 @@ def penalty_value(penalty: float) -> float:
 
 
 def skipped_rows(skip: Tensor | None, batch: int, like: Tensor) -> Tensor | None:
-    """bool (B,): rows to be left alone."""
+    """The rows to be left alone, bool (B,)."""
     if skip is None:
         return None
     if not dense(skip) or skip.shape != (batch,) or skip.dtype != torch.bool:

@@ -33,7 +33,6 @@ CASES = (
 )
 CASE = pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
 DTYPE = pytest.mark.parametrize("dtype", oc.DTYPES, ids=str)
-ROUNDING = {torch.float32: {}, torch.bfloat16: {"rtol": 1e-2}, torch.float16: {"rtol": 2e-3, "atol": 1e-3}}
 
 
 def vocabs(backend: str) -> list[int]:
@@ -44,6 +43,14 @@ def vocabs(backend: str) -> list[int]:
 def inputs(backend, batch, vocab, dtype=torch.float32, seed=0, scale=3.0):
     """Logits on a backend's device."""
     return (x.to(oc.device_of(backend)) for x in oc.logits(batch, vocab, dtype, seed, scale))
+
+
+def assert_rounded(got, exact, backend) -> None:
+    """Each entry is the float32 one, rounded to the nearest of its dtype."""
+    if oc.interpreted(backend) and got.dtype == torch.bfloat16:  # Triton's interpreter rounds towards 0
+        oc.assert_close(got, exact.bfloat16(), "bfloat16", rtol=2**-7, atol=0.0)
+    else:
+        assert torch.equal(got, exact.to(got.dtype)), "rounded once, to the nearest"
 
 
 @BACKEND
@@ -59,7 +66,7 @@ def test_equals_reference(backend, case, dtype):
         out = torch.full_like(args[0], 7.0)
         same = svdk.steered_logits(*args, **kwargs, out=out, backend=backend)
         assert same is out
-        assert torch.equal(same, got.to(dtype)), "rounded once, to the nearest"
+        assert_rounded(same, got, backend)
 
 
 @BACKEND
@@ -68,7 +75,9 @@ def test_equals_reference(backend, case, dtype):
 def test_odd_rows(backend, case, warm, base, status):
     args, kwargs = oc.operands(case, warm.to(oc.device_of(backend)), base.to(oc.device_of(backend)))
     got, want = (svdk.steered_logits(*args, **kwargs, backend=name) for name in (backend, "reference"))
-    oc.assert_close(got, want, case.name)
+    # K and log q are as large as the largest base logit, and their difference is rounded as they are.
+    atol = 2e-5 + 1e-6 * max(float(base.nan_to_num(0.0, 0.0).max()), 0.0)
+    oc.assert_close(got, want, case.name, atol=atol)
     assert bool(got.isnan().all()) == bool(want.isnan().any())
     assert not bool((got == math.inf).any())
 
@@ -124,7 +133,7 @@ def test_skipped_rows_are_copied(backend, case, dtype):
     for out in (None, torch.empty_like(warm)):
         got = svdk.steered_logits(*args, **kwargs, skip=skip, out=out, check=True, backend=backend)
         assert torch.equal(got[skip].nan_to_num(9.0), warm[skip].to(got.dtype).nan_to_num(9.0))
-        assert torch.equal(got[~skip], steered[~skip].to(got.dtype))
+        assert_rounded(got[~skip], steered[~skip], backend)
 
 
 @BACKEND
@@ -148,7 +157,7 @@ def test_in_place(backend, case):
         base = base.clone()  # not beside the warm rows
         args, kwargs = oc.operands(case, warm, base)
         skip = torch.tensor([False, False, True, False], device=warm.device)
-        want = svdk.steered_logits(*args, **kwargs, skip=skip, backend=backend).to(dtype)
+        want = svdk.steered_logits(*args, **kwargs, skip=skip, out=torch.empty_like(warm), backend=backend)
         wide = torch.full((4, 1024), 50.0, dtype=dtype, device=warm.device)
         wide[:, :999] = warm
         for target in (warm.clone(), wide[:, :999]):
