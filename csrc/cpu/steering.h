@@ -32,33 +32,6 @@ inline float half_to_float(uint16_t x) {
   return f;
 }
 
-// To the nearest, ties to even; a finite number stays one.
-inline uint16_t float_to_bfloat16(float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, sizeof bits);
-  if (x != x) return 0x7fc0u;
-  const uint32_t rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
-  const bool overflows = std::fabs(x) <= FLT_MAX && (rounded & 0x7f800000u) == 0x7f800000u;
-  return static_cast<uint16_t>((overflows ? rounded - 0x10000u : rounded) >> 16);
-}
-
-// Likewise.
-inline uint16_t float_to_half(float x) {
-  if (std::fabs(x) <= FLT_MAX) x = std::fmin(std::fmax(x, -65504.0f), 65504.0f);
-  uint32_t bits;
-  std::memcpy(&bits, &x, sizeof bits);
-  const uint32_t sign = bits & 0x80000000u, size = bits ^ sign;
-  const uint16_t to_sign = static_cast<uint16_t>(sign >> 16);
-  if (size >= 0x7f800000u) return to_sign | (size > 0x7f800000u ? 0x7e00u : 0x7c00u);
-  if (size < 0x38800000u) {  // below 2^-14: a multiple of 2^-24, which this sum rounds to
-    const float shifted = std::fabs(x) + 0.5f;
-    std::memcpy(&bits, &shifted, sizeof bits);
-    return to_sign | static_cast<uint16_t>(bits - 0x3f000000u);
-  }
-  const uint32_t rounded = size + 0xfffu + ((size >> 13) & 1u);
-  return to_sign | static_cast<uint16_t>((rounded - 0x38000000u) >> 13);
-}
-
 // One row: the warm logits and what they are compared with (base logits, a vector, or nothing).
 struct RowLogits {
   const void* warm;
