@@ -238,7 +238,7 @@ def steered_logits(*flat: Any) -> Tensor:
     found, width = warm.new_empty(batch, dtype=torch.int32), out.shape[1]
     known |= {"kept_out": kept, "kept": kept, "mu_out": mus, "mus": mus, "found_out": found, "found": found}
     known |= {"steered_out": steered, "steered": steered, "largest": torch.finfo(out.dtype).max}
-    known |= {"out_stride": out.stride(0), "width": width}
+    known |= {"logits_out": out, "out_stride": out.stride(0), "width": width}
     for kernel, programs in (
         (measure_rows_kernel, known["SPLITS"]),
         (write_rows_kernel, triton.cdiv(width, known["BLOCK"])),

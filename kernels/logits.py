@@ -146,7 +146,7 @@ def measure_rows_kernel(
 @triton.jit
 def write_rows_kernel(
     warm, other, warm_rows, base_rows, vocab, alpha, alpha_rows, penalty, skip,
-    candidates, steered, kept, mus, found, out, largest,
+    candidates, steered, kept, mus, found, logits_out, largest,
     warm_stride, other_stride, out_stride, width,
     KIND: tl.constexpr, SPLITS: tl.constexpr, CAP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -156,7 +156,7 @@ def write_rows_kernel(
     ids = begin + tl.arange(0, BLOCK)
     warm += row_index(warm_rows, index) * warm_stride
     other += row_index(base_rows, index) * other_stride
-    out += index.to(tl.int64) * out_stride
+    logits_out += index.to(tl.int64) * out_stride
     skipped = is_skipped(skip, index)
     z = tl.full([BLOCK], -INF, tl.float32)
     count = tl.full([], EVERY_TOKEN, tl.int32)
@@ -172,7 +172,7 @@ def write_rows_kernel(
             _, w, o = load_tile(tokens, begin, KIND, BLOCK)
             z = steered_tokens(constants, tl.load(mus + index), penalty, largest, w, o, KIND)
     z = tl.where(ids < vocab, z, -INF)
-    tl.store(out + ids, z.to(out.dtype.element_ty), mask=ids < width)
+    tl.store(logits_out + ids, z.to(logits_out.dtype.element_ty), mask=ids < width)
     if COMPACT & KIND:
         if count > 0:
             tl.debug_barrier()  # other threads write these than wrote them just now
@@ -183,4 +183,4 @@ def write_rows_kernel(
                 token = tl.load(candidates + place, mask=place < count, other=-1)
                 z = tl.load(steered + place, mask=place < count, other=0.0)
                 here = (token >= begin) & (token < begin + BLOCK)
-                tl.store(out + token, z.to(out.dtype.element_ty), mask=here)
+                tl.store(logits_out + token, z.to(logits_out.dtype.element_ty), mask=here)

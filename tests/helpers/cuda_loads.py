@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import svdk
 from svdk.ops import schema
 
-OPS = ("steered_sample", "steered_logprob", "extract")
+OPS = ("steered_sample", "steered_logprob", "extract", "steered_logits")
 
 
 def load(folder: Path) -> None:
@@ -44,6 +44,9 @@ def main(folder: str) -> None:
         given |= {"labels": token, "strengths": grid}
         curves, greedy, *_ = torch.ops.svdk.steered_logprob(*schema.STEERED_LOGPROB.flatten(rows, given))
         assert (curves.shape, greedy.shape) == ((3, 3, 4), (3, 4))
+        given |= {"skip": None, "out": torch.empty(3, 50, device="cuda")}
+        status = torch.ops.svdk.steered_logits(*schema.STEERED_LOGITS.flatten(rows, given))
+        assert (status.shape, status.dtype) == ((3,), torch.int32)
     status = svdk.backends.status()["cuda"]
     assert status == "available" or "device" in status, status
     print(f"svdk._C_cuda loads and registers {', '.join(OPS)}; backend: {status}")
