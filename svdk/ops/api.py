@@ -293,7 +293,7 @@ def steered_logits(
     warm, batch = rows.warm, rows.batch
     mode = STRENGTH_MODES[arguments.choice("strength_mode", strength_mode, _WITHOUT_LABELS)]
     _check_mode(mode, {"strength_mode": strength_mode, "strength": strength}, rows)
-    given = {
+    given: dict[str, Any] = {
         "strength_mode": mode,
         "strength": arguments.checked("strength", strength, batch, warm),
         "alpha": arguments.checked("alpha", alpha, batch, warm),
