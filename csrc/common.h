@@ -103,19 +103,16 @@ struct Candidate {
   float warm, other;  // other: base logit or vector entry
 };
 
-// Order-preserving map from float to unsigned; both zeros are one value.
-SVDK_HD uint32_t ordered_key(float x) {
-  const float y = x == 0.0f ? 0.0f : x;
+SVDK_HD uint32_t float_bits(float x) {
 #ifdef __CUDA_ARCH__
-  const uint32_t bits = __float_as_uint(y);
+  return __float_as_uint(x);
 #else
   uint32_t bits;
-  std::memcpy(&bits, &y, sizeof bits);
+  std::memcpy(&bits, &x, sizeof bits);
+  return bits;
 #endif
-  return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
 }
-SVDK_HD float key_value(uint32_t key) {
-  const uint32_t bits = key & 0x80000000u ? key & 0x7fffffffu : ~key;
+SVDK_HD float bits_float(uint32_t bits) {
 #ifdef __CUDA_ARCH__
   return __uint_as_float(bits);
 #else
@@ -123,6 +120,39 @@ SVDK_HD float key_value(uint32_t key) {
   std::memcpy(&x, &bits, sizeof x);
   return x;
 #endif
+}
+
+// Order-preserving map from float to unsigned; both zeros are one value.
+SVDK_HD uint32_t ordered_key(float x) {
+  const uint32_t bits = float_bits(x == 0.0f ? 0.0f : x);
+  return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+}
+SVDK_HD float key_value(uint32_t key) {
+  return bits_float(key & 0x80000000u ? key & 0x7fffffffu : ~key);
+}
+
+// The nearest bfloat16, ties to even; of a finite number the nearest finite one.
+SVDK_HD uint16_t float_to_bfloat16(float x) {
+  if (x != x) return 0x7fc0u;
+  const uint32_t bits = float_bits(x), sign = bits & 0x80000000u;
+  const uint32_t largest = is_finite(x) ? 0x7f7f0000u : 0x7f800000u;
+  const uint32_t rounded = (bits ^ sign) + 0x7fffu + ((bits >> 16) & 1u);
+  return static_cast<uint16_t>((sign | (rounded < largest ? rounded : largest)) >> 16);
+}
+
+// Likewise the nearest half.
+SVDK_HD uint16_t float_to_half(float x) {
+  const uint32_t bits = float_bits(x), sign = bits & 0x80000000u, size = bits ^ sign;
+  const uint32_t to_sign = sign >> 16, largest = is_finite(x) ? 0x7bffu : 0x7c00u;
+  uint32_t rounded = 0x7e00u;  // NaN
+  if (x == x && size < 0x38800000u) {
+    // Below 2^-14: a multiple of 2^-24, which is what this sum rounds to.
+    rounded = float_bits(bits_float(size) + 0.5f) - 0x3f000000u;
+  } else if (x == x) {
+    rounded = (size - 0x38000000u + 0xfffu + ((size >> 13) & 1u)) >> 13;
+    if (rounded > largest) rounded = largest;
+  }
+  return static_cast<uint16_t>(to_sign | rounded);
 }
 
 // The best of the tokens offered: the largest score, then the lowest id. -1 is nobody.

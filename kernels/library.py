@@ -1,4 +1,4 @@
-"""The Triton backend's three ops: allocate, pick a configuration, launch once.
+"""The Triton backend's four ops: allocate, pick a configuration, launch.
 
 ``BACKEND`` takes the flat arguments of ``svdk/ops/schema.py``, whose table says which is which; a kernel's
 arguments have the names of the table too, and are found by name. Eager calls launch directly; under
@@ -25,6 +25,7 @@ from svdk.ops import schema
 from . import tuning
 from .extract import KEPT, extract_count_kernel, extract_fill_kernel
 from .filters import RANK_LIMIT
+from .logits import measure_rows_kernel, write_rows_kernel
 from .logprob import steered_logprob_kernel
 from .sample import steered_sample_kernel
 from .steering import COMPACT, DIRECT, FILTERS, INFO, OUTSIDE
@@ -34,7 +35,14 @@ INTERPRETED = not isinstance(steered_sample_kernel, triton.runtime.JITFunction)
 """TRITON_INTERPRET=1 was set when Triton was imported: kernels run on CPU tensors, slowly."""
 
 _NAMES = {op.name: op.names for op in schema.OPS.values()}
-_TYPES = {"Tensor": Tensor, "Tensor?": Tensor | None, "float": float, "int": int, "bool": bool}
+_TYPES = {
+    "Tensor": Tensor,
+    "Tensor(a!)": Tensor,
+    "Tensor?": Tensor | None,
+    "float": float,
+    "int": int,
+    "bool": bool,
+}
 _counters: dict[tuple[torch.device, int], Tensor] = {}
 
 
@@ -131,7 +139,7 @@ def _taken(kernel, known: dict[str, Any]) -> list[Any]:
 def steered_sample(*flat: Any) -> tuple[Tensor, Tensor, Tensor]:
     """See ``svdk.ops.schema.STEERED_SAMPLE`` and ``svdk.reference.steered_sample``."""
     call = _Call(schema.STEERED_SAMPLE, flat)
-    given, info, mode = call.given, call.given["info"], call.given["mode"]
+    given, info, mode = call.given, call.given["info"], call.given["strength_mode"]
     token = call.warm.new_empty(call.batch, dtype=torch.int64)
     floats = call.warm.new_empty((5, call.batch) if info else (0,), dtype=torch.float32)
     ints = call.warm.new_empty((2, call.batch) if info else (0,), dtype=torch.int32)
@@ -212,24 +220,52 @@ def extract(*flat: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
     return row_ptr, ids, p, delta, rows, status
 
 
+def steered_logits(*flat: Any) -> Tensor:
+    """See ``svdk.ops.schema.STEERED_LOGITS`` and ``svdk.reference.steered_logits``."""
+    call = _Call(schema.STEERED_LOGITS, flat)
+    warm, batch, out = call.warm, call.batch, call.given["out"]
+    status = warm.new_empty(batch, dtype=torch.int32)
+    if batch == 0:
+        return status
+    kind = call.kind(compact=not call.everywhere and not call.finite_penalty)
+    # Not tuned here: where out is the warm logits, a second launch would steer them again.
+    config = tuning.config_for(f"logits.{call.operands.direction}", warm, batch, call.vocab)
+    known = call.sweep_arguments(config, kind) | {"MODE": call.given["strength_mode"], "status_out": status}
+    kept, mus, steered = (
+        warm.new_empty(n, dtype=torch.float32)
+        for n in (batch * KEPT.value, batch, known["candidates"].numel())
+    )
+    found, width = warm.new_empty(batch, dtype=torch.int32), out.shape[1]
+    known |= {"kept_out": kept, "kept": kept, "mu_out": mus, "mus": mus, "found_out": found, "found": found}
+    known |= {"steered_out": steered, "steered": steered, "largest": torch.finfo(out.dtype).max}
+    known |= {"logits_out": out, "out_stride": out.stride(0), "width": width}
+    for kernel, programs in (
+        (measure_rows_kernel, known["SPLITS"]),
+        (write_rows_kernel, triton.cdiv(width, known["BLOCK"])),
+    ):
+        wrap_triton(kernel)[(batch * programs,)](*_taken(kernel, known), **call.options(config))
+    return status
+
+
 def _signature(op: schema.Op) -> inspect.Signature:
     """The table's entry as a signature: torch.library makes the schema of a ``triton_op`` from that."""
-    declared = [argument.split() for argument in op.schema[1 : op.schema.index(")")].split(", ")]
+    declared = [argument.split() for argument in op.schema[1 : op.schema.index(") -> (")].split(", ")]
     kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
     parameters = [inspect.Parameter(name, kind, annotation=_TYPES[of]) for of, name in declared]
-    returned = GenericAlias(tuple, (Tensor,) * op.returns.count("Tensor"))
+    outputs = op.returns.count("Tensor")
+    returned = Tensor if outputs == 1 else GenericAlias(tuple, (Tensor,) * outputs)
     return inspect.Signature(parameters, return_annotation=returned)
 
 
-def _register(function, fake, opaque: bool):
+def _register(function, fake, opaque: bool, mutates: tuple[str, ...] = ()):
     """The op of a function and, as the backend's entry, what picks between the two."""
     name = f"svdk_triton::{function.__name__}"
     function.__signature__ = _signature(schema.OPS[function.__name__])
     if opaque:
-        op = torch.library.custom_op(name, function, mutates_args=())
+        op = torch.library.custom_op(name, function, mutates_args=mutates)
         op.register_fake(fake)
     else:
-        op = torch.library.triton_op(name, function, mutates_args=())
+        op = torch.library.triton_op(name, function, mutates_args=mutates)
 
     def entry(*flat):
         # Straight to the launch where nothing traces: the dispatcher costs about as much as the kernel.
@@ -242,5 +278,6 @@ def _register(function, fake, opaque: bool):
 BACKEND = SimpleNamespace(
     steered_sample=_register(steered_sample, schema.fake_steered_sample, INTERPRETED),
     steered_logprob=_register(steered_logprob, schema.fake_steered_logprob, INTERPRETED),
+    steered_logits=_register(steered_logits, schema.fake_steered_logits, INTERPRETED, ("out",)),
     extract=_register(extract, schema.fake_extract, True),
 )

@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 _EXPORTS = {
     "steered_sample": "svdk.ops.api",
     "steered_logprob": "svdk.ops.api",
+    "steered_logits": "svdk.ops.api",
     "extract": "svdk.ops.api",
     "SampleInfo": "svdk.ops.results",
     "LogprobInfo": "svdk.ops.results",

@@ -150,6 +150,8 @@ struct Sweeps {
   void (*moments)(const Slice&, const Constants&, MomentSums&);
   // One partition a strength.
   void (*partition)(const Slice&, const Constants&, const Strengths&, Partition*);
+  // Step 9: the steered logits of a slice, within the range of a float.
+  void (*steer)(const Slice&, const Constants&, float* z);
   // Step 10: what lies above and in a range; masses are of the slice's blocks, above it and from
   // its low end up.
   void (*look_into)(const Slice&, const Constants&, const Draw&, const Range&, RangeFindings&,

@@ -72,6 +72,12 @@ void check_index(const MaybeTensor& rows, int64_t limit, const char* name) {
   }
 }
 
+svdk::DType dtype_of(ScalarType type) {
+  return type == ScalarType::Float      ? svdk::DType::kFloat
+         : type == ScalarType::BFloat16 ? svdk::DType::kBFloat16
+                                        : svdk::DType::kHalf;
+}
+
 // The rows of a call, from the arguments that every op begins with.
 svdk::BatchLogits batch_logits(const Tensor& warm, const MaybeTensor& base,
                                const MaybeTensor& vector, const MaybeTensor& warm_rows,
@@ -95,9 +101,7 @@ svdk::BatchLogits batch_logits(const Tensor& warm, const MaybeTensor& base,
     const int64_t stride = vector->dim() == 2 ? vector->stride(0) : 0;
     rows.vector = {vector->const_data_ptr(), stride * 4, nullptr};
   }
-  rows.dtype = type == ScalarType::Float      ? svdk::DType::kFloat
-               : type == ScalarType::BFloat16 ? svdk::DType::kBFloat16
-                                              : svdk::DType::kHalf;
+  rows.dtype = dtype_of(type);
   rows.vocab = static_cast<int>(vocab);
   rows.direction = static_cast<int>(direction);
   rows.batch = warm_rows ? warm_rows->size(0) : warm.size(0);
@@ -248,12 +252,37 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> extract(
   return {row_ptr, ids, p, delta, stats, status};
 }
 
+Tensor steered_logits(Tensor warm, MaybeTensor base, MaybeTensor vector, MaybeTensor warm_rows,
+                      MaybeTensor base_rows, int64_t vocab, int64_t direction, int64_t mode,
+                      double strength, MaybeTensor strength_rows, double alpha,
+                      MaybeTensor alpha_rows, double penalty, MaybeTensor skip, Tensor to) {
+  const svdk::BatchLogits rows =
+      batch_logits(warm, base, vector, warm_rows, base_rows, vocab, direction);
+  const ScalarType type = to.scalar_type();
+  STD_TORCH_CHECK(type == ScalarType::Float || type == warm.scalar_type(),
+                  "out must be float32 or have warm_logits' dtype");
+  STD_TORCH_CHECK(to.dim() == 2 && to.size(0) == rows.batch && to.size(1) >= vocab &&
+                      (to.size(1) == 1 || to.stride(1) == 1),
+                  "out must be (B, V) with a contiguous last dimension");
+  svdk::BatchParameters p = without_sampling(per_row(alpha, alpha_rows), penalty);
+  p.mode = static_cast<int>(mode);
+  p.strength = per_row(strength, strength_rows);
+  Tensor status = allocate({rows.batch}, ScalarType::Int);
+  const int64_t bytes = type == ScalarType::Float ? 4 : 2;
+  svdk::steered_logits(runtime(rows), rows, every_row(p, rows.batch).data(), data<bool>(skip),
+                       {to.mutable_data_ptr(), to.stride(0) * bytes, dtype_of(type), rows.vocab,
+                        static_cast<int>(to.size(1))},
+                       out<int32_t>(status));
+  return status;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(svdk, CPU, m) {
   m.impl("steered_sample", TORCH_BOX(&steered_sample));
   m.impl("steered_logprob", TORCH_BOX(&steered_logprob));
   m.impl("extract", TORCH_BOX(&extract));
+  m.impl("steered_logits", TORCH_BOX(&steered_logits));
 }
 
 // Importing the module is what registers the ops; the one thing it says is which sweeps run here.

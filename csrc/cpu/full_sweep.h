@@ -64,6 +64,14 @@ SVDK_INLINED SteeredBlock steered_logits(const BlockOperands& block, const Const
   return out;
 }
 
+void steer(const Slice& slice, const Constants& c, float* z) {
+  Scratch scratch;
+  for (int at = slice.begin; at < slice.end; at += kBlock, z += kBlock) {
+    const BlockOperands block = read_block(slice, at, scratch);
+    std::memcpy(z, steered_logits(block, c, scratch).z, block.n * sizeof(float));
+  }
+}
+
 // Step 7.
 void moments(const Slice& slice, const Constants& c, MomentSums& m) {
   if (c.direction == kPlain) return;  // delta is 0, and there is no second operand to read

@@ -1,4 +1,4 @@
-// The three operations over a batch of rows, on plain pointers; how to run tasks in parallel is the
+// The four operations over a batch of rows, on plain pointers; how to run tasks in parallel is the
 // caller's choice.
 #pragma once
 #include <functional>
@@ -78,6 +78,14 @@ struct ExtractEntries {
   float *p, *delta;
 };
 
+// Where steered logits go, row by row: `vocab` of a row's `width` columns, -inf in the others.
+struct LogitsTo {
+  void* data;
+  int64_t stride_bytes;
+  DType dtype;
+  int vocab, width;
+};
+
 // `parameters` and `out` have an entry a row, in all of them.
 void steered_sample(const Runtime& runtime, const BatchLogits& rows, const Parameters* parameters,
                     bool info, SampleOutput* out);
@@ -90,5 +98,9 @@ void steered_logprob(const Runtime& runtime, const BatchLogits& rows, const Para
 void extract_rows(const Runtime& runtime, const BatchLogits& rows, const Parameters* parameters,
                   Extracted* extracted, ExtractOutput* out);
 void extract_entries(const RowLogits& row, const Extracted& extracted, ExtractEntries to);
+
+// `skip` (or null): rows to copy. `to` may be the warm logits, if rows are in order.
+void steered_logits(const Runtime& runtime, const BatchLogits& rows, const Parameters* parameters,
+                    const bool* skip, const LogitsTo& to, int32_t* status);
 
 }  // namespace svdk

@@ -77,6 +77,15 @@ struct ExtractArgs {
   float *p, *delta;      // (N,), third kernel
 };
 
+struct LogitsArgs {
+  BatchArgs rows;
+  const bool* skip;   // (B,) or null
+  void* out;          // (B, width)
+  int64_t stride;     // elements
+  int width, narrow;  // narrow: out has the dtype of the warm logits, else float
+  int32_t* status;    // (B,)
+};
+
 // Everything a caller of any of the operations gives; unused fields are zero.
 struct Call {
   int64_t dtype, source, batch, vocab, direction, split, transport;
@@ -97,6 +106,9 @@ struct Call {
   int64_t* row_ptr;
   int64_t* ids;
   float *p, *delta;
+  const bool* skip;
+  void* out;
+  int64_t out_stride, out_width, out_narrow;
 };
 
 inline BatchArgs batch_args(const Call& c) {
@@ -123,6 +135,15 @@ inline ExtractArgs extract_args(const Call& c) {
   return {
       batch_args(c), static_cast<Constants*>(c.constants), c.stats, c.status, c.row_ptr, c.ids, c.p,
       c.delta};
+}
+inline LogitsArgs logits_args(const Call& c) {
+  return {batch_args(c),
+          c.skip,
+          c.out,
+          c.out_stride,
+          static_cast<int>(c.out_width),
+          static_cast<int>(c.out_narrow),
+          c.status};
 }
 
 // CTAs a row: as many as keep `resident` CTAs on the device busy, within the slices there are.

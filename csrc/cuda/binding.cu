@@ -17,6 +17,7 @@
 
 #include "arguments.cuh"
 #include "extract.cuh"
+#include "logits.cuh"
 #include "logprob.cuh"
 #include "sample.cuh"
 
@@ -361,12 +362,53 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> extract(
   return {row_ptr, ids, p, delta, stats, status};
 }
 
+Tensor steered_logits(Tensor warm, MaybeTensor base, MaybeTensor vector, MaybeTensor warm_rows,
+                      MaybeTensor base_rows, int64_t vocab, int64_t direction,
+                      int64_t strength_mode, double strength, MaybeTensor strength_rows,
+                      double alpha, MaybeTensor alpha_rows, double penalty, MaybeTensor skip,
+                      Tensor to) {
+  Call c = open_call(warm, base, vector, warm_rows, base_rows, vocab, direction);
+  const Checked checked{warm, c.batch};
+  c.parameters.mode = static_cast<int>(strength_mode);
+  c.parameters.strength = checked("strength", strength, strength_rows);
+  c.parameters.alpha = checked("alpha", alpha, alpha_rows);
+  c.parameters.penalty = penalty;
+  c.parameters.temperature.scalar = c.parameters.top_p.scalar = 1;
+  check_rows(skip, "skip", ScalarType::Bool, c.batch, warm);
+  const ScalarType type = to.scalar_type();
+  STD_TORCH_CHECK(type == ScalarType::Float || type == warm.scalar_type(),
+                  "out must be float32 or have warm_logits' dtype");
+  STD_TORCH_CHECK(to.is_cuda() && to.get_device() == warm.get_device() && to.dim() == 2 &&
+                      to.size(0) == c.batch && to.size(1) >= vocab &&
+                      (to.size(1) == 1 || to.stride(1) == 1),
+                  "out must be (B, V) with a contiguous last dimension, on warm_logits' device");
+
+  const torch::stable::accelerator::DeviceGuard guard(warm.get_device());
+  const Place place = place_of(warm);
+  Tensor status = allocate(warm, {c.batch}, ScalarType::Int);
+  c.status = out<int32_t>(status);
+  c.skip = data<bool>(skip);
+  c.out = to.mutable_data_ptr();
+  c.out_stride = to.stride(0);
+  c.out_width = to.size(1);
+  c.out_narrow = type != ScalarType::Float;
+  if (c.batch == 0) return status;
+  plan(c, place);
+  dispatch(c, [&](auto tag, auto source) {
+    using T = typename decltype(tag)::type;
+    launch("steered_logits", steered_logits_kernel<T, decltype(source)::value>, c.batch * c.split,
+           static_cast<int>(c.split), c.transport == kCluster, place, logits_args(c));
+  });
+  return status;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(svdk, CUDA, m) {
   m.impl("steered_sample", TORCH_BOX(&steered_sample));
   m.impl("steered_logprob", TORCH_BOX(&steered_logprob));
   m.impl("extract", TORCH_BOX(&extract));
+  m.impl("steered_logits", TORCH_BOX(&steered_logits));
 }
 
 // Importing the module is what registers the ops.

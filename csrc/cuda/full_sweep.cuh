@@ -1,4 +1,4 @@
-// Steps 7 and 9 by sweeps over a whole row, once its constants are known: for rows whose tokens in
+// Steps 7 to 9 by sweeps over a whole row, once its constants are known: for rows whose tokens in
 // play are more than the candidates that are kept. Done by all CTAs of the row together.
 #pragma once
 #include "candidates.cuh"
@@ -101,6 +101,26 @@ SVDK_DEVICE Moments moments_of(Cta& cta, const Operands<T, S>& row, const Consta
   }
   cta.size = size;
   return sums.moments(pivot, outside, total);
+}
+
+// Steps 7 and 8: mu, into the constants of every CTA of the row. `n`: candidates of C, or -1.
+template <typename T, int S>
+SVDK_DEVICE void set_strength(Cta& cta, const Operands<T, S>& row, int n) {
+  const RowParameters& p = cta.s.parameters;
+  Constants& c = cta.s.broadcast.constants;
+  double mu = p.strength;
+  if (p.mode != kConstant) {
+    Moments m{0, 0, 0};
+    if (n < 0 || cta.leads()) m = moments_of(cta, row, c, n);
+    mu = strength_of(p, m, p.mode == kLabel ? delta_at(row, c, static_cast<int>(p.label)) : 0);
+  }
+  const bool told = p.mode != kConstant && n >= 0;  // by the first CTA, perhaps by now
+  if (threadIdx.x == 0 && (cta.leads() || !told)) c.mu = mu;
+  if (told) {
+    cta.broadcast();
+  } else {
+    __syncthreads();
+  }
 }
 
 // What the curves of a strength need of a row. `max` is less max_w and in FastConstants' units.

@@ -47,6 +47,11 @@ SVDK_DEVICE float decode<Half>(uint32_t bits) {
   return half_to_float(static_cast<uint16_t>(bits));
 }
 
+// The nearest value of a type, into memory.
+SVDK_DEVICE void encode(float x, float* to) { *to = x; }
+SVDK_DEVICE void encode(float x, BFloat16* to) { to->bits = float_to_bfloat16(x); }
+SVDK_DEVICE void encode(float x, Half* to) { to->bits = float_to_half(x); }
+
 template <typename T>
 SVDK_DEVICE float read_one(const Stream<T>& s, int id) {
   return decode<T>(raw(s.row + id));

@@ -61,25 +61,6 @@ SVDK_DEVICE int finish_draw(Cta& cta, const Operands<T, S>& row, const Parts& pa
   return cta.leads() ? token_at(cta, row, c, draw, landing) : 0;
 }
 
-// Steps 7 and 8: mu, into the constants of every CTA of the row. `n`: candidates of C, or -1.
-template <typename T, int S>
-SVDK_DEVICE void set_strength(Cta& cta, const Operands<T, S>& row, int n) {
-  const RowParameters& p = cta.s.parameters;
-  Constants& c = cta.s.broadcast.constants;
-  double mu = p.strength;
-  if (p.mode != kConstant) {
-    Moments m{0, 0, 0};
-    if (n < 0 || cta.leads()) m = moments_of(cta, row, c, n);
-    mu = strength_of(p, m, p.mode == kLabel ? delta_at(row, c, static_cast<int>(p.label)) : 0);
-  }
-  if (threadIdx.x == 0) c.mu = mu;
-  if (p.mode != kConstant && n >= 0) {
-    cta.broadcast();
-  } else {
-    __syncthreads();
-  }
-}
-
 // The log-probability of the token, from a sweep of the whole row; in the first CTA.
 template <typename T, int S>
 SVDK_DEVICE double steered_log_p(Cta& cta, const Operands<T, S>& row, int token) {

@@ -120,12 +120,9 @@ class Sampler:
         ``info``: what the draw from these rows said. NaN on rows that it marked INVALID.
         """
         invalid = (info.status & int(Status.INVALID)) != 0
-        if base is None and self.vector is None:
-            z = warm.float()
-        else:
-            mu = torch.where(invalid, 0.0, info.strength)  # of any strength mode
-            used = self.steering.override(strength=mu, strength_mode="constant")
-            z = dataclasses.replace(self, steering=used, check=False).steered(warm, base)
+        mu = torch.where(invalid, 0.0, info.strength)  # of any strength mode
+        used = self.steering.override(strength=mu, strength_mode="constant")
+        z = dataclasses.replace(self, steering=used, check=False).steered(warm, base)
         z = torch.where(invalid[:, None], 0.0, z)
         row = torch.ones(warm.shape[0], dtype=torch.float64, device=warm.device)
         sampling = self.sampling

@@ -1,4 +1,4 @@
-"""The three operations: check the arguments, pick a backend, call it, wrap what comes back."""
+"""The four operations: check the arguments, pick a backend, call it, wrap what comes back."""
 
 from __future__ import annotations
 
@@ -6,12 +6,10 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from svdk.errors import InvalidLogitsError
 from svdk.ops import arguments, backends
-from svdk.ops.reference import EPS
 from svdk.ops.results import LogprobInfo, SampleInfo, Status, SteeringBatch
 from svdk.ops.schema import (
     CONSTANT,
@@ -19,12 +17,14 @@ from svdk.ops.schema import (
     KL_BUDGET,
     LABEL,
     PLAIN,
+    STEERED_LOGITS,
     STEERED_LOGPROB,
     STEERED_SAMPLE,
     STRENGTH_MODES,
     Operands,
 )
 
+_WITHOUT_LABELS = tuple(name for name, mode in STRENGTH_MODES.items() if mode != LABEL)
 _PER_ROW = tuple(p.name for p in STEERED_SAMPLE.parameters if p.kind != "scalar")
 
 
@@ -36,6 +36,15 @@ def _raise_invalid(status: Tensor) -> None:
             f"rows {shown}: the logits were NaN, +inf or nowhere finite (or a per-row parameter was out of "
             "range); allowed: finite values and -inf, at least one finite warm logit a row"
         )
+
+
+def _check_mode(mode: int, values: Mapping[str, Any], rows: Operands) -> None:
+    """Refuse a strength mode, or a strength, that does not fit the rest of the call."""
+    if mode != CONSTANT and rows.direction == PLAIN:
+        name = repr(values["strength_mode"])
+        raise arguments.fail("strength_mode", name, "'constant' without base_logits or vector")
+    if mode == KL_BUDGET:
+        arguments.parameter("strength", values["strength"], rows.batch, rows.warm, 0.0)
 
 
 def steered_sample(
@@ -135,18 +144,14 @@ def sample(
     """:func:`steered_sample` for the operands of a call and its other arguments by name."""
     warm, batch, labels = rows.warm, rows.batch, values.get("labels")
     mode = STRENGTH_MODES[arguments.choice("strength_mode", values["strength_mode"], STRENGTH_MODES)]
-    if mode != CONSTANT and rows.direction == PLAIN:
-        name = repr(values["strength_mode"])
-        raise arguments.fail("strength_mode", name, "'constant' without base_logits or vector")
+    _check_mode(mode, values, rows)
     if mode == LABEL:
         labels = arguments.label_ids(labels, batch, rows.vocab, warm)
         values = {**values, "strength": 0.0}  # it follows from the label
     elif labels is not None:
         raise arguments.fail("labels", "given", "None unless strength_mode='label'")
-    if mode == KL_BUDGET:
-        arguments.parameter("strength", values["strength"], batch, warm, 0.0)
     given: dict[str, Any] = {name: arguments.checked(name, values[name], batch, warm) for name in _PER_ROW}
-    given["labels"], given["mode"] = labels, mode
+    given["labels"], given["strength_mode"] = labels, mode
     given["penalty"] = arguments.penalty_value(values["penalty"])
     given["info"] = return_info or check
     flat = STEERED_SAMPLE.flatten(rows, given)
@@ -244,8 +249,8 @@ def extract(
 
 
 def steered_logits(
-    warm: Tensor,
-    base: Tensor | None = None,
+    warm_logits: Tensor,
+    base_logits: Tensor | None = None,
     *,
     vector: Tensor | None = None,
     strength: float | Tensor = 1.0,
@@ -253,35 +258,54 @@ def steered_logits(
     direction: str = "kl_gradient",
     alpha: float | Tensor = 0.1,
     penalty: float = -math.inf,
+    skip: Tensor | None = None,
+    out: Tensor | None = None,
+    warm_rows: Tensor | None = None,
+    base_rows: Tensor | None = None,
+    vocab_size: int | None = None,
     check: bool = False,
     backend: str = "auto",
 ) -> Tensor:
-    """The whole rows of steered logits, float32 (B, V), that :func:`svdk.steered_sample` draws from.
+    """The whole rows of steered logits that :func:`steered_sample` draws from, without a synchronisation.
 
-    Arguments and errors as there. For processors and analysis: decoding never needs these rows. A row with
-    status ``INVALID`` is NaN.
+    For logits processors, serving engines and analysis: decoding with svdk never needs these rows. As there,
+    a ``penalty`` of -inf takes the tokens outside C out whatever the strength is, 0 too: ``skip`` is for rows
+    that are to stay as they are. With a finite penalty, or alpha 0, strength 0 gives the warm logits.
+
+    Args:
+        skip: bool ``(B,)``: these rows are copied; their base row is not looked at, NaN in them is no error.
+        out: ``(B, V)`` to write to, of ``warm_logits``' width and device, float32 or its dtype, last
+            dimension contiguous. It may be ``warm_logits`` itself, if that is neither picked by ``warm_rows``
+            nor holds the base rows; any other overlap with an operand is refused. None: a new float32 tensor.
+        strength_mode: ``"constant"`` or ``"kl_budget"``.
+        warm_logits, base_logits, vector, strength, direction, alpha, penalty, warm_rows, base_rows,
+            vocab_size, check, backend: as in :func:`steered_sample`. Without base and vector the valid rows
+            are copied.
+
+    Returns:
+        ``out``: -inf at what cannot be drawn and from ``vocab_size`` on. Finite values stay within the range
+        of its dtype. A row with NaN, +inf or nothing finite is NaN.
+
+    Raises:
+        InputError, InvalidLogitsError, BackendError: as :func:`steered_sample`.
     """
-    found = extract(warm, base, vector=vector, direction=direction, alpha=alpha, check=check, backend=backend)
-    batch = warm.shape[0]
-    rows = torch.repeat_interleave(found.row_ptr.diff())
-    mu = torch.as_tensor(strength, dtype=torch.float32, device=warm.device).expand(batch)
-    if strength_mode == "kl_budget":
-        mean = _sum_rows(found.p * found.delta, rows, batch)
-        outside = 1 - _sum_rows(found.p, rows, batch)  # delta is 0 there
-        spread = found.p * (found.delta - mean[rows]) ** 2
-        variance = _sum_rows(spread, rows, batch) + outside.clamp(min=0) * mean**2
-        mu = torch.where(variance < EPS, 0.0, (2 * mu / variance).sqrt())
-    warm = warm.float()
-    masked = penalty == -math.inf  # whatever mu is, 0 and negative too
-    steered = torch.full_like(warm, -math.inf) if masked else warm + mu[:, None] * penalty
-    at = (rows, found.token_ids)
-    steered[at] = warm[at] + mu[rows] * found.delta
-    steered[(found.status & int(Status.INVALID)) != 0] = math.nan
-    return steered
+    rows = arguments.operands(warm_logits, base_logits, vector, direction, warm_rows, base_rows, vocab_size)
+    warm, batch = rows.warm, rows.batch
+    mode = STRENGTH_MODES[arguments.choice("strength_mode", strength_mode, _WITHOUT_LABELS)]
+    _check_mode(mode, {"strength_mode": strength_mode, "strength": strength}, rows)
+    given: dict[str, Any] = {
+        "strength_mode": mode,
+        "strength": arguments.checked("strength", strength, batch, warm),
+        "alpha": arguments.checked("alpha", alpha, batch, warm),
+        "penalty": arguments.penalty_value(penalty),
+        "skip": arguments.skipped_rows(skip, batch, warm),
+    }
+    op = backends.resolve(backend, warm).steered_logits
+    given["out"] = arguments.logits_out(out, rows)
+    status = op(*STEERED_LOGITS.flatten(rows, given))
+    if check:
+        _raise_invalid(status)
+    return given["out"]
 
 
-def _sum_rows(values: Tensor, rows: Tensor, batch: int) -> Tensor:
-    return values.new_zeros(batch).index_add(0, rows, values)
-
-
-__all__ = ["extract", "steered_logprob", "steered_sample"]
+__all__ = ["extract", "steered_logits", "steered_logprob", "steered_sample"]

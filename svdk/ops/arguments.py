@@ -259,3 +259,53 @@ def penalty_value(penalty: float) -> float:
     if math.isfinite(number) and abs(number) > LARGEST:
         raise fail("penalty", penalty, f"-inf or a number of float32, at most {LARGEST:g}")
     return number
+
+
+def skipped_rows(skip: Tensor | None, batch: int, like: Tensor) -> Tensor | None:
+    """The rows to be left alone, bool (B,)."""
+    if skip is None:
+        return None
+    if not dense(skip) or skip.shape != (batch,) or skip.dtype != torch.bool:
+        was = f"{shape(skip)}, {skip.dtype}" if isinstance(skip, Tensor) else repr(skip)
+        raise fail("skip", was, f"a bool tensor of shape ({batch},)")
+    if skip.device != like.device:
+        raise fail("skip", f"on {skip.device}", f"the device of the logits, {like.device}")
+    return skip.contiguous()
+
+
+def logits_out(out: Tensor | None, rows: Operands) -> Tensor:
+    """Where a call's (B, V) logits go: ``out`` as far as it can be written row by row, or a new float32."""
+    warm = rows.warm
+    wanted = (rows.batch, warm.shape[1])
+    if out is None:
+        return warm.new_empty(wanted, dtype=torch.float32)
+    if not dense(out) or out.shape != wanted:
+        raise fail("out", shape(out), f"{wanted}, as wide as warm_logits")
+    if out.dtype not in (torch.float32, warm.dtype) or out.device != warm.device:
+        allowed = f"float32 or the dtype of warm_logits, {warm.dtype}, on {warm.device}"
+        raise fail("out", f"{out.dtype} on {out.device}", allowed)
+    if (out.stride(1) != 1 and out.shape[1] > 1) or (out.stride(0) < out.shape[1] and out.shape[0] > 1):
+        raise fail("out", f"strided {tuple(out.stride())}", "contiguous rows that do not overlap")
+    if torch.compiler.is_compiling():  # the graph gives the op memory of its own
+        return out
+    in_place = rows.warm_rows is None and out.data_ptr() == warm.data_ptr()
+    in_place = in_place and (out.stride(), out.dtype) == (warm.stride(), warm.dtype)
+    read = {"warm_logits": None if in_place else warm, "base_logits": rows.base, "vector": rows.vector}
+    for name, x in read.items():
+        if x is not None and _overlap(out, x):
+            allowed = (
+                "memory of its own, or that of warm_logits, whole and in order, if nothing else is there"
+            )
+            raise fail("out", f"in the memory of {name}", allowed)
+    return out
+
+
+def _overlap(a: Tensor, b: Tensor) -> bool:
+    """Whether the first and last bytes of two tensors enclose memory that both have."""
+    (a_from, a_to), (b_from, b_to) = map(_span, (a, b))
+    return a_from < b_to and b_from < a_to
+
+
+def _span(x: Tensor) -> tuple[int, int]:
+    last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+    return x.data_ptr(), x.data_ptr() + (last + 1) * x.element_size() * (x.numel() > 0)

@@ -33,7 +33,7 @@ class Backend:
     why_not: Callable[[], str | None]
     """None when it can run on this machine, else the reason."""
     load: Callable[[], Any]
-    """A namespace with ``steered_sample``, ``steered_logprob`` and ``extract``."""
+    """A namespace with ``steered_sample``, ``steered_logprob``, ``steered_logits`` and ``extract``."""
     by_name_only: tuple[str, ...] = ()
     """Further device types, which ``auto`` never picks it for."""
 

@@ -58,7 +58,7 @@ def valid_parameters(given: Any, vocab: int) -> Tensor:
             bounds = schema.PARAMETER[name]
             within = torch.isfinite(x) & (x >= bounds.low) & (x <= bounds.high)
             valid &= within if x.dim() == 1 else within.all(1)
-    if getattr(given, "mode", CONSTANT) == KL_BUDGET:
+    if getattr(given, "strength_mode", CONSTANT) == KL_BUDGET:
         valid &= given.strength >= 0
     if getattr(given, "labels", None) is not None:
         valid &= (given.labels >= 0) & (given.labels < vocab)
@@ -215,16 +215,16 @@ def moments_of(rows: Rows) -> Moments:
 def strength_of(rows: Rows, given: Any) -> Tensor:
     """Mu (B,): given, the optimum for a label, or as large as a budget of KL in nats allows."""
     mu, m = given.strength, moments_of(rows)
-    if given.mode == LABEL:
+    if given.strength_mode == LABEL:
         gain = at(rows.delta, given.labels.clamp(0, rows.w.shape[1] - 1)) - m.mean
         mu = torch.where(m.norm2 < EPS, 0.0, gain / (m.norm2 + EPS))
-    elif given.mode == KL_BUDGET:
+    elif given.strength_mode == KL_BUDGET:
         mu = torch.where(m.variance < EPS, 0.0, (2 * given.strength / m.variance).sqrt())
     return torch.where(rows.invalid, 0.0, mu)
 
 
 # Step 9: steer.
-def steered_logits(rows: Rows, mu: Tensor, penalty: float) -> Tensor:
+def steered_logit(rows: Rows, mu: Tensor, penalty: float) -> Tensor:
     """Steered logits (B, V) for one strength a row (B,)."""
     mu = mu[:, None]
     outside = rows.w + mu * penalty if math.isfinite(penalty) else torch.full_like(rows.w, -math.inf)
@@ -284,7 +284,7 @@ def steered_rows(*flat: Any) -> tuple[Any, Rows, Tensor, Tensor, Tensor]:
     operands, given = unpack(schema.STEERED_SAMPLE, flat)
     rows = open_rows(operands, given)
     mu = strength_of(rows, given)
-    z = steered_logits(rows, mu, given.penalty)
+    z = steered_logit(rows, mu, given.penalty)
     return given, rows, mu, z, masses_of(rows, z, given)
 
 
@@ -309,7 +309,7 @@ class Partition(NamedTuple):
 
 def partition_of(rows: Rows, mu: Tensor, penalty: float) -> Partition:
     """Step 9 for ``steered_logprob``."""
-    z = steered_logits(rows, mu, penalty)
+    z = steered_logit(rows, mu, penalty)
     moves = torch.where(rows.inside, rows.delta, penalty if math.isfinite(penalty) else 0.0)
     share = z.softmax(1)
     slope = (share * moves).sum(1)
@@ -359,3 +359,20 @@ def extract(*flat: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
     stats = [rows.nan_if_invalid(x[:, 0]) for x in (rows.c.kl, max_w, max_w + log_zw)]
     p, delta = rows.log_p.exp()[row, ids].float(), rows.delta[row, ids].float()
     return row_ptr, ids, p, delta, torch.stack(stats), rows.status
+
+
+def steered_logits(*flat: Any) -> Tensor:
+    """Steered logits into ``out`` (B, W), -inf from ``vocab`` on; returns the status (B,)."""
+    operands, given = unpack(schema.STEERED_LOGITS, flat)
+    out, skip = given.out, given.skip
+    rows = open_rows(operands, given)
+    largest = torch.finfo(out.dtype).max
+    z = steered_logit(rows, strength_of(rows, given), given.penalty)
+    z = torch.where(z > -math.inf, z.clamp(-largest, largest), -math.inf)
+    z, status = torch.where(rows.invalid[:, None], math.nan, z), rows.status
+    if skip is not None:
+        z = torch.where(skip[:, None], take_rows(operands.warm, operands.warm_rows, operands.vocab), z)
+        status = torch.where(skip, 0, status)
+    out[:, operands.vocab :] = -math.inf
+    out[:, : operands.vocab] = z
+    return status

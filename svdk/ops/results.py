@@ -1,4 +1,4 @@
-"""What the three operations return."""
+"""What the operations return beside tokens and logits."""
 
 from __future__ import annotations
 

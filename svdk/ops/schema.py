@@ -20,7 +20,7 @@ KL_GRADIENT, LOG_RATIO, VECTOR, PLAIN = range(4)
 """Directions; PLAIN means neither base nor vector: the warm distribution itself, no mask."""
 
 CONSTANT, LABEL, KL_BUDGET = range(3)
-"""Strength modes of ``steered_sample``."""
+"""Strength modes of ``steered_sample``; ``steered_logits`` has no labels."""
 
 DIRECTIONS = {"kl_gradient": KL_GRADIENT, "log_ratio": LOG_RATIO}
 STRENGTH_MODES = {"constant": CONSTANT, "label": LABEL, "kl_budget": KL_BUDGET}
@@ -93,7 +93,7 @@ class Op:
 
     name: str
     before: tuple[str, ...]
-    """Declarations, as "int mode"."""
+    """Declarations, as "bool info"."""
     parameters: tuple[Parameter, ...]
     after: tuple[str, ...]
     returns: str
@@ -144,7 +144,7 @@ class Op:
 
 STEERED_SAMPLE = Op(
     "steered_sample",
-    ("Tensor? labels", "int mode"),
+    ("Tensor? labels", "int strength_mode"),
     PARAMETERS,
     ("bool info",),
     "Tensor token, Tensor floats, Tensor ints",
@@ -163,7 +163,14 @@ EXTRACT = Op(
     (),
     "Tensor row_ptr, Tensor ids, Tensor p, Tensor delta, Tensor rows, Tensor status",
 )
-OPS = {op.name: op for op in (STEERED_SAMPLE, STEERED_LOGPROB, EXTRACT)}
+STEERED_LOGITS = Op(
+    "steered_logits",
+    ("int strength_mode",),  # not "mode": torch makes keywords of a mutable op's arguments, beside its own
+    (PARAMETER["strength"], PARAMETER["alpha"], PARAMETER["penalty"]),
+    ("Tensor? skip", "Tensor(a!) out"),
+    "Tensor status",
+)
+OPS = {op.name: op for op in (STEERED_SAMPLE, STEERED_LOGPROB, EXTRACT, STEERED_LOGITS)}
 
 # --- registration: schemas and fakes here, implementations in C++
 
@@ -211,3 +218,10 @@ def fake_extract(*flat: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Te
         warm.new_empty((3, batch), dtype=torch.float32),
         warm.new_empty(batch, dtype=torch.int32),
     )
+
+
+@torch.library.register_fake("svdk::steered_logits", lib=LIBRARY)
+def fake_steered_logits(*flat: Any) -> Tensor:
+    """What ``steered_logits`` returns beside what it writes to ``out``, without data."""
+    operands, _ = STEERED_LOGITS.unpack(flat)
+    return operands.warm.new_empty(operands.batch, dtype=torch.int32)

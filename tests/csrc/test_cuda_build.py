@@ -16,12 +16,14 @@ from tests.helpers import cuda_resources, cuda_shim
 NEEDS_NVCC = pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc on PATH")
 SOURCE = """
 #include "extract.cuh"
+#include "logits.cuh"
 #include "logprob.cuh"
 #include "sample.cuh"
 using namespace svdk::cuda;
 template __global__ void svdk::cuda::steered_sample_kernel<BFloat16, kBase>(SampleArgs);
 template __global__ void svdk::cuda::steered_sample_kernel<float, kNone>(SampleArgs);
 template __global__ void svdk::cuda::steered_logprob_kernel<float, kBase>(LogprobArgs);
+template __global__ void svdk::cuda::steered_logits_kernel<BFloat16, kBase>(LogitsArgs);
 template __global__ void svdk::cuda::extract_measure_kernel<Half, kVectorRow>(ExtractArgs);
 template __global__ void svdk::cuda::extract_fill_kernel<BFloat16, kBase>(ExtractArgs);
 """
@@ -36,7 +38,7 @@ def test_kernels_stay_within_what_the_launch_assumes(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     found = cuda_resources.kernels(done.stderr + done.stdout)
-    assert len(found) == 5
+    assert len(found) == 6
     assert cuda_resources.problems(found) == []
 
 

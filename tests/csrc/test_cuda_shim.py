@@ -16,7 +16,7 @@ from svdk.ops import backends
 from tests.csrc.test_cuda_mutants import Mutant, mutated
 from tests.helpers import cuda_shim
 from tests.helpers import ops_cases as oc
-from tests.ops import test_ops
+from tests.ops import test_ops, test_steered_logits
 
 pytestmark = pytest.mark.skipif(cuda_shim.compiler() is None, reason="no C++ compiler")
 
@@ -72,6 +72,40 @@ def test_logprob(backend, direction, alpha, monkeypatch):
 def test_extract(backend, direction, dtype):
     for alpha in (0.0, 0.01, 0.1):
         test_ops.test_extract_equals_reference(backend, alpha, direction, dtype)
+
+
+LOGITS_CASE = pytest.mark.parametrize("case", test_steered_logits.CASES, ids=lambda c: c.name)
+
+
+@LOGITS_CASE
+def test_logits(backend, case):
+    for dtype in oc.DTYPES:
+        test_steered_logits.test_equals_reference(backend, case, dtype)
+    for row in oc.odd_rows():
+        test_steered_logits.test_odd_rows(backend, case, *row.values)
+    test_steered_logits.test_the_draw_is_from_these_rows(backend, case)
+    test_steered_logits.test_paired_strided_and_padded_rows(backend, case)
+
+
+@LOGITS_CASE
+def test_logits_in_place_and_skipped(backend, case):
+    test_steered_logits.test_in_place(backend, case)
+    for dtype in oc.DTYPES:
+        test_steered_logits.test_skipped_rows_are_copied(backend, case, dtype)
+
+
+@pytest.mark.parametrize("penalty", [-oc.INF, -1.0])
+def test_logits_of_flat_rows_and_at_the_limits(backend, penalty):
+    for scale in (0.0, 0.02, 0.5):
+        test_steered_logits.test_flat_rows_take_a_second_sweep(backend, scale, penalty)
+    test_steered_logits.test_a_rising_maximum_loses_no_candidate(backend)
+    test_steered_logits.test_per_row_parameters_are_each_rows_own(backend)
+    test_steered_logits.test_check_names_the_rows(backend)
+    test_steered_logits.test_a_parameter_out_of_range_on_the_device_is_an_invalid_row(backend)
+    test_steered_logits.test_empty_batch(backend)
+    for dtype in oc.DTYPES:
+        test_steered_logits.test_strength_zero(backend, dtype, penalty)
+        test_steered_logits.test_finite_logits_stay_finite(backend, dtype)
 
 
 @DIRECTION

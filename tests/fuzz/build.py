@@ -15,7 +15,7 @@ ROOT = HERE.parent.parent
 KERNELS = ROOT / "csrc"
 CORPUS = HERE / "corpus.txt"
 ARCHITECTURES = ("arch_portable", "arch_avx2", "arch_avx512")
-UNITS = ("sample", "logprob", "extract", "candidates", "filters", "arch", *ARCHITECTURES)
+UNITS = ("sample", "logprob", "extract", "candidates", "filters", "logits", "arch", *ARCHITECTURES)
 """The kernels without PyTorch: all of csrc/cpu but the binding."""
 HARNESS = ("target", "replay")
 SANITIZERS = {

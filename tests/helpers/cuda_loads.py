@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import svdk
 from svdk.ops import schema
 
-OPS = ("steered_sample", "steered_logprob", "extract")
+OPS = ("steered_sample", "steered_logprob", "extract", "steered_logits")
 
 
 def load(folder: Path) -> None:
@@ -35,7 +35,7 @@ def main(folder: str) -> None:
         token, info = svdk.steered_sample(warm, warm, return_info=True, backend="reference")
         rows = schema.Operands(warm, warm, None, None, None, 50, schema.KL_GRADIENT)
         given = {p.name: schema.PerRow(p.default) for p in schema.PARAMETERS} | {"penalty": -math.inf}
-        given |= {"labels": None, "mode": schema.CONSTANT, "info": True}
+        given |= {"labels": None, "strength_mode": schema.CONSTANT, "info": True}
         token, floats, ints = torch.ops.svdk.steered_sample(*schema.STEERED_SAMPLE.flatten(rows, given))
         assert (token.shape, token.dtype, token.device.type) == ((3,), torch.int64, "cuda")
         assert (floats.shape, ints.shape) == ((5, 3), (2, 3))
@@ -44,6 +44,9 @@ def main(folder: str) -> None:
         given |= {"labels": token, "strengths": grid}
         curves, greedy, *_ = torch.ops.svdk.steered_logprob(*schema.STEERED_LOGPROB.flatten(rows, given))
         assert (curves.shape, greedy.shape) == ((3, 3, 4), (3, 4))
+        given |= {"skip": None, "out": torch.empty(3, 50, device="cuda")}
+        status = torch.ops.svdk.steered_logits(*schema.STEERED_LOGITS.flatten(rows, given))
+        assert (status.shape, status.dtype) == ((3,), torch.int32)
     status = svdk.backends.status()["cuda"]
     assert status == "available" or "device" in status, status
     print(f"svdk._C_cuda loads and registers {', '.join(OPS)}; backend: {status}")

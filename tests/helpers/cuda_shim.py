@@ -86,7 +86,8 @@ class Call(ctypes.Structure):
         ("parameters", BatchParameters),
         ("strengths", ctypes.c_void_p),
         ("count", ctypes.c_int64),
-        *((n, ctypes.c_void_p) for n in (*_POINTERS, *_ENTRIES)),
+        *((n, ctypes.c_void_p) for n in (*_POINTERS, *_ENTRIES, "skip", "out")),
+        *((n, ctypes.c_int64) for n in ("out_stride", "out_width", "out_narrow")),
     ]
 
 
@@ -119,7 +120,7 @@ def build(sources: Path = ROOT, **macros: int) -> ctypes.CDLL:
         os.replace(unfinished, library)
     loaded = ctypes.CDLL(str(library))
     loaded.shim_sizes.restype = ctypes.c_int64
-    for name in ("shim_sample", "shim_logprob", "shim_extract"):
+    for name in ("shim_sample", "shim_logprob", "shim_logits", "shim_extract"):
         if hasattr(loaded, name):
             getattr(loaded, name).restype = ctypes.c_char_p
     assert loaded.shim_sizes(0) == ctypes.sizeof(Call)
@@ -128,7 +129,7 @@ def build(sources: Path = ROOT, **macros: int) -> ctypes.CDLL:
 
 @dataclass
 class Shim:
-    """The three ops on the shim. ``schedule``: 0 in order, else the seed of a random one."""
+    """The four ops on the shim. ``schedule``: 0 in order, else the seed of a random one."""
 
     library: ctypes.CDLL
     transport: int = SOLO
@@ -158,7 +159,7 @@ class Shim:
                 value = KINDS[parameter.kind](value.scalar, _address(value.rows))
             setattr(call.parameters, parameter.name, value)
         call.parameters.labels.rows = _address(getattr(given, "labels", None))
-        call.parameters.mode = getattr(given, "mode", schema.CONSTANT)
+        call.parameters.mode = getattr(given, "strength_mode", schema.CONSTANT)
         keep = list(flat)
         if call.transport == WORKSPACE:
             # What an earlier call left there could pass for this call's.
@@ -200,6 +201,17 @@ class Shim:
         _outputs(call, curves=curves, greedy=greedy, stats=stats, status=status)
         self._run("shim_logprob", call)
         return curves, greedy, stats, status
+
+    def steered_logits(self, *flat) -> Tensor:
+        """As ``svdk.reference.steered_logits``."""
+        call, _keep, given = self._call(schema.STEERED_LOGITS, flat)
+        status, out = _fresh(call.batch, dtype=torch.int32), given.out
+        _outputs(call, out=out, status=status)
+        call.parameters.temperature.scalar = call.parameters.top_p.scalar = 1.0
+        call.skip, call.out_stride, call.out_width = _address(given.skip), out.stride(0), out.shape[1]
+        call.out_narrow = out.dtype != torch.float32
+        self._run("shim_logits", call)
+        return status
 
     def extract(self, *flat) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
         """As ``svdk.reference.extract``."""

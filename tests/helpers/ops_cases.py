@@ -106,7 +106,13 @@ def flat(op: schema.Op, warm: Tensor, base: Tensor | None, **given: Any) -> list
     vocab = given.pop("vocab", warm.shape[1])
     direction = given.pop("direction", schema.KL_GRADIENT if base is not None else schema.PLAIN)
     operands = schema.Operands(warm, base, **fields, vocab=vocab, direction=direction)
-    values: dict[str, Any] = {"labels": None, "mode": schema.CONSTANT, "strengths": None, "info": False}
+    values: dict[str, Any] = {
+        "labels": None,
+        "strength_mode": schema.CONSTANT,
+        "strengths": None,
+        "info": False,
+    }
+    values |= {"skip": None, "out": None}
     for parameter in schema.PARAMETERS:
         value = given.pop(parameter.name, parameter.default)
         rows = value if isinstance(value, Tensor) else None

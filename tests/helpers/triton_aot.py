@@ -20,6 +20,7 @@ from triton.compiler import ASTSource
 
 from svdk.kernels import steering
 from svdk.kernels.extract import extract_count_kernel, extract_fill_kernel
+from svdk.kernels.logits import measure_rows_kernel, write_rows_kernel
 from svdk.kernels.logprob import steered_logprob_kernel
 from svdk.kernels.sample import steered_sample_kernel
 from svdk.kernels.tuning import DEFAULT
@@ -38,14 +39,16 @@ ROWS = {
     for x in schema.PARAMETERS
     if x.kind != "scalar"
 }
-ROWS |= {"warm_rows": "*i64", "base_rows": "*i64", "labels": "*i64", "strengths": "*fp32"}
+ROWS |= {"warm_rows": "*i64", "base_rows": "*i64", "labels": "*i64", "strengths": "*fp32", "skip": "*i1"}
 """What a call may be without."""
 OTHERS = {
-    "*fp32": "warm other sums ranking kept kept_out floats_out curves_out rows_out p_out delta_out",
-    "*i32": "counts candidates counters ints_out status_out",
+    "*fp32": "warm other sums ranking kept kept_out floats_out curves_out rows_out p_out delta_out "
+    "steered steered_out mus mu_out logits_out",
+    "*i32": "counts candidates counters ints_out status_out found found_out",
     "*i64": "row_ptr token_out greedy_out sizes_out ids_out",
-    "i32": "batch vocab slice_size number",
-    "i64": "warm_stride other_stride",
+    "i32": "batch vocab slice_size number width",
+    "i64": "warm_stride other_stride out_stride",
+    "fp32": "largest",
 }
 """What is not in the table of parameters."""
 TYPES = {name: kind for kind, names in OTHERS.items() for name in names.split()}
@@ -77,10 +80,14 @@ VARIANTS = (
     *((label, steered_sample_kernel, SAMPLE | changed, *rest) for label, changed, *rest in SAMPLES),
     ("logprob", steered_logprob_kernel, LOGPROB, "fp32", ("labels", "strengths")),
     ("logprob.wide", steered_logprob_kernel, LOGPROB | {"KIND": KL}, "bf16", ("labels", "strength_rows")),
+    ("logits.measure", measure_rows_kernel, SAMPLE | {"MODE": schema.KL_BUDGET}, "bf16", ("skip",)),
+    ("logits.write", write_rows_kernel, SAMPLE | {"KIND": COMPACTED | OUTSIDE}, "bf16", ("skip",)),
     ("extract.count", extract_count_kernel, {"KIND": KL, "SPLITS": 8, **SHAPE}, "fp32", ()),
     ("extract.fill", extract_fill_kernel, {"KIND": KL, "BLOCK": DEFAULT.block}, "bf16", ()),
 )
 EVERYWHERE = (
+    "logits.measure",
+    "logits.write",
     "sample",
     "sample.filters.info",
     "sample.wide.filters",

@@ -48,7 +48,10 @@ def main() -> None:
         def score(warm, base, labels):
             return svdk.steered_logprob(warm, base, labels, strengths=grid, backend="triton").greedy
 
-        for function in (sample, score):
+        def steer(warm, base, rows):
+            return svdk.steered_logits(warm, base, skip=rows > 0, backend="triton")
+
+        for function, launches_of in ((sample, 1), (score, 1), (steer, 2)):
             compiled = torch.compile(
                 function, fullgraph=True, backend=lambda g, x: aot_module_simplified(g, x, fw_compiler=keep)
             )
@@ -56,11 +59,8 @@ def main() -> None:
             nodes = graphs[-1].graph.nodes
             launches = [n for n in nodes if "triton_kernel_wrapper" in str(n.target)]
             written = sorted(n.args[1] for n in nodes if "getitem" in str(n.target) and n.args[0] in launches)
-            print(
-                json.dumps(
-                    {"name": function.__name__, "shape": shape, "launches": len(launches), "kept": written}
-                )
-            )
+            line = {"name": function.__name__, "shape": shape, "launches": len(launches), "kept": written}
+            print(json.dumps(line | {"expected": launches_of}))
 
 
 if __name__ == "__main__":

@@ -176,8 +176,9 @@ def test_the_op_in_a_compiled_graph():
         assert torch.equal(got, want)
     tests = ("test_schema", "test_faketensor")
     for name, more in (
-        ("steered_sample", {"labels": None, "mode": schema.CONSTANT, "info": True}),
+        ("steered_sample", {"labels": None, "strength_mode": schema.CONSTANT, "info": True}),
         ("steered_logprob", {"labels": labels, "penalty": 0.0, "strengths": None}),
+        ("steered_logits", {"strength_mode": schema.CONSTANT, "skip": None, "out": torch.empty_like(warm)}),
         ("extract", {}),
     ):
         op = getattr(torch.ops.svdk_triton, name)
@@ -250,5 +251,7 @@ def test_kernels_compile_for_gpus_that_are_not_here(target, tmp_path, monkeypatc
 
 def test_tracing_writes_no_input():
     for line in _program("triton_trace.py"):
-        assert line["launches"] == 1, line
-        assert all(name.endswith("_out") for name in line["kept"]), f"an input would be copied: {line}"
+        assert line["launches"] == line["expected"], line
+        # The second kernel of steered_logits reads the candidates of the first.
+        ours = [name.endswith("_out") or name == "candidates" for name in line["kept"]]
+        assert all(ours), f"an input would be copied: {line}"

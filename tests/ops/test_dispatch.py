@@ -27,7 +27,7 @@ def test_opcheck_sample(info):
 
 def test_opcheck_sample_with_rows():
     rows = {"warm_rows": ROWS, "base_rows": ROWS, "strength": torch.ones(3)}
-    label = {"labels": LABELS, "mode": schema.LABEL}
+    label = {"labels": LABELS, "strength_mode": schema.LABEL}
     arguments = oc.flat(schema.STEERED_SAMPLE, W, B, **rows, **label, seed=7, info=True)
     torch.library.opcheck(torch.ops.svdk.steered_sample.default, arguments)
 

@@ -5,6 +5,7 @@
 
 #include "../../csrc/cuda/arguments.cuh"
 #include "../../csrc/cuda/extract.cuh"
+#include "../../csrc/cuda/logits.cuh"
 #include "../../csrc/cuda/logprob.cuh"
 #include "../../csrc/cuda/sample.cuh"
 #include "fibers.h"
@@ -87,6 +88,18 @@ const char* shim_logprob(const Call* c, uint64_t schedule) {
     constexpr int S = decltype(source)::value;
     error =
         run(*c, c->batch * c->split, c->split, schedule, [&] { steered_logprob_kernel<T, S>(a); });
+  });
+  return error;
+}
+
+const char* shim_logits(const Call* c, uint64_t schedule) {
+  const LogitsArgs a = logits_args(*c);
+  const char* error = nullptr;
+  dispatch(*c, [&](auto tag, auto source) {
+    using T = typename decltype(tag)::type;
+    constexpr int S = decltype(source)::value;
+    error =
+        run(*c, c->batch * c->split, c->split, schedule, [&] { steered_logits_kernel<T, S>(a); });
   });
   return error;
 }

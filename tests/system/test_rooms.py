@@ -92,7 +92,17 @@ def test_no_module_shadows_the_standard_library():
 
 
 def test_kernels_have_the_same_files_everywhere():
-    shared = {"steering", "sweep", "full_sweep", "candidates", "filters", "sample", "logprob", "extract"}
+    shared = {
+        "steering",
+        "sweep",
+        "full_sweep",
+        "candidates",
+        "filters",
+        "sample",
+        "logprob",
+        "extract",
+        "logits",
+    }
     for folder in ("csrc/cpu", "csrc/cuda", "kernels"):
         assert shared <= {path.stem for path in (ROOT / folder).iterdir()}, folder
 
