@@ -14,8 +14,11 @@ constexpr int kBlock = 1024;
 #define SVDK_SLICE_BLOCKS 16
 #endif
 constexpr int kSliceBlocks = SVDK_SLICE_BLOCKS;
-// Candidates a slice keeps before the sweep gives up and a second one is made.
-constexpr int kCapacity = 4096;
+// Candidates a slice keeps before the sweep gives up and a second one is made; tests lower it.
+#ifndef SVDK_CAPACITY
+#define SVDK_CAPACITY 4096
+#endif
+constexpr int kCapacity = SVDK_CAPACITY;
 
 // Tokens [begin, end) of a row; begin is a multiple of kBlock.
 struct Slice {

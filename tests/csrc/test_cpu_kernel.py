@@ -97,7 +97,6 @@ FULL_ROWS = {
 }
 
 
-@pytest.mark.xfail(strict=True, reason="sums are merged by slices, whose number is that of the threads")
 @pytest.mark.parametrize("name", FULL_ROWS)
 def test_no_bit_depends_on_the_number_of_threads(name):
     """Nor on the batch: K steers every token of a full row, so that its last bit can move a token."""

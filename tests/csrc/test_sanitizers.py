@@ -59,8 +59,8 @@ PLANTED = {
     ),
     "one_slice_for_all_threads": (
         "thread",
-        Edit("cpu/sample.cpp", "SliceFindings& found = slices_[slice];\n    found = SliceFindings{};",
-             "SliceFindings& found = slices_[0];\n    found = SliceFindings{};", ("sample",)),
+        Edit("cpu/sample.cpp", "SliceFindings& found = slices_[slice];", "SliceFindings& found = slices_[0];",
+             ("sample",)),
         "ThreadSanitizer: data race",
     ),
 }  # fmt: skip
@@ -74,11 +74,17 @@ EXACTLY = "moving.largest + std::fabs(c.mu) * moving.reach > kExact"
 FIXES = {
     "plain_moments": Edit("cpu/full_sweep.h", "if (c.direction == kPlain) return;", "", PORTABLE),
     "exp_is_zero_below": Edit("cpu/blocks.h", ": -126.75f", ": -126.0f", PORTABLE),
-    "no_floor_is_not_nan": Edit(
-        "cpu/filters.cpp", "key_value(std::max(floor_key, ", "key_value((floor_key, ", FILTERS
+    "list_holds_the_cut": Edit(
+        "cpu/filters.cpp",
+        "if (!complete && (kept.mass < budget || kept.last.z < list.bound)) return false;",
+        "",
+        FILTERS,
     ),
-    "min_p_floor": Edit("cpu/filters.cpp", "std::fmax(lowest, -most)", "std::fmax(lowest, -3e38)", FILTERS),
-    "best_always_stays": Edit("cpu/filters.cpp", "if (!has_best)", "if (false)", FILTERS),
+    "min_p_floor": Edit("cpu/sample.cpp", "if (floor > filter_.floor)", "if (false)", ("sample",)),
+    "ties_by_id": Edit(
+        "cpu/filters.cpp", "(kept.last.z), kept.last.id};", "(kept.last.z), kMaxId};", FILTERS
+    ),
+    "best_always_stays": Edit("cpu/sample.cpp", "filter_.best = best_.id;", "", ("sample",)),
     "large_maxima_in_double": Edit("cpu/sweep.h", MAXIMA, "exceptional.beyond_float", PORTABLE),
     "slack_of_clamped_logits": Edit("cpu/full_sweep.h", "largest < FLT_MAX", "true", PORTABLE),
     "large_scores_in_double": Edit("cpu/full_sweep.h", EXACTLY, "false", PORTABLE),
@@ -88,12 +94,6 @@ FIXES = {
         "return c.log_p_of(top) + std::log(sum);",
         "return std::log(std::exp(c.log_p_of(top)) * sum);",
         CANDIDATES,
-    ),
-    "exact_masses": Edit(
-        "cpu/filters.cpp",
-        "list.total += std::exp((s.z - best_.score) * inverse_);",
-        "list.total = s.id < 0 ? 0 : mass_;",
-        FILTERS,
     ),
     "log_sum_apart": Edit(
         "common.h",

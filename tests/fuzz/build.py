@@ -59,7 +59,16 @@ def missing(sanitizer: str) -> str | None:
 
 def build(sanitizer: str, edit: Edit | None = None) -> Path:
     """The ``replay`` program; objects are kept between runs, by the hash of all that goes into them."""
-    flags = ["-std=c++17", "-O1", "-g1", "-pthread", "-w", "-DSVDK_SLICE_BLOCKS=1", *SANITIZERS[sanitizer]]
+    flags = [
+        "-std=c++17",
+        "-O1",
+        "-g1",
+        "-pthread",
+        "-w",
+        "-DSVDK_SLICE_BLOCKS=1",
+        "-DSVDK_CAPACITY=64",
+        *SANITIZERS[sanitizer],
+    ]
     digest = hashlib.sha256(repr((flags, compiler())).encode())
     for path in sorted(
         [*KERNELS.glob("*.h"), *KERNELS.glob("cpu/*"), *HERE.glob("*.h"), *HERE.glob("*.cpp")]
