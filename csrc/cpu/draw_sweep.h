@@ -100,7 +100,7 @@ inline void gather(const BlockDraw& s, const MassSum* mass, double seen, Nearest
       uint32_t hits = Vec::bits(Vec::ge(Vec::load(s.steered.z + i), Vec::set(from)));
       for (; hits; hits &= hits - 1) {
         const int k = i + __builtin_ctz(hits);
-        const double exact = s.exact(k);
+        const double exact = slack == 0 ? s.steered.z[k] : s.exact(k);
         if (exact < to.bound) continue;
         to.tokens.push_back({exact, s.block.begin + k});
         if (to.tokens.size() < to.room) continue;

@@ -155,9 +155,16 @@ class RowSampler {
       ShortList list;
       list.total = total;
       for (const SliceFindings& found : slices_) {
-        const Nearest& n = found.nearest;
-        list.tokens.insert(list.tokens.end(), n.tokens.begin(), n.tokens.end());
-        list.bound = std::max(list.bound, n.bound);
+        list.bound = std::max(list.bound, found.nearest.bound);
+      }
+      if (needs_mass()) {  // what is below this has less than 1 - p of the mass
+        const double nats = std::log(total.sum / row_.vocab) + std::log1p(-p_.top_p);
+        list.bound = std::max(list.bound, total.max + nats * p_.temperature);
+      }
+      for (const SliceFindings& found : slices_) {
+        for (const SteeredToken& s : found.nearest.tokens) {
+          if (s.z >= list.bound) list.tokens.push_back(s);
+        }
       }
       if (filter_candidates(list, p_)) return finish(draw_candidates(list.tokens, p_));
     }
