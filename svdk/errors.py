@@ -34,7 +34,7 @@ def out_of_memory(error: BaseException) -> bool:
     """
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
-    words = ("can't allocate memory", "not enough memory", "Cannot allocate memory")
+    words = ("can't allocate memory", "not enough memory", "Cannot allocate memory", "bad_alloc")
     return isinstance(error, (RuntimeError, OSError)) and any(text in str(error) for text in words)
 
 

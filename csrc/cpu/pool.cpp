@@ -9,6 +9,7 @@
 #include <exception>
 #include <memory>
 #include <mutex>
+#include <system_error>
 #include <thread>
 
 namespace svdk {
@@ -78,7 +79,7 @@ class Pool {
     const auto job = std::make_shared<Job>(task, count, helpers);
     {
       const std::lock_guard<std::mutex> lock(mutex_);
-      for (; threads_ < helpers; ++threads_) std::thread([this] { help(); }).detach();
+      grow(helpers);
       job_ = job;
       posted_.fetch_add(1, std::memory_order_release);
     }
@@ -94,6 +95,15 @@ class Pool {
   std::mutex& in_use() { return in_use_; }
 
  private:
+  // Where no thread can be had (out of memory, over a limit) those that are there, or the caller
+  // alone, do the work; the next call tries again.
+  void grow(int helpers) {
+    try {
+      for (; threads_ < helpers; ++threads_) std::thread([this] { help(); }).detach();
+    } catch (const std::system_error&) {
+    }
+  }
+
   void help() {
     uint64_t seen = 0;
     for (;;) {

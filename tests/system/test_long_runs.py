@@ -133,6 +133,24 @@ for room in (1, 64):
     assert done.stdout.split() == ["RuntimeError", "True", "True"] * 2
 
 
+def test_a_process_that_can_have_no_more_threads_samples_the_same():
+    code = """
+import resource, torch, svdk
+torch.set_num_threads(2)
+warm = torch.randn(8, 151936)
+svdk.steered_sample(warm[:, :1000], seed=1)
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + (1 << 20), -1))
+alone = svdk.steered_sample(warm, seed=1)
+resource.setrlimit(resource.RLIMIT_AS, (-1, -1))
+print(torch.equal(svdk.steered_sample(warm, seed=1), alone))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert (done.returncode, done.stdout.strip()) == (0, "True"), done.stderr
+
+
 @pytest.mark.parametrize(
     ("error", "expected"),
     [
