@@ -14,6 +14,8 @@ constexpr int kBlock = 1024;
 #define SVDK_SLICE_BLOCKS 16
 #endif
 constexpr int kSliceBlocks = SVDK_SLICE_BLOCKS;
+// Tokens of which a sweep that filters follow notes the largest; divides kBlock.
+constexpr int kStripe = 128;
 // Candidates a slice keeps before the sweep gives up and a second one is made; tests lower it.
 #ifndef SVDK_CAPACITY
 #define SVDK_CAPACITY 4096
@@ -40,6 +42,7 @@ struct Draw {
   static Draw of(const Parameters& p) {
     return {p.greedy() ? 1.0 : 1.0 / p.temperature, p.greedy()};
   }
+  float rate() const { return static_cast<float>(std::fmin(inverse_temperature, FLT_MAX)); }
 };
 
 // Of tokens that may be drawn: sum exp((z - max) / temperature) of their steered logits.
@@ -91,24 +94,14 @@ struct SumsOnTheWay {
 struct SteeredToken {
   double z;
   int id;
+  double mass = 0;  // exp((z - unit) / temperature), whichever unit
 };
 
-// What a draw collects on its sweep: every token whose steered logit is `bound` or more. The bound
-// rises with the maximum so far, with the mass so far and, if there is a k, with the k-th largest.
-struct Nearest {
-  double reach = kInf;       // what the bound is below the maximum
-  double below_mass = kInf;  // and below the logit that has all the mass so far (as far as known)
-  int64_t k = 0;
-  double bound = -kInf;
-  MassSum mass{-kInf, 0};
-  size_t room = kCapacity;           // tokens at which the bound is raised
-  bool overflow = false;             // there are too many of them
-  std::vector<SteeredToken> tokens;  // in order of id; some may be below the bound
-
-  // Takes in a block with this maximum and, if asked for, this mass; a slice has `seen` its share
-  // of the row.
-  void rise(double top, const MassSum* block, double seen, const Draw& draw);
-  void raise();
+// Of the steered logits (as float) of a row: the largest of every kStripe tokens, and how far these
+// may be off; the largest of all.
+struct Tops {
+  const float* of_stripes;
+  float slack, top;
 };
 
 // A range of steered logits (as float) that is looked into, and what a slice has above and in it.
@@ -117,14 +110,16 @@ struct Range {
 };
 struct RangeFindings {
   int64_t above = 0, inside = 0;
-  std::vector<SteeredToken> tokens;  // those inside, in order of id, while there is room
+  std::vector<SteeredToken> tokens;  // those inside, in order of id, while there is room; in the
+                                     // unit of their block
 };
 
 // Where the findings of a draw go; each may be null.
 struct Drawn {
   Best* best;
-  MassSum* masses;
-  Nearest* nearest;
+  MassSum* masses;  // one a block of the row
+  float* tops;      // one a stripe of the row
+  float* slack;     // with them
 };
 
 struct Partition : PartitionOf<Math, double> {
@@ -142,9 +137,9 @@ struct Sweeps {
   const char* name;
   // Step 2: sums, and with `candidates` those within log_alpha of the running maximum.
   void (*first_sweep)(const Slice&, double log_alpha, Sums&, Candidates*);
-  // Step 11: the largest steered logit if greedy, else the masses of the slice's blocks, of which
-  // the row has one every kBlock, or for step 10 the tokens of `nearest`: whatever is not null.
-  // With sums, a row that turns out invalid or base-masked is left early with the flag set.
+  // Step 11: the largest steered logit, the masses of the slice's blocks, the tops of its stripes:
+  // whatever is not null. With sums, a row that turns out invalid or base-masked is left early with
+  // the flag set.
   void (*draw_row)(const Slice&, const Constants&, const RowFilter&, const Draw&,
                    const SumsOnTheWay*, const Drawn&);
   // The token of a block (the slice) at which a share of its mass ends.
@@ -155,6 +150,10 @@ struct Sweeps {
   void (*partition)(const Slice&, const Constants&, const Strengths&, Partition*);
   // Step 9: the steered logits of a slice, within the range of a float.
   void (*steer)(const Slice&, const Constants&, float* z);
+  // Step 10: the tokens whose steered logit is `bound` or more, in order of id, in the unit of the
+  // top; false if they are more than kCapacity.
+  bool (*gather)(const Slice&, const Constants&, const Draw&, const Tops&, double bound,
+                 std::vector<SteeredToken>&);
   // Step 10: what lies above and in a range; masses are of the slice's blocks, above it and from
   // its low end up.
   void (*look_into)(const Slice&, const Constants&, const Draw&, const Range&, RangeFindings&,

@@ -8,5 +8,5 @@
 #include "filter_sweep.h"
 // clang-format on
 
-const Sweeps kSweeps = {SVDK_ARCH_NAME, first_sweep, draw_row,  token_at, moments,
-                        partition,      steer,       look_into, nth_tie};
+const Sweeps kSweeps = {SVDK_ARCH_NAME, first_sweep, draw_row, token_at,  moments,
+                        partition,      steer,       gather,   look_into, nth_tie};

@@ -7,27 +7,30 @@ constexpr float kFloatSafe = 1e15f;
 
 inline int padded(int n) { return (n + kPad - 1) / kPad * kPad; }
 
-// exp(x) for x <= 88 as 2^floor(t) * 2^fraction, t = x log2(e). The polynomial is the degree-5
-// minimax fit of 2^f on [0, 1], relative error 1.5e-7 in float; the rounding of t adds |x| * 6e-8,
-// which matters only where the result itself is negligible. Below -87.4 it is 0, which matters to
-// whoever multiplies it by more than 1e30 (logits masked with the lowest float): because t is
-// clamped to where the exponent's bits are all 0, or by the scaling of the hardware, which goes on
-// below that (there it is 0 from -104 down). NaN gives NaN, or 0 where t is clamped.
+// 2^t for t <= 127 as 2^n * 2^f, f by a polynomial of degree 5 with a relative error of 1.7e-7 in
+// float. Below -126 it loses digits and at -127 it is 0, which matters to whoever multiplies it by
+// more than 1e30 (logits masked with the lowest float): t is clamped there, or the hardware's
+// scaling goes on below that (there it is 0 from -151 down). NaN gives NaN.
+template <bool kClamp = true>
+inline Vec::F exp2(Vec::F t) {
+  using V = Vec;
+  if (kClamp || !V::kScaleSaturates) {
+    t = V::max(V::set(V::kScaleSaturates ? -151.0f : -127.0f), t);
+  }
+  V::F n;
+  const V::F f = V::fraction(t, n);
+  V::F y = V::set(V::kPower[5]);
+  for (int k = 4; k >= 0; --k) y = V::fma(y, f, V::set(V::kPower[k]));
+  return V::scale(y, n);
+}
+
+constexpr float kLog2E = 1.44269504088896341f;
+
+// exp(x) for x <= 88. The rounding of x log2(e) adds |x| * 6e-8, which matters only where the
+// result itself is negligible.
 template <bool kClamp = true>
 inline Vec::F exp(Vec::F x) {
-  using V = Vec;
-  V::F t = x * V::set(1.44269504088896341f);
-  if (kClamp || !V::kScaleSaturates) {
-    t = V::max(t, V::set(V::kScaleSaturates ? -151.0f : -126.75f));
-  }
-  const V::F f = V::fraction(t);
-  V::F y = V::set(1.8775767e-3f);
-  y = V::fma(y, f, V::set(8.989341e-3f));
-  y = V::fma(y, f, V::set(5.5826318e-2f));
-  y = V::fma(y, f, V::set(2.4015361e-1f));
-  y = V::fma(y, f, V::set(6.931531e-1f));
-  y = V::fma(y, f, V::set(9.9999994e-1f));
-  return V::scale(y, t, f);
+  return exp2<kClamp>(x * Vec::set(kLog2E));
 }
 
 // A block of one operand: where its floats are, its maximum and size, and whether all are finite.
@@ -38,11 +41,11 @@ struct Block {
   bool finite;      // no -inf, NaN, +inf, nor anything above kFloatSafe
 };
 
-// Floats of tokens [begin, begin + n): in place for whole fp32 blocks, else converted into space.
+// Floats of tokens [begin, begin + n): in place where fp32 needs no padding, else in space.
 inline const float* fetch(const void* source, DType dtype, int begin, int n, float* space) {
   if (dtype == DType::kFloat) {
     const float* p = static_cast<const float*>(source) + begin;
-    if (n == kBlock) return p;
+    if (n % kPad == 0) return p;
     std::memcpy(space, p, n * sizeof(float));
   } else {
     const uint16_t* p = static_cast<const uint16_t*>(source) + begin;
@@ -83,11 +86,11 @@ inline Block scan(const float* x, int n, int real) {
 
 // Sum of exp((x - top) rate) over n floats, a multiple of kPad.
 inline float sum_exp(const float* x, int n, float top, float rate) {
-  const Vec::F shift = Vec::set(top), by = Vec::set(rate);
+  const Vec::F shift = Vec::set(top), by = Vec::set(std::min(rate * kLog2E, FLT_MAX));
   Vec::F a = Vec::set(0.0f), b = a;
   for (int i = 0; i < n; i += 2 * Vec::N) {
-    a = a + exp((Vec::load(x + i) - shift) * by);
-    b = b + exp((Vec::load(x + i + Vec::N) - shift) * by);
+    a = a + exp2((Vec::load(x + i) - shift) * by);
+    b = b + exp2((Vec::load(x + i + Vec::N) - shift) * by);
   }
   return Vec::sum(a + b);
 }

@@ -108,14 +108,20 @@ std::vector<SteeredToken> steered_logits(const Constants& c, const std::vector<C
   return steered;
 }
 
+void weigh(std::vector<SteeredToken>& tokens, const Parameters& p) {
+  double top = -kInf;
+  for (const SteeredToken& s : tokens) top = std::fmax(top, s.z);
+  for (SteeredToken& s : tokens) s.mass = std::exp((s.z - top) / p.temperature);
+}
+
 int draw_candidates(const std::vector<SteeredToken>& tokens, const Parameters& p) {
-  Best best = Best::none();
-  for (const SteeredToken& s : tokens) best.offer(s.z, s.id);
-  if (p.greedy()) return best.id;
-  std::vector<double> masses;
-  for (const SteeredToken& s : tokens) {
-    masses.push_back(std::exp((s.z - best.score) / p.temperature));
+  if (p.greedy()) {
+    Best best = Best::none();
+    for (const SteeredToken& s : tokens) best.offer(s.z, s.id);
+    return best.id;
   }
+  std::vector<double> masses;
+  for (const SteeredToken& s : tokens) masses.push_back(s.mass);
   const double share = row_uniform(p.seed, p.offset);
   return tokens[land(masses.data(), static_cast<int>(masses.size()), share).place].id;
 }

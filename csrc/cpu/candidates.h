@@ -53,15 +53,10 @@ Partition partition_of(const RowState& state, double strength, double log_outsid
 // Step 9.
 std::vector<SteeredToken> steered_logits(const Constants& c, const std::vector<Candidate>& tokens);
 
-// The tokens to draw from, in order of id. `total` is the mass of the distribution that top-p
-// speaks of; without a maximum, that of the tokens themselves. Below `bound` some may be missing.
-struct ShortList {
-  std::vector<SteeredToken> tokens;
-  MassSum total{-kInf, 0};
-  double bound = -kInf;
-};
+// Their masses, in the unit of the largest.
+void weigh(std::vector<SteeredToken>& tokens, const Parameters& p);
 
-// Step 11: the argmax, or a draw.
+// Step 11: the argmax, or a draw from tokens in order of id.
 int draw_candidates(const std::vector<SteeredToken>& tokens, const Parameters& p);
 
 }  // namespace svdk

@@ -1,5 +1,5 @@
-// Steps 10 and 11 over a whole row: the argmax, the mass of every block, of which one is then read
-// again, the tokens that filters may keep. Included inside an architecture's namespace.
+// Step 11 over a whole row: the argmax, the mass of every block, of which one is then read again,
+// and for step 10 the largest of every stripe. Included inside an architecture's namespace.
 
 // Takes out what the filter does not keep.
 inline void filter_block(const BlockOperands& block, const RowFilter& filter, SteeredBlock& s,
@@ -41,7 +41,7 @@ struct BlockDraw {
   bool may_draw(int i) const { return i < block.n && steered.z[i] > -kFloatInf; }
   // Whether the rounding of the floats shows in their exponentials.
   bool rounded() const { return steered.slack * draw.inverse_temperature > 1e-3; }
-  float rate() const { return static_cast<float>(std::fmin(draw.inverse_temperature, FLT_MAX)); }
+  float rate() const { return draw.rate(); }
   double exact_top() const {
     double top = -kInf;
     for (int i = 0; i < block.n; ++i) {
@@ -80,36 +80,50 @@ inline MassSum mass_of(const BlockDraw& s) {
   return mass;
 }
 
-// Step 10: the tokens that the filters may keep. `seen`: the share of the row that the slice has
-// been through.
-inline void gather(const BlockDraw& s, const MassSum* mass, double seen, Nearest& to) {
-  if (to.overflow || s.steered.top == -kFloatInf) return;
-  const double slack = s.steered.slack;
-  to.rise(s.steered.top - slack, mass, seen, s.draw);
-  const auto below = [&](double z) {
-    return std::max(-FLT_MAX, std::nextafter(static_cast<float>(z - slack), -kFloatInf));
-  };
-  float from = below(to.bound);
-  if (s.steered.top < from) return;
-  for (int at = 0; at < s.block.width; at += kPad) {
-    const float* z = s.steered.z + at;
-    Vec::F top = Vec::load(z);
-    for (int i = Vec::N; i < kPad; i += Vec::N) top = Vec::max(top, Vec::load(z + i));
-    if (!Vec::bits(Vec::ge(top, Vec::set(from)))) continue;
-    for (int i = at; i < at + kPad; i += Vec::N) {
-      uint32_t hits = Vec::bits(Vec::ge(Vec::load(s.steered.z + i), Vec::set(from)));
-      for (; hits; hits &= hits - 1) {
-        const int k = i + __builtin_ctz(hits);
-        const double exact = slack == 0 ? s.steered.z[k] : s.exact(k);
-        if (exact < to.bound) continue;
-        to.tokens.push_back({exact, s.block.begin + k});
-        if (to.tokens.size() < to.room) continue;
-        to.raise();
-        if (to.overflow) return;
-        from = below(to.bound);
-      }
+inline void note_tops(const float* z, int width, float* tops) {
+  for (int at = 0; at < width; at += kStripe) {
+    const int end = std::min(at + kStripe, width);
+    Vec::F top0 = Vec::load(z + at), top1 = Vec::load(z + at + Vec::N);
+    for (int i = at + 2 * Vec::N; i < end; i += 2 * Vec::N) {
+      top0 = Vec::max(top0, Vec::load(z + i));
+      top1 = Vec::max(top1, Vec::load(z + i + Vec::N));
     }
+    tops[at / kStripe] = Vec::top(Vec::max(top0, top1));
   }
+}
+
+// A whole block of a plain row at one look: its mass relative to the maximum so far, and its tops.
+// Refuses (false) the first block, and one with NaN, +inf or a maximum that leaps up.
+inline bool weigh_once(const Slice& slice, int at, const Draw& draw, Scratch& scratch, Sums& sums,
+                       const Drawn& to) {
+  constexpr float kLeap = 16;  // exp(16) * kBlock is far from float's limits
+  if (slice.end - at < kBlock || sums.max_w == -kInf) return false;
+  const float* z = fetch(slice.row.warm, slice.row.dtype, at, kBlock, scratch.w);
+  prefetch_next(slice, at);
+  const float max = static_cast<float>(sums.max_w), rate = draw.rate();
+  const Vec::F shift = Vec::set(max), by = Vec::set(std::min(rate * kLog2E, FLT_MAX));
+  Vec::F sum0 = Vec::set(0.0f), sum1 = sum0, top = shift;
+  float tops[kBlock / kStripe];
+  for (int stripe = 0; stripe < kBlock / kStripe; ++stripe) {
+    const float* x = z + stripe * kStripe;
+    Vec::F top0 = Vec::load(x), top1 = top0;
+    for (int i = 0; i < kStripe; i += 2 * Vec::N) {
+      const Vec::F a = Vec::load(x + i), b = Vec::load(x + i + Vec::N);
+      top0 = Vec::max(top0, a);
+      top1 = Vec::max(top1, b);
+      sum0 = sum0 + exp2((a - shift) * by);
+      sum1 = sum1 + exp2((b - shift) * by);
+    }
+    top0 = Vec::max(top0, top1);
+    top = Vec::max(top, top0);
+    if (to.tops) tops[stripe] = Vec::top(top0);
+  }
+  const float largest = Vec::top(top), sum = Vec::sum(sum0 + sum1);
+  if (!(sum < kFloatInf) || !((largest - max) * rate < kLeap)) return false;
+  sums.max_w = largest;
+  to.masses[at / kBlock] = {max, sum};
+  if (to.tops) std::copy(tops, tops + kBlock / kStripe, to.tops + at / kStripe);
+  return true;
 }
 
 // Steps 1 and 2 on the way of a draw; false when the draw is to break off.
@@ -132,7 +146,10 @@ inline bool look_at(const RowLogits& row, const BlockOperands& block, const Sums
 void draw_row(const Slice& slice, const Constants& constants, const RowFilter& filter,
               const Draw& draw, const SumsOnTheWay* found, const Drawn& to) {
   Scratch scratch;
+  const bool at_once = constants.direction == kPlain && found && !found->all && to.masses &&
+                       !to.best && filter.floor == -kFloatInf;
   for (int at = slice.begin; at < slice.end; at += kBlock) {
+    if (at_once && weigh_once(slice, at, draw, scratch, found->sums, to)) continue;
     const BlockOperands block = read_block(slice, at, scratch);
     if (found && !look_at(slice.row, block, *found)) return;
     SteeredBlock steered = steered_logits(block, constants, scratch);
@@ -140,9 +157,9 @@ void draw_row(const Slice& slice, const Constants& constants, const RowFilter& f
     const BlockDraw one{constants, draw, block, steered};
     if (to.best) draw_greedy(one, *to.best);
     if (to.masses) to.masses[at / kBlock] = mass_of(one);
-    if (to.nearest) {
-      const double seen = static_cast<double>(at + block.n - slice.begin) / slice.row.vocab;
-      gather(one, to.masses ? to.masses + at / kBlock : nullptr, seen, *to.nearest);
+    if (to.tops) {
+      note_tops(steered.z, block.width, to.tops + at / kStripe);
+      *to.slack = std::max(*to.slack, steered.slack);
     }
   }
 }

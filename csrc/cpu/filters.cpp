@@ -24,81 +24,72 @@ double kth_largest(const std::vector<SteeredToken>& tokens, size_t k) {
   return z[k - 1];
 }
 
-// The last of the fewest likeliest tokens whose mass reaches a budget, and all their mass; those
-// of all tokens where it falls short.
-struct Prefix {
+uint32_t key_of(const SteeredToken& t) { return ordered_key(static_cast<float>(t.z)); }
+
+// The last of the fewest likeliest tokens whose weights reach a target, or the last of all, and the
+// sum of their weights.
+struct Share {
   SteeredToken last;
-  double mass;
+  double weight;
 };
 
-template <typename Mass>
-Prefix prefix_of(std::vector<SteeredToken> tokens, double budget, const Mass& mass_of) {
-  const auto at = [&](size_t i) { return tokens.begin() + i; };
-  size_t low = 0, high = tokens.size(), step = 64;
-  double mass = 0;
-  bool within = false;  // whether the last one is known to be in [low, high)
-  while (high - low > 64) {
-    const size_t middle = low + (within ? (high - low) / 2 : std::min(step, high - low - 1));
-    std::nth_element(at(low), at(middle), at(high), before);
-    double part = 0;
-    for (size_t i = low; i < middle; ++i) part += mass_of(tokens[i].z);
-    if (mass + part < budget) {
-      mass += part;
-      low = middle;
-      step *= 2;
-    } else {
-      high = middle;
-      within = true;
+// By bins of ordered keys, of which the one with the target is looked into again.
+template <typename Weight>
+Share share_of(std::vector<SteeredToken> tokens, double target, const Weight& weight_of) {
+  constexpr int kBinBits = 10;
+  double sum = 0;
+  for (;;) {
+    uint32_t low = ~0u, high = 0;
+    for (const SteeredToken& t : tokens) {
+      low = std::min(low, key_of(t));
+      high = std::max(high, key_of(t));
     }
+    if (tokens.size() <= 64 || low == high) break;
+    int shift = 0;
+    while ((high - low) >> shift >> kBinBits) ++shift;
+    double weights[1 << kBinBits] = {};
+    const auto bin_of = [&](const SteeredToken& t) { return (key_of(t) - low) >> shift; };
+    for (const SteeredToken& t : tokens) weights[bin_of(t)] += weight_of(t);
+    uint32_t bin = (high - low) >> shift;
+    while (bin > 0 && sum + weights[bin] < target) sum += weights[bin--];
+    drop(tokens, [&](const SteeredToken& t) { return bin_of(t) != bin; });
   }
-  std::sort(at(low), at(high), before);
-  for (size_t i = low; i < high; ++i) {
-    mass += mass_of(tokens[i].z);
-    if (!(mass < budget)) return {tokens[i], mass};
+  std::sort(tokens.begin(), tokens.end(), before);
+  for (const SteeredToken& t : tokens) {
+    sum += weight_of(t);
+    if (!(sum < target)) return {t, sum};
   }
-  return {tokens[high - 1], mass};
+  return {tokens.back(), sum};
 }
 
 }  // namespace
 
-void Nearest::rise(double top, const MassSum* block, double seen, const Draw& draw) {
-  // Rounded down, as the least that is looked at.
-  bound = std::max(bound, std::nextafter(top - reach, -kInf));
-  if (below_mass == kInf || !block) return;
-  if (block->max > mass.max) {
-    mass.sum *= std::exp((mass.max - block->max) * draw.inverse_temperature);
-    mass.max = block->max;
-  }
-  mass.sum += block->sum * std::exp((block->max - mass.max) * draw.inverse_temperature);
-  // What the whole row has is between this and this over `seen`.
-  const double logit = mass.max + std::log(mass.sum / std::sqrt(seen)) / draw.inverse_temperature;
-  bound = std::max(bound, logit - below_mass);
-}
-
-void Nearest::raise() {
-  if (k > 0) bound = std::max(bound, kth_largest(tokens, k));
-  drop(tokens, [&](const SteeredToken& s) { return s.z < bound; });
-  if (tokens.size() > room / 4 * 3) room *= 2;
-  overflow = room > kCapacity;
-  if (overflow) tokens = {};
-}
-
-Nearest nearest_for(const Parameters& p, int vocab) {
-  Nearest n;
+double filter_bound(const Parameters& p, int vocab, const std::vector<float>& tops, float slack,
+                    const MassSum& total, int attempt) {
   const bool by_k = p.top_k > 0 && p.top_k < vocab, by_p = p.top_p < 1;
-  if (by_k) {
-    n.k = p.top_k;
-    n.room = std::max<int64_t>(4 * std::min<int64_t>(p.top_k, kCapacity), 256);
-    n.overflow = p.top_k > kCapacity / 4;
-  } else if (by_p) {
-    // A rule of thumb from the logits of real models: all that is further down has less than 1 - p
-    // of the mass. (It surely has without the 1 / 32. What is found is checked.)
-    n.below_mass = p.temperature * (std::log(vocab / 32.0 + 1) - std::log1p(-p.top_p));
-  }
+  // Rounded down, as what is between the floats and the bound.
+  const auto down = [&](double z) { return std::nextafter(z - slack, -kInf); };
+  double reach = -kInf;  // of min-p
   if (p.min_p > 0 && !(by_k && by_p)) {
-    n.reach = std::min(n.reach, -p.temperature * std::log(p.min_p));
+    const double top = *std::max_element(tops.begin(), tops.end());
+    reach = down(top + p.temperature * std::log(p.min_p) * (1 + 1e-12));
   }
-  return n;
+  if (by_k) {
+    if (attempt > 0) return kNaN;
+    const size_t k = static_cast<size_t>(p.top_k);
+    if (k > tops.size()) return vocab <= kCapacity ? reach : kNaN;
+    std::vector<float> sorted = tops;
+    std::nth_element(sorted.begin(), sorted.begin() + (k - 1), sorted.end(), std::greater<float>());
+    return std::max(down(sorted[k - 1]), reach);
+  }
+  if (!by_p) return attempt > 0 ? kNaN : reach;
+  // A rule of thumb from the logits of real models: few have a token of the nucleus further below
+  // the mass of the row than the first depths. Below the last one there is less than 1 - p.
+  if (attempt > 4) return kNaN;
+  const double depth = (attempt < 4 ? 0.62 + 0.07 * attempt : 1) * std::log(vocab);
+  const double logit =
+      total.max + p.temperature * (std::log(total.sum) + std::log1p(-p.top_p) - depth);
+  return std::max(down(logit), reach);
 }
 
 bool filter_candidates(ShortList& list, const Parameters& p) {
@@ -107,9 +98,8 @@ bool filter_candidates(ShortList& list, const Parameters& p) {
   bool complete = list.bound == -kInf;
   if (tokens.empty()) return false;
   const double top = std::min_element(tokens.begin(), tokens.end(), before)->z;
-  const auto mass_of = [&](double z) { return std::exp((z - top) * inverse); };
-  double total = list.total.max == -kInf ? -1 : list.total.sum * mass_of(list.total.max);
-  if (p.top_k > 0 && static_cast<uint64_t>(p.top_k) < tokens.size()) {
+  double total = list.total;
+  if (p.top_k > 0 && static_cast<uint64_t>(p.top_k) <= tokens.size()) {
     const double kth = kth_largest(tokens, p.top_k);
     if (kth < list.bound) return false;
     drop(tokens, [&](const SteeredToken& s) { return s.z < kth; });  // ties with the k-th stay
@@ -120,7 +110,7 @@ bool filter_candidates(ShortList& list, const Parameters& p) {
   }
   if (total < 0) {
     total = 0;
-    for (const SteeredToken& s : tokens) total += mass_of(s.z);
+    for (const SteeredToken& s : tokens) total += s.mass;
   }
   if (p.min_p > 0) {
     complete |= (std::nextafter(list.bound, -kInf) - top) * inverse < lowest;
@@ -129,8 +119,8 @@ bool filter_candidates(ShortList& list, const Parameters& p) {
   }
   if (p.top_p < 1) {
     const double budget = p.top_p * total;
-    const Prefix kept = prefix_of(tokens, budget, mass_of);
-    if (!complete && (kept.mass < budget || kept.last.z < list.bound)) return false;
+    const Share kept = share_of(tokens, budget, [](const SteeredToken& t) { return t.mass; });
+    if (!complete && (kept.weight < budget || kept.last.z < list.bound)) return false;
     drop(tokens, [&](const SteeredToken& s) { return before(kept.last, s); });
     return true;
   }
@@ -194,7 +184,7 @@ void RangeSearch::choose() {
   range_ = {key_value(from), key_value(to)};
 }
 
-bool RangeSearch::narrow(const Sweeps& sweeps, const RangeFindings& found, const MassSum& above,
+bool RangeSearch::narrow(const Sweeps& sweeps, RangeFindings& found, const MassSum& above,
                          const MassSum& from) {
   const double higher = mass_of(above), all = mass_of(from);
   const int64_t count = found.above + found.inside;
@@ -209,17 +199,14 @@ bool RangeSearch::narrow(const Sweeps& sweeps, const RangeFindings& found, const
     }
     high_ = low - 1;
   } else if (static_cast<size_t>(found.inside) == found.tokens.size()) {
-    if (k_) {
-      const double kth = kth_largest(found.tokens, k_ - found.above);
-      filter_ = {static_cast<float>(kth), kMaxId};
-      kept_ = higher;
-      for (const SteeredToken& s : found.tokens) kept_ += s.z >= kth ? mass_of(s.z) : 0;
-    } else {
-      const auto mass = [this](double z) { return mass_of(z); };
-      const Prefix kept = prefix_of(found.tokens, target_ - higher, mass);
-      filter_ = {static_cast<float>(kept.last.z), kept.last.id};
-      kept_ = higher + kept.mass;
-    }
+    const double target = k_ ? static_cast<double>(k_ - found.above) : target_ - higher;
+    const Share share =
+        share_of(found.tokens, target, [&](const SteeredToken& t) { return k_ ? 1.0 : t.mass; });
+    filter_ = {static_cast<float>(share.last.z), k_ ? kMaxId : share.last.id};
+    kept_ = higher;
+    for (const SteeredToken& t : found.tokens)
+      kept_ += filter_.keeps(static_cast<float>(t.z), t.id) ? t.mass : 0;
+    listed_ = true;
     return true;
   } else if (low == high) {  // all ties
     const double each = (all - higher) / static_cast<double>(found.inside);

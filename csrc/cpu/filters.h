@@ -4,8 +4,18 @@
 
 namespace svdk {
 
-// What a sweep is to collect, so that the filters of nearly every row find all they keep in it.
-Nearest nearest_for(const Parameters& p, int vocab);
+// From which steered logit up the filters want to see all tokens of a row: what its sweep found it
+// in. Asked again, with a higher `attempt`, when these were not enough; NaN: more than a list
+// holds.
+double filter_bound(const Parameters& p, int vocab, const std::vector<float>& tops, float slack,
+                    const MassSum& total, int attempt);
+
+// The tokens to draw from, in order of id. `total` is the mass of the distribution that top-p
+// speaks of, in their unit; -1: that of the tokens themselves. Below `bound` some may be missing.
+struct ShortList {
+  std::vector<SteeredToken> tokens;
+  double total = -1, bound = -kInf;
+};
 
 // Leaves what stays, in order of id; false when the list might lack some of it.
 bool filter_candidates(ShortList& list, const Parameters& p);
@@ -25,18 +35,21 @@ class RangeSearch {
 
   bool by_k() const { return k_ > 0; }
   const Range& range() const { return range_; }
-  // Takes in what the sweeps found in the range; whether the cut is known now.
-  bool narrow(const Sweeps& sweeps, const RangeFindings& found, const MassSum& above,
+  // Takes in what the sweeps found in the range, with masses in the unit of the row; whether the
+  // cut is known now.
+  bool narrow(const Sweeps& sweeps, RangeFindings& found, const MassSum& above,
               const MassSum& from);
 
-  // The cut, and the mass from it up.
+  // The cut, the mass from it up, and whether the tokens that were listed decide on it.
   Filter filter() const { return filter_; }
   MassSum mass() const { return {unit_, kept_}; }
+  bool listed() const { return listed_; }
+  // The mass of a steered logit, or of some, in the unit of the row.
+  double mass_of(double z) const { return std::exp((z - unit_) * draw_.inverse_temperature); }
+  double mass_of(const MassSum& m) const { return m.sum > 0 ? m.sum * mass_of(m.max) : 0; }
 
  private:
   void choose();
-  double mass_of(double z) const { return std::exp((z - unit_) * draw_.inverse_temperature); }
-  double mass_of(const MassSum& m) const { return m.sum > 0 ? m.sum * mass_of(m.max) : 0; }
 
   const RowLogits& row_;
   const Constants& constants_;
@@ -50,6 +63,7 @@ class RangeSearch {
   int tries_ = 0;
   Filter filter_ = Filter::none();
   double kept_ = 0;
+  bool listed_ = false;
 };
 
 }  // namespace svdk

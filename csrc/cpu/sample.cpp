@@ -1,7 +1,6 @@
 // steered_sample: steps 1 to 12 of every row; where the whole vocabulary is in play, its logits are
 // swept once more for the draw.
 #include <algorithm>
-#include <atomic>
 #include <deque>
 #include <optional>
 
@@ -22,7 +21,7 @@ struct SliceFindings {
   Sums sums;
   Candidates candidates;
   Best best = Best::none();
-  Nearest nearest;
+  float slack = 0;
   RangeFindings range;
 };
 
@@ -44,7 +43,6 @@ class RowSampler {
     state_.constants.mu = p.strength;
     log_alpha_ = log_alpha_of(row.direction, p.alpha);
     draw_ = Draw::of(p);
-    wanted_ = nearest_for(p, row.vocab);
     if (one_sweep_) make_room();
   }
 
@@ -52,17 +50,14 @@ class RowSampler {
     if (!valid_) return;
     SliceFindings& found = slices_[slice];
     const Slice tokens = tokens_of(slice);
-    const bool filters = p_.has_filters();
-    Drawn to{draw_.greedy ? &found.best : nullptr, draw_.greedy ? nullptr : masses_.data(),
+    Drawn to{draw_.greedy ? &found.best : nullptr, draw_.greedy ? nullptr : masses_.data(), nullptr,
              nullptr};
-    if (filters && phase_ != Phase::kDraw) {
+    if (p_.has_filters() && phase_ != Phase::kDraw) {
       // Of plain rows the floats are exact; of steered ones the filters must not lose the best.
       if (row_.direction != kPlain) to.best = &found.best;
       if (!needs_mass()) to.masses = nullptr;
-      to.nearest = &found.nearest;
-      found.nearest = wanted_;
-      found.nearest.bound = kth_.load(std::memory_order_relaxed);
-      found.nearest.overflow |= overflow_.load(std::memory_order_relaxed);
+      to.tops = tops_.data();
+      to.slack = &found.slack;
     }
     const Constants& c = state_.constants;
     if (phase_ == Phase::kFirst && !one_sweep_) {
@@ -76,8 +71,6 @@ class RowSampler {
     } else {
       const SumsOnTheWay sums{found.sums, info_};
       sweeps_.draw_row(tokens, c, filter_, draw_, phase_ == Phase::kFirst ? &sums : nullptr, to);
-      if (wanted_.k > 0) raise_kth(found.nearest.bound);
-      if (found.nearest.overflow) overflow_.store(true, std::memory_order_relaxed);
     }
   }
   int slices() const { return static_cast<int>(slices_.size()); }
@@ -110,14 +103,8 @@ class RowSampler {
     return {row_, from(slice), from(slice + 1)};
   }
   // Whether the first step of the filters needs the mass of the row.
-  bool needs_mass() const { return wanted_.k == 0 && p_.top_p < 1; }
-
-  void raise_kth(double bound) {
-    double before = kth_.load(std::memory_order_relaxed);
-    while (before < bound &&
-           !kth_.compare_exchange_weak(before, bound, std::memory_order_relaxed)) {
-    }
-  }
+  bool needs_mass() const { return !by_k() && p_.top_p < 1; }
+  bool by_k() const { return p_.top_k > 0 && p_.top_k < row_.vocab; }
 
   bool after_first_sweep() {
     merge_slices();
@@ -144,27 +131,25 @@ class RowSampler {
     ShortList list;
     list.tokens = steered_logits(c, state_.candidates.tokens);
     if (info_) steered_ = sum_of(list.tokens);
+    if (!draw_.greedy) weigh(list.tokens, p_);
     if (p_.has_filters()) filter_candidates(list, p_);
     return finish(draw_candidates(list.tokens, p_));
   }
 
-  // Step 10 over the whole vocabulary, after a sweep that collected.
+  // Step 10 over the whole vocabulary, after a sweep that noted the tops of stripes.
   bool filter_row() {
     const MassSum total = needs_mass() ? sum_of(masses_) : MassSum{-kInf, 0};
-    if (!overflow_) {
-      ShortList list;
-      list.total = total;
-      for (const SliceFindings& found : slices_) {
-        list.bound = std::max(list.bound, found.nearest.bound);
-      }
-      if (needs_mass()) {  // what is below this has less than 1 - p of the mass
-        const double nats = std::log(total.sum / row_.vocab) + std::log1p(-p_.top_p);
-        list.bound = std::max(list.bound, total.max + nats * p_.temperature);
-      }
-      for (const SliceFindings& found : slices_) {
-        for (const SteeredToken& s : found.nearest.tokens) {
-          if (s.z >= list.bound) list.tokens.push_back(s);
-        }
+    Tops tops{tops_.data(), 0, *std::max_element(tops_.begin(), tops_.end())};
+    for (const SliceFindings& found : slices_) tops.slack = std::max(tops.slack, found.slack);
+    ShortList list;
+    if (needs_mass()) {
+      list.total = total.sum * std::exp((total.max - tops.top) * draw_.inverse_temperature);
+    }
+    for (int attempt = 0;; ++attempt) {
+      list.bound = filter_bound(p_, row_.vocab, tops_, tops.slack, total, attempt);
+      if (std::isnan(list.bound)) break;
+      if (!sweeps_.gather(whole(row_), state_.constants, draw_, tops, list.bound, list.tokens)) {
+        break;
       }
       if (filter_candidates(list, p_)) return finish(draw_candidates(list.tokens, p_));
     }
@@ -174,7 +159,7 @@ class RowSampler {
       top_ = best_.score;
       filter_.best = best_.id;
     }
-    if (wanted_.k > 0) return look_for(p_.top_k, 0, {top_, 0});
+    if (by_k()) return look_for(p_.top_k, 0, {top_, 0});
     if (p_.top_p < 1) return look_for(0, p_.top_p, total);
     return draw_filtered();
   }
@@ -193,10 +178,25 @@ class RowSampler {
       all.inside += one.inside;
       all.tokens.insert(all.tokens.end(), one.tokens.begin(), one.tokens.end());
     }
+    int block = -1;
+    double unit = 0;
+    for (SteeredToken& t : all.tokens) {
+      if (t.id / kBlock != block) unit = search_->mass_of(masses_[block = t.id / kBlock].max);
+      t.mass *= unit;
+    }
     if (!search_->narrow(sweeps_, all, sum_of(above_), sum_of(masses_))) return true;
     static_cast<Filter&>(filter_) = search_->filter();
     if (search_->by_k() && p_.top_p < 1) return look_for(0, p_.top_p, search_->mass());
-    return draw_filtered();
+    if (!search_->listed() || row_.direction != kPlain || min_p_floor(top_, p_) > filter_.floor) {
+      return draw_filtered();
+    }
+    // Of a plain row the masses of all that stays are known.
+    const double top = search_->mass().max;
+    for (size_t i = 0; i < masses_.size(); ++i) masses_[i] = {top, search_->mass_of(above_[i])};
+    for (const SteeredToken& t : all.tokens) {
+      if (filter_.keeps(static_cast<float>(t.z), t.id)) masses_[t.id / kBlock].sum += t.mass;
+    }
+    return finish(drawn());
   }
 
   bool draw_filtered() {
@@ -225,9 +225,11 @@ class RowSampler {
     }
   }
 
-  // For the masses of the row's blocks.
+  // For the masses of the row's blocks and the tops of its stripes.
   bool make_room() {
-    if (!draw_.greedy) masses_.assign((row_.vocab + kBlock - 1) / kBlock, {-kInf, 0});
+    if (draw_.greedy) return true;
+    masses_.assign((row_.vocab + kBlock - 1) / kBlock, {-kInf, 0});
+    if (p_.has_filters()) tops_.assign((row_.vocab + kStripe - 1) / kStripe, -kFloatInf);
     return true;
   }
 
@@ -316,10 +318,8 @@ class RowSampler {
   Phase phase_ = Phase::kFirst;
   double log_alpha_ = -kInf, top_ = -kInf;
   Draw draw_;
-  Nearest wanted_;
-  std::atomic<double> kth_{-kInf};  // at least k tokens of the row are at or above it
-  std::atomic<bool> overflow_{false};
   std::vector<MassSum> masses_, above_;
+  std::vector<float> tops_;
   std::optional<RangeSearch> search_;
   RowFilter filter_;
   RowState state_;

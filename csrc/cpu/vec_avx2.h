@@ -5,17 +5,23 @@ struct Vec {
   using Mask = __m256;
   static constexpr int N = 8;
   static constexpr bool kScaleSaturates = false;  // scale() takes any exponent, and NaN
+  // Of 2^f on [-1/2, 1/2], the minimax fit whose value at 0 is 1.
+  static constexpr float kPower[] = {1.0f,          6.931470e-1f, 2.4022242e-1f,
+                                     5.5507336e-2f, 9.671513e-3f, 1.3264727e-3f};
 
   static F load(const float* p) { return _mm256_loadu_ps(p); }
   static void store(float* p, F x) { _mm256_storeu_ps(p, x); }
   static F set(float x) { return _mm256_set1_ps(x); }
   static F max(F a, F b) { return _mm256_max_ps(a, b); }
   static F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
-  static F fraction(F t) { return t - _mm256_floor_ps(t); }
-  static F scale(F x, F t, F f) {  // x * 2^(t - f)
-    const U n = _mm256_cvtps_epi32(t - f);
-    const U e = _mm256_slli_epi32(_mm256_add_epi32(n, _mm256_set1_epi32(127)), 23);
-    return _mm256_mul_ps(x, _mm256_castsi256_ps(e));
+  // t less the nearest integer, and n as scale() takes it: that integer + 127 in its lowest bits.
+  static F fraction(F t, F& n) {
+    const F magic = set(12583039.0f);  // 1.5 * 2^23 + 127
+    n = t + magic;
+    return t - (n - magic);
+  }
+  static F scale(F x, F n) {  // for integers from -127 (0 is the result) to 127
+    return x * _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(n), 23));
   }
   static Mask ge(F a, F b) { return _mm256_cmp_ps(a, b, _CMP_GE_OQ); }
   static F select(Mask m, F yes, F no) { return _mm256_blendv_ps(no, yes, m); }

@@ -4,14 +4,21 @@ struct Vec {
   using Mask = __mmask16;
   static constexpr int N = 16;
   static constexpr bool kScaleSaturates = true;  // scale() takes any exponent, and NaN
+  // Of 2^f on [0, 1], the minimax fit.
+  static constexpr float kPower[] = {9.9999994e-1f, 6.931531e-1f, 2.4015361e-1f,
+                                     5.5826318e-2f, 8.989341e-3f, 1.8775767e-3f};
 
   static F load(const float* p) { return _mm512_loadu_ps(p); }
   static void store(float* p, F x) { _mm512_storeu_ps(p, x); }
   static F set(float x) { return _mm512_set1_ps(x); }
   static F max(F a, F b) { return _mm512_max_ps(a, b); }
   static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
-  static F fraction(F t) { return _mm512_reduce_ps(t, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC); }
-  static F scale(F x, F t, F) { return _mm512_scalef_ps(x, t); }  // floors t by itself
+  // t less its floor, and n as scale() takes it.
+  static F fraction(F t, F& n) {
+    n = t;
+    return _mm512_reduce_ps(t, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+  }
+  static F scale(F x, F n) { return _mm512_scalef_ps(x, n); }  // floors n by itself
   static Mask ge(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_GE_OQ); }
   static F select(Mask m, F yes, F no) { return _mm512_mask_blend_ps(m, no, yes); }
   // Through a general register: gcc 12 may spill a widened mask as 16 bits and read 32 back.

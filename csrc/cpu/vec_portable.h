@@ -6,6 +6,9 @@ struct Vec {
   typedef int32_t Mask __attribute__((vector_size(16)));
   static constexpr int N = 4;
   static constexpr bool kScaleSaturates = false;  // scale() takes any exponent, and NaN
+  // Of 2^f on [-1/2, 1/2], the minimax fit whose value at 0 is 1.
+  static constexpr float kPower[] = {1.0f,          6.931470e-1f, 2.4022242e-1f,
+                                     5.5507336e-2f, 9.671513e-3f, 1.3264727e-3f};
 
   static F load(const float* p) {
     F x;
@@ -16,14 +19,13 @@ struct Vec {
   static F set(float x) { return F{x, x, x, x}; }
   static F max(F a, F b) { return a > b ? a : b; }
   static F fma(F a, F b, F c) { return a * b + c; }
-  static F fraction(F t) {
-    const F magic = set(12582912.0f);  // 1.5 * 2^23: adding it leaves only the integer part
-    return t - ((t - 0.5f + magic) - magic);
+  // t less the nearest integer, and n as scale() takes it: that integer + 127 in its lowest bits.
+  static F fraction(F t, F& n) {
+    const F magic = set(12583039.0f);  // 1.5 * 2^23 + 127
+    n = t + magic;
+    return t - (n - magic);
   }
-  static F scale(F x, F t, F f) {  // x * 2^(t - f)
-    const U e = ((U) __builtin_convertvector(t - f, Mask) + 127u) << 23;
-    return x * (F)e;
-  }
+  static F scale(F x, F n) { return x * (F)((U)n << 23); }  // for -127 (0 is the result) to 127
   static Mask ge(F a, F b) { return a >= b; }
   static F select(Mask m, F yes, F no) { return m ? yes : no; }
   static uint32_t bits(Mask m) { return (m[0] & 1u) | (m[1] & 2u) | (m[2] & 4u) | (m[3] & 8u); }
