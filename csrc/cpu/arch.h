@@ -106,12 +106,11 @@ struct Tops {
 
 // A range of steered logits (as float) that is looked into, and what a slice has above and in it.
 struct Range {
-  float low, high;
+  float low, high, unit;
 };
 struct RangeFindings {
   int64_t above = 0, inside = 0;
-  std::vector<SteeredToken> tokens;  // those inside, in order of id, while there is room; in the
-                                     // unit of their block
+  std::vector<SteeredToken> tokens;  // those inside, in order of id, while there is room
 };
 
 // Where the findings of a draw go; each may be null.

@@ -64,9 +64,10 @@ inline const float* fetch(const void* source, DType dtype, int begin, int n, flo
 
 // Maximum and finiteness of n floats (a multiple of kPad); the sum of squares is NaN or above
 // kFloatSafe^2 when something is not finite or beyond kFloatSafe, which the slow paths handle.
-inline Block scan(const float* x, int n, int real) {
+inline Block scan(const float* x, int n, int real, int ahead = 0) {
   Vec::F top0 = Vec::load(x), top1 = top0, square0 = Vec::set(0.0f), square1 = square0;
   for (int i = 0; i < n; i += 2 * Vec::N) {
+    __builtin_prefetch(x + i + ahead);
     const Vec::F a = Vec::load(x + i), b = Vec::load(x + i + Vec::N);
     top0 = Vec::max(top0, a);
     top1 = Vec::max(top1, b);
@@ -104,15 +105,18 @@ struct BlockSums {
 // With kMinusInf, -inf may occur in either operand; without it, anything not finite makes cross,
 // z_w or z_b not finite, so that the caller needs no look at the operands beforehand.
 template <bool kMinusInf>
-inline BlockSums block_sums(const float* w, const float* b, int n, float max_w, float max_b) {
+inline BlockSums block_sums(const float* w, const float* b, int n, float max_w, float max_b,
+                            int ahead = 0) {
   using V = Vec;
   const V::F shift_w = V::set(max_w), shift_b = V::set(max_b), zero = V::set(0.0f);
   const V::F lowest = V::set(-FLT_MAX);
-  V::F z_w[2] = {zero, zero}, z_b[2] = {zero, zero}, u[2] = {zero, zero}, cross[2] = {zero, zero};
-  V::F top_w[2] = {lowest, lowest}, top_b[2] = {lowest, lowest};
+  // One accumulator each: with more, the constants of exp() would leave the registers.
+  V::F z_w = zero, z_b = zero, u = zero, cross = zero, top_w = lowest, top_b = lowest;
   for (int i = 0; i < n; i += 2 * V::N) {
-    for (int k = 0; k < 2; ++k) {
-      const V::F x = V::load(w + i + k * V::N), y = V::load(b + i + k * V::N);
+    __builtin_prefetch(w + i + ahead);
+    __builtin_prefetch(b + i + ahead);
+    for (int at = i; at < i + 2 * V::N; at += V::N) {
+      const V::F x = V::load(w + at), y = V::load(b + at);
       const V::F dx = x - shift_w, dy = y - shift_b;
       V::F ex = exp<kMinusInf>(dx), ey = exp<kMinusInf>(dy), d = dx - dy;
       if (kMinusInf) {
@@ -121,23 +125,19 @@ inline BlockSums block_sums(const float* w, const float* b, int n, float max_w, 
         ex = V::select(has_w, ex, zero);
         ey = V::select(has_b, ey, zero);
         d = V::select(ok, d, zero);
-        u[k] = u[k] + V::select(ok, ex, zero);
+        u = u + V::select(ok, ex, zero);
       } else {
-        top_w[k] = V::max(top_w[k], x);
-        top_b[k] = V::max(top_b[k], y);
+        top_w = V::max(top_w, x);
+        top_b = V::max(top_b, y);
       }
-      z_w[k] = z_w[k] + ex;
-      z_b[k] = z_b[k] + ey;
-      cross[k] = V::fma(ex, d, cross[k]);
+      z_w = z_w + ex;
+      z_b = z_b + ey;
+      cross = V::fma(ex, d, cross);
     }
   }
-  const float total = V::sum(z_w[0] + z_w[1]);
-  return {total,
-          V::sum(z_b[0] + z_b[1]),
-          kMinusInf ? V::sum(u[0] + u[1]) : total,
-          V::sum(cross[0] + cross[1]),
-          V::top(V::max(top_w[0], top_w[1])),
-          V::top(V::max(top_b[0], top_b[1]))};
+  const float total = V::sum(z_w);
+  return {total,         V::sum(z_b),   kMinusInf ? V::sum(u) : total,
+          V::sum(cross), V::top(top_w), V::top(top_b)};
 }
 
 // What a block with NaN, infinities or values beyond kFloatSafe holds; the vector loops leave these

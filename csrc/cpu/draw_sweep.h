@@ -99,7 +99,7 @@ inline bool weigh_once(const Slice& slice, int at, const Draw& draw, Scratch& sc
   constexpr float kLeap = 16;  // exp(16) * kBlock is far from float's limits
   if (slice.end - at < kBlock || sums.max_w == -kInf) return false;
   const float* z = fetch(slice.row.warm, slice.row.dtype, at, kBlock, scratch.w);
-  prefetch_next(slice, at);
+  const int ahead = ahead_of(slice, at);
   const float max = static_cast<float>(sums.max_w), rate = draw.rate();
   const Vec::F shift = Vec::set(max), by = Vec::set(std::min(rate * kLog2E, FLT_MAX));
   Vec::F sum0 = Vec::set(0.0f), sum1 = sum0, top = shift;
@@ -108,6 +108,7 @@ inline bool weigh_once(const Slice& slice, int at, const Draw& draw, Scratch& sc
     const float* x = z + stripe * kStripe;
     Vec::F top0 = Vec::load(x), top1 = top0;
     for (int i = 0; i < kStripe; i += 2 * Vec::N) {
+      __builtin_prefetch(x + i + ahead);
       const Vec::F a = Vec::load(x + i), b = Vec::load(x + i + Vec::N);
       top0 = Vec::max(top0, a);
       top1 = Vec::max(top1, b);

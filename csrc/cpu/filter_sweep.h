@@ -1,45 +1,45 @@
 // Step 10 over a whole row that was swept: the tokens from a bound up, if these are few; else what
 // lies above and in a range of steered logits. Included inside an architecture's namespace.
 
-// Part of a block as float, with how far it may be off, padded.
-struct Part {
-  const float* z;
-  int begin, width;
-  float slack;
-};
-
 inline float below(double bound, float slack) {
   return std::max(-FLT_MAX, std::nextafter(static_cast<float>(bound - slack), -kFloatInf));
 }
 
-// Those of a part that are `bound` or more, without their mass.
-inline void take(const Part& part, const RowLogits& row, const Constants& c, double bound,
-                 std::vector<SteeredToken>& tokens) {
-  const Vec::F from = Vec::set(below(bound, part.slack));
-  for (int i = 0; i < part.width; i += Vec::N) {
-    uint32_t hits = Vec::bits(Vec::ge(Vec::load(part.z + i), from));
-    for (; hits; hits &= hits - 1) {
-      const int k = i + __builtin_ctz(hits), id = part.begin + k;
-      const double z =
-          part.slack == 0 ? part.z[k] : c.steered_logit(row.warm_at(id), row.other_at(id));
-      if (z >= bound) tokens.push_back({z, id});
-    }
+// Tokens of a block, at first only their steered logits as float.
+struct Picked {
+  alignas(64) float z[kBlock + Vec::N], id[kBlock + Vec::N];  // ids as bits
+  int count;
+
+  int id_at(int i) const { return static_cast<int>(float_bits(id[i])); }
+};
+
+// Those from `low` to below `over`. With kSparse most vectors have none of them; else there is no
+// branch a vector, which would be foretold badly.
+template <bool kSparse>
+inline void pick(const float* z, int begin, int width, Vec::F low, Vec::F over, Picked& to) {
+  to.count = 0;
+  for (int i = 0; i < width; i += Vec::N) {
+    const Vec::F x = Vec::load(z + i);
+    const uint32_t bits = Vec::bits(Vec::ge(x, low)) & ~Vec::bits(Vec::ge(x, over));
+    if (kSparse && !bits) continue;
+    Vec::store(to.z + to.count, Vec::squeeze(x, bits));
+    Vec::store(to.id + to.count, Vec::squeeze(Vec::count_up(begin + i), bits));
+    to.count += __builtin_popcount(bits);
   }
 }
 
-// Their masses; `exact`: their steered logits are more than floats.
-inline void weigh(std::vector<SteeredToken>& tokens, const Draw& draw, float unit, bool exact) {
-  if (exact) {
-    for (SteeredToken& t : tokens) t.mass = std::exp((t.z - unit) * draw.inverse_temperature);
-    return;
-  }
+// Appends what was picked, with masses from these floats.
+inline void append(Picked& picked, const Draw& draw, float unit,
+                   std::vector<SteeredToken>& tokens) {
   const Vec::F shift = Vec::set(unit), by = Vec::set(std::min(draw.rate() * kLog2E, FLT_MAX));
-  alignas(64) float x[Vec::N];
-  for (size_t at = 0; at < tokens.size(); at += Vec::N) {
-    const int n = static_cast<int>(std::min<size_t>(Vec::N, tokens.size() - at));
-    for (int k = 0; k < Vec::N; ++k) x[k] = static_cast<float>(tokens[at + std::min(k, n - 1)].z);
-    Vec::store(x, exp2((Vec::load(x) - shift) * by));
-    for (int k = 0; k < n; ++k) tokens[at + k].mass = x[k];
+  float mass[kBlock + Vec::N];
+  for (int i = 0; i < picked.count; i += Vec::N) {
+    Vec::store(mass + i, exp2((Vec::load(picked.z + i) - shift) * by));
+  }
+  const size_t before = tokens.size();
+  tokens.resize(before + picked.count);
+  for (int i = 0; i < picked.count; ++i) {
+    tokens[before + i] = {picked.z[i], picked.id_at(i), mass[i]};
   }
 }
 
@@ -62,76 +62,114 @@ bool gather(const Slice& slice, const Constants& c, const Draw& draw, const Tops
   }
   tokens.clear();
   Scratch scratch;
+  Picked picked;
   SteeredBlock steered{nullptr, 0, 0};
   int block = -1;
+  const Vec::F never = Vec::set(kFloatInf);
   for (int i = 0; i < count; ++i) {
     const int at = stripes[i], n = std::min(kStripe, slice.end - at);
     if (c.direction == kPlain) {  // these floats are exact
       constexpr int kAhead = 3;
       if (i + kAhead < count) prefetch_stripe(row, stripes[i + kAhead]);
       const float* z = fetch(row.warm, row.dtype, at, n, scratch.w);
-      take({z, at, padded(n), 0.0f}, row, c, bound, tokens);
+      pick<true>(z, at, padded(n), Vec::set(std::nextafter(from, kFloatInf)), never, picked);
+      append(picked, draw, tops.top, tokens);
     } else {
       if (at / kBlock != block) {
         block = at / kBlock;
         steered = steered_logits(read_block(slice, block * kBlock, scratch), c, scratch);
       }
-      take({steered.z + at % kBlock, at, padded(n), steered.slack}, row, c, bound, tokens);
+      const Vec::F low = Vec::set(below(bound, steered.slack));
+      pick<true>(steered.z + at % kBlock, at, padded(n), low, never, picked);
+      for (int k = 0; k < picked.count; ++k) {
+        const int id = picked.id_at(k);
+        const double z = c.steered_logit(row.warm_at(id), row.other_at(id));
+        if (z >= bound)
+          tokens.push_back({z, id, std::exp((z - tops.top) * draw.inverse_temperature)});
+      }
     }
     if (tokens.size() > static_cast<size_t>(kCapacity)) return false;
   }
-  weigh(tokens, draw, tops.top, c.direction != kPlain);
   return true;
+}
+
+// The bounds of a range as the vector loops take them: what is above is `over` or more.
+struct RangeBounds {
+  Vec::F low, over;
+  explicit RangeBounds(const Range& range)
+      : low(Vec::set(range.low)), over(Vec::set(std::nextafter(range.high, kFloatInf))) {}
+};
+
+// Those of a block inside the range.
+inline void list(const BlockDraw& one, const RangeBounds& range, float unit,
+                 std::vector<SteeredToken>& tokens) {
+  const int begin = one.block.begin;
+  Picked picked;
+  pick<false>(one.steered.z, begin, one.block.width, range.low, range.over, picked);
+  if (!one.rounded()) return append(picked, one.draw, unit, tokens);
+  for (int i = 0; i < picked.count; ++i) {
+    const int id = picked.id_at(i);
+    tokens.push_back({picked.z[i], id, one.exact_mass(id - begin, unit)});
+  }
+}
+
+// What a block has above the range, and from its low end up: masses in the unit of its top,
+// numbers.
+struct BlockShares {
+  double mass_above = 0, mass_from = 0;
+  int above = 0, from = 0;
+};
+
+inline BlockShares shares_of(const BlockDraw& one, const RangeBounds& range, double top) {
+  BlockShares all;
+  const bool rounded = one.rounded();
+  const Vec::F shift = Vec::set(one.steered.top), zero = Vec::set(0.0f);
+  const Vec::F by = Vec::set(std::min(one.rate() * kLog2E, FLT_MAX));
+  Vec::F sum_above = zero, sum_from = zero;
+  for (int i = 0; i < one.block.width; i += Vec::N) {
+    const Vec::F z = Vec::load(one.steered.z + i);
+    const Vec::Mask is_from = Vec::ge(z, range.low), is_above = Vec::ge(z, range.over);
+    all.from += __builtin_popcount(Vec::bits(is_from));
+    all.above += __builtin_popcount(Vec::bits(is_above));
+    if (!rounded) {
+      const Vec::F e = Vec::select(is_from, exp2((z - shift) * by), zero);
+      sum_from = sum_from + e;
+      sum_above = sum_above + Vec::select(is_above, e, zero);
+      continue;
+    }
+    for (uint32_t rest = Vec::bits(is_from); rest; rest &= rest - 1) {
+      const int k = __builtin_ctz(rest);
+      const double mass = one.exact_mass(i + k, top);
+      all.mass_from += mass;
+      if ((Vec::bits(is_above) >> k) & 1) all.mass_above += mass;
+    }
+  }
+  if (!rounded) {
+    all.mass_from = Vec::sum(sum_from);
+    all.mass_above = Vec::sum(sum_above);
+  }
+  return all;
 }
 
 void look_into(const Slice& slice, const Constants& c, const Draw& draw, const Range& range,
                RangeFindings& found, MassSum* above, MassSum* from) {
   Scratch scratch;
-  const Vec::F low = Vec::set(range.low), zero = Vec::set(0.0f);
-  const Vec::F over = Vec::set(std::nextafter(range.high, kFloatInf));
-  float mass[Vec::N];
+  const RangeBounds bounds(range);
   for (int at = slice.begin; at < slice.end; at += kBlock) {
     const BlockOperands block = read_block(slice, at, scratch);
     const SteeredBlock s = steered_logits(block, c, scratch);
-    MassSum &higher = above[at / kBlock], &all = from[at / kBlock];
-    higher = all = {-kInf, 0};
+    above[at / kBlock] = from[at / kBlock] = {-kInf, 0};
     if (s.top < range.low) continue;
     const BlockDraw one{c, draw, block, s};
-    const bool rounded = one.rounded();
-    const double top = higher.max = all.max = rounded ? one.exact_top() : s.top;
-    const Vec::F shift = Vec::set(s.top);
-    const Vec::F rate = Vec::set(std::min(one.rate() * kLog2E, FLT_MAX));
-    Vec::F sum_above = zero, sum_from = zero;
-    for (int i = 0; i < block.width; i += Vec::N) {
-      const Vec::F z = Vec::load(s.z + i);
-      const Vec::Mask is_from = Vec::ge(z, low), is_above = Vec::ge(z, over);
-      const uint32_t bits_above = Vec::bits(is_above);
-      uint32_t inside = Vec::bits(is_from) & ~bits_above;
-      found.above += __builtin_popcount(bits_above);
-      found.inside += __builtin_popcount(inside);
-      if (rounded) {
-        for (int k = 0; k < Vec::N; ++k) {
-          const bool here = ((inside | bits_above) >> k) & 1;
-          const double mass = here ? one.exact_mass(i + k, top) : 0.0;
-          all.sum += mass;
-          if ((bits_above >> k) & 1) higher.sum += mass;
-        }
-      } else {
-        const Vec::F e = exp2((z - shift) * rate);
-        sum_above = sum_above + Vec::select(is_above, e, zero);
-        sum_from = sum_from + Vec::select(is_from, e, zero);
-        if (inside) Vec::store(mass, e);
-      }
-      if (found.tokens.size() > static_cast<size_t>(kCapacity)) continue;
-      for (; inside; inside &= inside - 1) {
-        const int k = __builtin_ctz(inside);
-        const double its = rounded ? one.exact_mass(i + k, top) : mass[k];
-        found.tokens.push_back({s.z[i + k], block.begin + i + k, its});
-      }
+    const double top = one.rounded() ? one.exact_top() : s.top;
+    const BlockShares shares = shares_of(one, bounds, top);
+    above[at / kBlock] = {top, shares.mass_above};
+    from[at / kBlock] = {top, shares.mass_from};
+    found.above += shares.above;
+    found.inside += shares.from - shares.above;
+    if (shares.from > shares.above && found.tokens.size() <= static_cast<size_t>(kCapacity)) {
+      list(one, bounds, range.unit, found.tokens);
     }
-    if (rounded) continue;
-    higher.sum = Vec::sum(sum_above);
-    all.sum = Vec::sum(sum_from);
   }
 }
 

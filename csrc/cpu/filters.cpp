@@ -33,26 +33,44 @@ struct Share {
   double weight;
 };
 
+using Lists = std::vector<const std::vector<SteeredToken>*>;
+
 // By bins of ordered keys, of which the one with the target is looked into again.
 template <typename Weight>
-Share share_of(std::vector<SteeredToken> tokens, double target, const Weight& weight_of) {
+Share share_of(Lists lists, double target, const Weight& weight_of) {
   constexpr int kBinBits = 10;
+  std::vector<SteeredToken> tokens, some;
   double sum = 0;
-  for (;;) {
+  for (bool few = false; !few;) {
     uint32_t low = ~0u, high = 0;
-    for (const SteeredToken& t : tokens) {
-      low = std::min(low, key_of(t));
-      high = std::max(high, key_of(t));
+    size_t count = 0;
+    for (const auto* list : lists) {
+      count += list->size();
+      for (const SteeredToken& t : *list) {
+        low = std::min(low, key_of(t));
+        high = std::max(high, key_of(t));
+      }
     }
-    if (tokens.size() <= 64 || low == high) break;
+    few = count <= 64 || low == high;
     int shift = 0;
     while ((high - low) >> shift >> kBinBits) ++shift;
-    double weights[1 << kBinBits] = {};
     const auto bin_of = [&](const SteeredToken& t) { return (key_of(t) - low) >> shift; };
-    for (const SteeredToken& t : tokens) weights[bin_of(t)] += weight_of(t);
     uint32_t bin = (high - low) >> shift;
-    while (bin > 0 && sum + weights[bin] < target) sum += weights[bin--];
-    drop(tokens, [&](const SteeredToken& t) { return bin_of(t) != bin; });
+    if (!few) {
+      double weights[1 << kBinBits] = {};
+      for (const auto* list : lists) {
+        for (const SteeredToken& t : *list) weights[bin_of(t)] += weight_of(t);
+      }
+      while (bin > 0 && sum + weights[bin] < target) sum += weights[bin--];
+    }
+    some.clear();
+    for (const auto* list : lists) {
+      for (const SteeredToken& t : *list) {
+        if (few || bin_of(t) == bin) some.push_back(t);
+      }
+    }
+    std::swap(tokens, some);
+    lists = {&tokens};
   }
   std::sort(tokens.begin(), tokens.end(), before);
   for (const SteeredToken& t : tokens) {
@@ -119,7 +137,7 @@ bool filter_candidates(ShortList& list, const Parameters& p) {
   }
   if (p.top_p < 1) {
     const double budget = p.top_p * total;
-    const Share kept = share_of(tokens, budget, [](const SteeredToken& t) { return t.mass; });
+    const Share kept = share_of({&tokens}, budget, [](const SteeredToken& t) { return t.mass; });
     if (!complete && (kept.weight < budget || kept.last.z < list.bound)) return false;
     drop(tokens, [&](const SteeredToken& s) { return before(kept.last, s); });
     return true;
@@ -156,10 +174,9 @@ RangeSearch::RangeSearch(const RowLogits& row, const Constants& c, const Draw& d
     const int begin = static_cast<int>(static_cast<int64_t>(row.vocab) * place / kPlaces);
     for (int id = begin; id < std::min(begin + kEach, row.vocab); ++id) {
       const float z = static_cast<float>(c.steered_logit(row.warm_at(id), row.other_at(id)));
-      if (z >= floor && is_finite(z)) sample_.push_back(z);
+      if (z >= floor && is_finite(z)) sample_.push_back({z, id, k > 0 ? 1.0 : mass_of(z)});
     }
   }
-  std::sort(sample_.begin(), sample_.end(), std::greater<float>());
   choose();
 }
 
@@ -168,51 +185,66 @@ void RangeSearch::choose() {
   uint32_t from = low_ + (high_ - low_ + 1) / 2, to = high_;
   const int size = static_cast<int>(sample_.size());
   if (tries_ < 3 && size > 0) {
-    int place = static_cast<int>(static_cast<double>(k_) / row_.vocab * size);
+    const auto mass = [](const SteeredToken& t) { return t.mass; };
+    double place = static_cast<double>(k_) / row_.vocab * size;
     if (k_ == 0) {
-      double all = 0, reached = 0;
-      for (float z : sample_) all += mass_of(z);
-      while (place < size - 1 && reached < share_ * all) reached += mass_of(sample_[place++]);
+      double all = 0;
+      for (const SteeredToken& t : sample_) all += t.mass;
+      const double cut = share_of({&sample_}, share_ * all, mass).last.z;
+      place = static_cast<double>(std::count_if(sample_.begin(), sample_.end(),
+                                                [&](const SteeredToken& t) { return t.z > cut; }));
     }
-    const double deviation = std::sqrt(place * (1 - static_cast<double>(place) / size));
-    const int wide = static_cast<int>(3 * deviation + 2) << 2 * tries_;
-    to = place < wide ? high_ : std::min(high_, ordered_key(sample_[place - wide]));
-    from = place + wide < size ? std::max(low_, ordered_key(sample_[place + wide])) : low_;
+    const double deviation = std::sqrt(place * (1 - place / size));
+    const int wide = static_cast<int>(2.5 * deviation + 2) << 2 * tries_;
+    const auto key_at = [&](int i) {  // of the i-th largest
+      std::nth_element(sample_.begin(), sample_.begin() + i, sample_.end(), before);
+      return key_of(sample_[i]);
+    };
+    const int first = static_cast<int>(place) - wide, last = static_cast<int>(place) + wide;
+    to = first < 0 ? high_ : std::min(high_, key_at(first));
+    from = last < size ? std::max(low_, key_at(last)) : low_;
     if (from > to) from = low_, to = high_;
   }
   ++tries_;
-  range_ = {key_value(from), key_value(to)};
+  range_ = {key_value(from), key_value(to), static_cast<float>(unit_)};
 }
 
-bool RangeSearch::narrow(const Sweeps& sweeps, RangeFindings& found, const MassSum& above,
-                         const MassSum& from) {
+bool RangeSearch::narrow(const Sweeps& sweeps, const std::vector<const RangeFindings*>& slices,
+                         const MassSum& above, const MassSum& from) {
+  int64_t n_above = 0, n_inside = 0, n_listed = 0;
+  Lists lists;
+  for (const RangeFindings* found : slices) {
+    n_above += found->above;
+    n_inside += found->inside;
+    n_listed += static_cast<int64_t>(found->tokens.size());
+    if (!found->tokens.empty()) lists.push_back(&found->tokens);
+  }
   const double higher = mass_of(above), all = mass_of(from);
-  const int64_t count = found.above + found.inside;
   const uint32_t low = ordered_key(range_.low), high = ordered_key(range_.high);
-  if (found.above > 0 && (k_ ? found.above >= k_ : higher >= target_)) {
+  if (n_above > 0 && (k_ ? n_above >= k_ : higher >= target_)) {
     low_ = high + 1;
-  } else if ((k_ ? count < k_ : all < target_) || found.inside == 0) {
+  } else if ((k_ ? n_above + n_inside < k_ : all < target_) || n_inside == 0) {
     if (low == low_) {  // everything stays
       filter_ = {range_.low, kMaxId};
       kept_ = all;
       return true;
     }
     high_ = low - 1;
-  } else if (static_cast<size_t>(found.inside) == found.tokens.size()) {
-    const double target = k_ ? static_cast<double>(k_ - found.above) : target_ - higher;
+  } else if (n_inside == n_listed) {
+    const double target = k_ ? static_cast<double>(k_ - n_above) : target_ - higher;
     const Share share =
-        share_of(found.tokens, target, [&](const SteeredToken& t) { return k_ ? 1.0 : t.mass; });
+        share_of(lists, target, [&](const SteeredToken& t) { return k_ ? 1.0 : t.mass; });
     filter_ = {static_cast<float>(share.last.z), k_ ? kMaxId : share.last.id};
-    kept_ = higher;
-    for (const SteeredToken& t : found.tokens)
-      kept_ += filter_.keeps(static_cast<float>(t.z), t.id) ? t.mass : 0;
+    kept_ = higher + (k_ ? 0 : share.weight);
+    for (const auto* list : k_ ? lists : Lists()) {
+      for (const SteeredToken& t : *list) kept_ += t.z >= filter_.floor ? t.mass : 0;
+    }
     listed_ = true;
     return true;
   } else if (low == high) {  // all ties
-    const double each = (all - higher) / static_cast<double>(found.inside);
-    const double ties = std::ceil((target_ - higher) / each),
-                 most = static_cast<double>(found.inside);
-    const int64_t n = k_ ? found.inside : static_cast<int64_t>(std::fmin(std::fmax(ties, 1), most));
+    const double each = (all - higher) / static_cast<double>(n_inside);
+    const double ties = std::ceil((target_ - higher) / each), most = static_cast<double>(n_inside);
+    const int64_t n = k_ ? n_inside : static_cast<int64_t>(std::fmin(std::fmax(ties, 1), most));
     filter_ = {range_.low, sweeps.nth_tie(whole(row_), constants_, range_.low, n)};
     kept_ = higher + static_cast<double>(n) * each;
     return true;

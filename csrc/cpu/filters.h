@@ -37,8 +37,8 @@ class RangeSearch {
   const Range& range() const { return range_; }
   // Takes in what the sweeps found in the range, with masses in the unit of the row; whether the
   // cut is known now.
-  bool narrow(const Sweeps& sweeps, RangeFindings& found, const MassSum& above,
-              const MassSum& from);
+  bool narrow(const Sweeps& sweeps, const std::vector<const RangeFindings*>& slices,
+              const MassSum& above, const MassSum& from);
 
   // The cut, the mass from it up, and whether the tokens that were listed decide on it.
   Filter filter() const { return filter_; }
@@ -59,7 +59,7 @@ class RangeSearch {
   double unit_, target_;  // the steered logit whose mass counts 1, and the mass that is looked for
   uint32_t low_, high_;   // keys between which the cut is
   Range range_;
-  std::vector<float> sample_;  // the largest first
+  std::vector<SteeredToken> sample_;
   int tries_ = 0;
   Filter filter_ = Filter::none();
   double kept_ = 0;

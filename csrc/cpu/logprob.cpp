@@ -16,12 +16,40 @@ void refuse(const RowLogits& row, int count, const LogprobCurves& curves, Logpro
   out = {nan, nan, nan, nan, nan, nan, kInvalid};
 }
 
+// A plain row: nothing moves with mu, and one sweep finds the sums and the greedy token.
+void score_plain_row(const RowLogits& row, int label, const Sweeps& sweeps, int count,
+                     const LogprobCurves& curves, LogprobOutput& out) {
+  Sums sums;
+  Best best = Best::none();
+  Constants c;
+  const SumsOnTheWay found{sums, true};
+  sweeps.draw_row(whole(row), c, RowFilter(), Draw(), &found, {&best, nullptr, nullptr, nullptr});
+  if (!sums.valid()) {
+    refuse(row, count, curves, out);
+    return;
+  }
+  c.max_w = static_cast<float>(sums.max_w);
+  c.log_zw = std::log(sums.z_w);
+  const float logprob = static_cast<float>(c.log_p_of(row.warm_at(label)));
+  for (int m = 0; m < count; ++m) {
+    curves.logprob[m] = logprob;
+    curves.slope[m] = curves.curvature[m] = 0;
+    curves.greedy[m] = best.id;
+  }
+  const float nan = static_cast<float>(kNaN);
+  out = {0, 0, 0, nan, logprob, nan, sums.status()};
+}
+
 void score_row(const RowLogits& row, const Parameters& p, const Sweeps& sweeps,
                const Strengths& strengths, const LogprobCurves& curves, LogprobOutput& out) {
   const int count = strengths.count;
   RowState state;
   bool valid = p.label >= 0 && p.label < row.vocab;
   for (int m = 0; m < count; ++m) valid &= std::isfinite(strengths.mu[m]);
+  if (valid && row.direction == kPlain && valid_parameters(p, row.vocab)) {
+    score_plain_row(row, static_cast<int>(p.label), sweeps, count, curves, out);
+    return;
+  }
   if (!valid || !open_row(row, p, sweeps, state)) {
     refuse(row, count, curves, out);
     return;

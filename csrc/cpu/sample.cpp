@@ -171,20 +171,9 @@ class RowSampler {
   }
 
   bool search() {
-    RangeFindings all;
-    for (const SliceFindings& found : slices_) {
-      const RangeFindings& one = found.range;
-      all.above += one.above;
-      all.inside += one.inside;
-      all.tokens.insert(all.tokens.end(), one.tokens.begin(), one.tokens.end());
-    }
-    int block = -1;
-    double unit = 0;
-    for (SteeredToken& t : all.tokens) {
-      if (t.id / kBlock != block) unit = search_->mass_of(masses_[block = t.id / kBlock].max);
-      t.mass *= unit;
-    }
-    if (!search_->narrow(sweeps_, all, sum_of(above_), sum_of(masses_))) return true;
+    std::vector<const RangeFindings*> found;
+    for (const SliceFindings& slice : slices_) found.push_back(&slice.range);
+    if (!search_->narrow(sweeps_, found, sum_of(above_), sum_of(masses_))) return true;
     static_cast<Filter&>(filter_) = search_->filter();
     if (search_->by_k() && p_.top_p < 1) return look_for(0, p_.top_p, search_->mass());
     if (!search_->listed() || row_.direction != kPlain || min_p_floor(top_, p_) > filter_.floor) {
@@ -193,8 +182,10 @@ class RowSampler {
     // Of a plain row the masses of all that stays are known.
     const double top = search_->mass().max;
     for (size_t i = 0; i < masses_.size(); ++i) masses_[i] = {top, search_->mass_of(above_[i])};
-    for (const SteeredToken& t : all.tokens) {
-      if (filter_.keeps(static_cast<float>(t.z), t.id)) masses_[t.id / kBlock].sum += t.mass;
+    for (const RangeFindings* slice : found) {
+      for (const SteeredToken& t : slice->tokens) {
+        if (filter_.keeps(static_cast<float>(t.z), t.id)) masses_[t.id / kBlock].sum += t.mass;
+      }
     }
     return finish(drawn());
   }

@@ -15,20 +15,12 @@ struct BlockOperands {
   float other_at(int i) const { return other.data ? other.data[i] : 0.0f; }
 };
 
-// Asks for the next block of floats while this one is computed on: the arithmetic leaves the memory
-// idle, and the hardware prefetcher stops at page ends. (16-bit operands gain nothing:
+// How many tokens ahead a sweep of floats is to ask for, a line at a time as it goes: the
+// arithmetic leaves the memory idle, the hardware prefetcher stops at page ends, and a block at
+// once would fill the queue of misses. 0 at the end of the row. (16-bit operands gain nothing:
 // bench/NOTES.md.)
-inline void prefetch(const void* source, int begin, int end) {
-  const float* p = static_cast<const float*>(source) + begin;
-  const int n = std::min(kBlock, end - begin);
-  for (int i = 0; i < n; i += 16) __builtin_prefetch(p + i);
-}
-
-inline void prefetch_next(const Slice& slice, int at) {
-  const int next = at + kBlock;
-  if (next >= slice.end || slice.row.dtype != DType::kFloat) return;
-  prefetch(slice.row.warm, next, slice.end);
-  if (slice.row.base) prefetch(slice.row.base, next, slice.end);
+inline int ahead_of(const Slice& slice, int at) {
+  return slice.row.dtype == DType::kFloat && at + 2 * kBlock <= slice.row.vocab ? kBlock : 0;
 }
 
 // The block of a slice that begins at token `at`.
@@ -38,14 +30,14 @@ inline BlockOperands read_block(const Slice& slice, int at, Scratch& scratch) {
   block.begin = at;
   block.n = std::min(kBlock, slice.end - at);
   block.width = padded(block.n);
-  block.w = scan(fetch(row.warm, row.dtype, at, block.n, scratch.w), block.width, block.n);
+  const int ahead = ahead_of(slice, at);
+  block.w = scan(fetch(row.warm, row.dtype, at, block.n, scratch.w), block.width, block.n, ahead);
   block.other = Block{nullptr, 0, 0, true};
   if (row.base || row.vector) {
     const float* x = row.base ? fetch(row.base, row.dtype, at, block.n, scratch.other)
                               : fetch(row.vector, DType::kFloat, at, block.n, scratch.other);
-    block.other = scan(x, block.width, block.n);
+    block.other = scan(x, block.width, block.n, ahead);
   }
-  prefetch_next(slice, at);
   block.ordinary = block.w.finite && block.other.finite;
   if (!block.ordinary) {
     block.exceptional = classify(block.w.data, block.other.data, block.n, row.vector != nullptr);
@@ -107,9 +99,8 @@ inline bool accumulate_once(const Slice& slice, int at, Scratch& scratch, Sums& 
   if (!row.base || slice.end - at < kBlock || s.max_w == -kInf || s.max_b == -kInf) return false;
   const float* w = fetch(row.warm, row.dtype, at, kBlock, scratch.w);
   const float* b = fetch(row.base, row.dtype, at, kBlock, scratch.other);
-  prefetch_next(slice, at);
-  const BlockSums sums =
-      block_sums<false>(w, b, kBlock, static_cast<float>(s.max_w), static_cast<float>(s.max_b));
+  const BlockSums sums = block_sums<false>(w, b, kBlock, static_cast<float>(s.max_w),
+                                           static_cast<float>(s.max_b), ahead_of(slice, at));
   const bool finite =
       std::isfinite(sums.z_w) && std::isfinite(sums.z_b) && std::isfinite(sums.cross);
   if (!finite || sums.top_w > s.max_w + kLeap || sums.top_b > s.max_b + kLeap) return false;

@@ -1,4 +1,19 @@
 // AVX2 + FMA + F16C: 8 floats a vector. Included inside the architecture's own namespace.
+
+// For every mask, a byte a place: which float goes there.
+struct Squeeze {
+  uint64_t places[256];
+  constexpr Squeeze() : places() {
+    for (uint64_t mask = 0; mask < 256; ++mask) {
+      int place = 0;
+      for (uint64_t i = 0; i < 8; ++i) {
+        if ((mask >> i) & 1) places[mask] |= i << (8 * place++);
+      }
+    }
+  }
+};
+constexpr Squeeze kSqueeze;
+
 struct Vec {
   using F = __m256;
   using U = __m256i;
@@ -26,6 +41,16 @@ struct Vec {
   static Mask ge(F a, F b) { return _mm256_cmp_ps(a, b, _CMP_GE_OQ); }
   static F select(Mask m, F yes, F no) { return _mm256_blendv_ps(no, yes, m); }
   static uint32_t bits(Mask m) { return (uint32_t)_mm256_movemask_ps(m); }
+  // The floats whose bits are set, in order, at the front.
+  static F squeeze(F x, uint32_t bits) {
+    const __m128i places = _mm_cvtsi64_si128((long long)kSqueeze.places[bits]);
+    return _mm256_permutevar8x32_ps(x, _mm256_cvtepu8_epi32(places));
+  }
+  // Integers i, i + 1, ..., as the bits of floats.
+  static F count_up(int i) {
+    const U steps = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_set1_epi32(i), steps));
+  }
   static Mask both(Mask a, Mask b) { return _mm256_and_ps(a, b); }
   static float sum(F x) {
     __m128 y = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));

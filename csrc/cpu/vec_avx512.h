@@ -27,6 +27,13 @@ struct Vec {
     __asm__("" : "+r"(wide));
     return wide;
   }
+  // The floats whose bits are set, in order, at the front.
+  static F squeeze(F x, uint32_t bits) { return _mm512_maskz_compress_ps((Mask)bits, x); }
+  // Integers i, i + 1, ..., as the bits of floats.
+  static F count_up(int i) {
+    const __m512i steps = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_set1_epi32(i), steps));
+  }
   static Mask both(Mask a, Mask b) { return a & b; }
   static float sum(F x) { return _mm512_reduce_add_ps(x); }
   static float top(F x) { return _mm512_reduce_max_ps(x); }

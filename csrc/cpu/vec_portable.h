@@ -29,6 +29,17 @@ struct Vec {
   static Mask ge(F a, F b) { return a >= b; }
   static F select(Mask m, F yes, F no) { return m ? yes : no; }
   static uint32_t bits(Mask m) { return (m[0] & 1u) | (m[1] & 2u) | (m[2] & 4u) | (m[3] & 8u); }
+  // The floats whose bits are set, in order, at the front.
+  static F squeeze(F x, uint32_t bits) {
+    F front = x;
+    int place = 0;
+    for (int i = 0; i < N; ++i) {
+      if ((bits >> i) & 1) front[place++] = x[i];
+    }
+    return front;
+  }
+  // Integers i, i + 1, ..., as the bits of floats.
+  static F count_up(int i) { return (F)(Mask{i, i + 1, i + 2, i + 3}); }
   static Mask both(Mask a, Mask b) { return a & b; }
   static float sum(F x) { return (x[0] + x[1]) + (x[2] + x[3]); }
   static float top(F x) {
