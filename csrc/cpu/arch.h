@@ -106,7 +106,8 @@ struct Tops {
 
 // A range of steered logits (as float) that is looked into, and what a slice has above and in it.
 struct Range {
-  float low, high, unit;
+  float low, high;
+  double unit;  // the steered logit whose mass counts 1
 };
 struct RangeFindings {
   int64_t above = 0, inside = 0;

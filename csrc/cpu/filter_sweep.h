@@ -29,9 +29,12 @@ inline void pick(const float* z, int begin, int width, Vec::F low, Vec::F over, 
 }
 
 // Appends what was picked, with masses from these floats.
-inline void append(Picked& picked, const Draw& draw, float unit,
+inline void append(const Picked& picked, const Draw& draw, double unit,
                    std::vector<SteeredToken>& tokens) {
-  const Vec::F shift = Vec::set(unit), by = Vec::set(std::min(draw.rate() * kLog2E, FLT_MAX));
+  const float rounded = static_cast<float>(unit);
+  const double factor =
+      rounded == unit ? 1.0 : std::exp((rounded - unit) * draw.inverse_temperature);
+  const Vec::F shift = Vec::set(rounded), by = Vec::set(std::min(draw.rate() * kLog2E, FLT_MAX));
   float mass[kBlock + Vec::N];
   for (int i = 0; i < picked.count; i += Vec::N) {
     Vec::store(mass + i, exp2((Vec::load(picked.z + i) - shift) * by));
@@ -39,7 +42,7 @@ inline void append(Picked& picked, const Draw& draw, float unit,
   const size_t before = tokens.size();
   tokens.resize(before + picked.count);
   for (int i = 0; i < picked.count; ++i) {
-    tokens[before + i] = {picked.z[i], picked.id_at(i), mass[i]};
+    tokens[before + i] = {picked.z[i], picked.id_at(i), mass[i] * factor};
   }
 }
 
@@ -101,7 +104,7 @@ struct RangeBounds {
 };
 
 // Those of a block inside the range.
-inline void list(const BlockDraw& one, const RangeBounds& range, float unit,
+inline void list(const BlockDraw& one, const RangeBounds& range, double unit,
                  std::vector<SteeredToken>& tokens) {
   const int begin = one.block.begin;
   Picked picked;

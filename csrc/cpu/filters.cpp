@@ -206,7 +206,7 @@ void RangeSearch::choose() {
     if (from > to) from = low_, to = high_;
   }
   ++tries_;
-  range_ = {key_value(from), key_value(to), static_cast<float>(unit_)};
+  range_ = {key_value(from), key_value(to), unit_};
 }
 
 bool RangeSearch::narrow(const Sweeps& sweeps, const std::vector<const RangeFindings*>& slices,
