@@ -20,7 +20,7 @@ import triton
 from torch import Tensor
 from torch.library import wrap_triton
 
-from svdk.ops import schema
+from svdk.ops import gradients, schema
 
 from . import tuning
 from .extract import KEPT, extract_count_kernel, extract_fill_kernel
@@ -266,6 +266,8 @@ def _register(function, fake, opaque: bool, mutates: tuple[str, ...] = ()):
         op.register_fake(fake)
     else:
         op = torch.library.triton_op(name, function, mutates_args=mutates)
+    if function.__name__ == "steered_logprob":
+        op.register_autograd(gradients.op_backward, setup_context=gradients.setup_context)
 
     def entry(*flat):
         # Straight to the launch where nothing traces: the dispatcher costs about as much as the kernel.

@@ -102,8 +102,8 @@ def generate(
         alpha: confidence threshold in [0, 1] (default 0.1); (B,) allowed.
         penalty: lambda outside the confidence set: finite, or -inf (default).
         vector: a fixed steering vector (V,) in logits; the base model is not run.
-        seed: an integer (row r draws with ``seed + r``), a (B,) tensor (a row's tokens then do not
-            depend on the batch around it), or None: from torch's global generator.
+        seed: an integer (spread over the rows as in :func:`svdk.steered_sample`), a (B,) tensor (a row's
+            tokens then do not depend on the batch around it), or None: from torch's global generator.
         streamer: gets the prompt, then each token; it is ended also where an error is raised.
         text_streamer: another name for ``streamer``.
         tokenizer: for ``stop_strings``, in a direct call.

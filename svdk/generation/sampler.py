@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from svdk.errors import ArtifactError, InputError
-from svdk.ops import api, arguments, backends, reference
+from svdk.ops import api, arguments, backends, reference, seeds
 from svdk.ops.configs import SamplingConfig, SteeringConfig
 from svdk.ops.results import SampleInfo, Status
 from svdk.utils.views import BASE, STEERED, WARM
@@ -222,23 +222,19 @@ def _steering(
 def row_seeds(seed: int | Tensor | None, rows: int, copies: int = 1) -> Tensor:
     """One int64 seed a row, (rows,).
 
-    None: from torch's global generator. An integer: row r gets ``seed + r``. A tensor of
-    ``rows / copies``: each its own; copy j of a prompt gets ``seed + j * arguments.GOLDEN``.
+    None: from torch's global generator. An integer is spread over the rows as in :func:`svdk.steered_sample`.
+    A tensor of ``rows / copies``: each its own, spread likewise over the copies of a prompt.
     """
     if seed is None:
         return torch.randint(-(2**63), 2**63 - 1, (rows,), dtype=torch.int64)
+    cpu = torch.empty(0)
     if not isinstance(seed, Tensor):
         if isinstance(seed, bool) or not isinstance(seed, int):
             raise InputError(f"seed was {seed!r}; allowed: an integer or a ({rows // copies},) tensor")
-        arguments.word64("seed", seed, rows, torch.empty(0))
-        return torch.tensor([_signed(seed + row) for row in range(rows)])
-    prompts = rows // copies
-    given = arguments.word64("seed", seed.cpu(), prompts, torch.empty(0)).rows
+        return seeds.spread(int(arguments.word64("seed", seed, rows, cpu).scalar), rows, cpu.device)
+    given = arguments.word64("seed", seed.cpu(), rows // copies, cpu).rows
     assert given is not None
-    if copies == 1:
-        return given
-    jump = torch.tensor([_signed(j * arguments.GOLDEN) for j in range(copies)])
-    return (given[:, None] + jump).flatten()  # int64 wraps around, as wanted
+    return (given[:, None] + seeds.spread(0, copies, cpu.device)).flatten()
 
 
 def _check_fit(steering: SteeringConfig, pair: ModelPair) -> None:
@@ -251,7 +247,3 @@ def _check_fit(steering: SteeringConfig, pair: ModelPair) -> None:
 def _spread(value: Any, copies: int, rows: int) -> Any:
     per_prompt = isinstance(value, Tensor) and value.dim() == 1 and value.shape[0] * copies == rows
     return value.repeat_interleave(copies) if per_prompt else value
-
-
-def _signed(value: int) -> int:
-    return ((value + (1 << 63)) % (1 << 64)) - (1 << 63)

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from svdk.errors import InvalidLogitsError
-from svdk.ops import arguments, backends
+from svdk.ops import arguments, backends, gradients
 from svdk.ops.results import LogprobInfo, SampleInfo, Status, SteeringBatch
 from svdk.ops.schema import (
     CONSTANT,
@@ -23,9 +23,10 @@ from svdk.ops.schema import (
     STRENGTH_MODES,
     Operands,
 )
+from svdk.ops.seeds import row_keys
 
 _WITHOUT_LABELS = tuple(name for name, mode in STRENGTH_MODES.items() if mode != LABEL)
-_PER_ROW = tuple(p.name for p in STEERED_SAMPLE.parameters if p.kind != "scalar")
+_PER_ROW = tuple(p.name for p in STEERED_SAMPLE.parameters if p.kind != "scalar" and p.name != "seed")
 
 
 def _raise_invalid(status: Tensor) -> None:
@@ -96,8 +97,9 @@ def steered_sample(
         top_k: 0 is off. Ties with the k-th stay, as in transformers.
         top_p: in [0, 1]; 1 is off. The most likely token always stays.
         min_p: in [0, 1]; 0 is off.
-        seed: 64-bit Philox key; scalar or ``(B,)``.
-        offset: 64-bit Philox counter, the step; scalar or ``(B,)``. The same seed and offset give the same
+        seed: 64-bit Philox key; scalar or ``(B,)``. Rows of one scalar draw different noise, as in
+            ``generate``: row r has the key ``seed + r * 0x9E3779B97F4A7C15`` modulo 2**64.
+        offset: 64-bit Philox counter, the step; scalar or ``(B,)``. The same key and offset give the same
             token in every backend, whatever the batch around the row is.
         warm_rows: int64 ``(B,)`` rows of ``warm_logits`` to use.
         base_rows: int64 ``(B,)`` rows of ``base_logits`` to use.
@@ -151,11 +153,12 @@ def sample(
     elif labels is not None:
         raise arguments.fail("labels", "given", "None unless strength_mode='label'")
     given: dict[str, Any] = {name: arguments.checked(name, values[name], batch, warm) for name in _PER_ROW}
+    given["seed"] = row_keys(values["seed"], batch, warm)
     given["labels"], given["strength_mode"] = labels, mode
     given["penalty"] = arguments.penalty_value(values["penalty"])
     given["info"] = return_info or check
     flat = STEERED_SAMPLE.flatten(rows, given)
-    token, floats, ints = backends.resolve(backend, warm).steered_sample(*flat)
+    token, floats, ints = gradients.without(backends.resolve(backend, warm).steered_sample, flat)
     if check:
         _raise_invalid(ints[1])
     return token, SampleInfo(*floats.unbind(0), *ints.unbind(0)) if return_info else None
@@ -183,6 +186,9 @@ def steered_logprob(
     ``A(mu) = log sum p exp(mu delta)`` and its first two derivatives come with it (source: design
     section 2, the exact step-size theory of SVDecode, arXiv 2509.15888).
 
+    ``logprob`` can be differentiated once, forwards or backwards, in the logits, the vector and the
+    strengths; the confidence set is held fixed. Nothing else that svdk returns has a gradient or claims one.
+
     Args:
         labels: int64 ``(B,)``, each inside the vocabulary.
         strength: mu; scalar or ``(B,)``. Results have shape ``(B,)``.
@@ -209,12 +215,12 @@ def steered_logprob(
         "strengths": strengths,
     }
     op = backends.resolve(backend, warm).steered_logprob
-    curves, greedy, stats, status = op(*STEERED_LOGPROB.flatten(rows, given))
+    logprob, others, greedy, stats, status = gradients.logprob(op, STEERED_LOGPROB.flatten(rows, given))
     if check:
         _raise_invalid(status)
     if strengths is None:
-        curves, greedy = curves[..., 0], greedy[:, 0]
-    fields = (*curves.unbind(0), greedy, *stats.unbind(0), status)
+        logprob, others, greedy = logprob[:, 0], others[..., 0], greedy[:, 0]
+    fields = (logprob, *others.unbind(0), greedy, *stats.unbind(0), status)
     return LogprobInfo(*fields)
 
 
@@ -241,7 +247,7 @@ def extract(
         raise arguments.fail("base_logits", "None", "(B, V) logits, base_rows, or a vector")
     given = {"alpha": arguments.checked("alpha", alpha, rows.batch, rows.warm)}
     op = backends.resolve(backend, rows.warm).extract
-    row_ptr, ids, p, delta, stats, status = op(*EXTRACT.flatten(rows, given))
+    row_ptr, ids, p, delta, stats, status = gradients.without(op, EXTRACT.flatten(rows, given))
     if check:
         _raise_invalid(status)
     kl, max_logit, lse = stats.unbind(0)
@@ -302,7 +308,7 @@ def steered_logits(
     }
     op = backends.resolve(backend, warm).steered_logits
     given["out"] = arguments.logits_out(out, rows)
-    status = op(*STEERED_LOGITS.flatten(rows, given))
+    status = gradients.without(op, STEERED_LOGITS.flatten(rows, given))
     if check:
         _raise_invalid(status)
     return given["out"]

@@ -1,4 +1,4 @@
-"""Seeds and offsets of ``svdk.sampling``: from FlashInfer's arguments to one stream a row."""
+"""From the seed of a call to one stream a row, and the seeds and offsets of FlashInfer's arguments."""
 
 from __future__ import annotations
 
@@ -7,6 +7,27 @@ from torch import Tensor
 
 from svdk.ops import arguments
 from svdk.utils.checks import check_count, fail
+
+JUMP = arguments.GOLDEN - (1 << 64)
+"""Between the keys of neighbouring rows, as a signed int64."""
+
+
+def row_keys(seed: int | Tensor, rows: int, like: Tensor) -> tuple[float, Tensor | None]:
+    """The Philox keys of a call, as the fields of a :class:`PerRow`.
+
+    Of a single seed row r gets ``seed + r * GOLDEN`` modulo 2**64, so that rows draw different noise, row 0
+    what a call of one row draws, and no row what another row draws under the next seed. A (rows,) tensor
+    holds the keys themselves.
+    """
+    key, keys = arguments.checked("seed", seed, rows, like)
+    if rows == 1 or (isinstance(seed, Tensor) and seed.dim() > 0):
+        return key, keys
+    return 0, spread(int(key) if keys is None else keys, rows, like.device)
+
+
+def spread(first: int | Tensor, rows: int, device: torch.device) -> Tensor:
+    """Keys int64 (rows,), from that of row 0 on; int64 wraps around, as wanted."""
+    return torch.arange(rows, device=device).mul_(JUMP).add_(first)
 
 
 def row_words(
@@ -20,12 +41,11 @@ def row_words(
     _check_generator(generator)
     if seed is None or offset is None:  # as FlashInfer: one without the other is not used
         seed, offset = _fresh(generator), 0
-    spread = not isinstance(seed, Tensor) or seed.shape in ((), (1,))
+    single = not isinstance(seed, Tensor) or seed.shape in ((), (1,))
     word, words = _word64("seed", seed, rows, like)
     number, numbers = _word64("offset", offset, rows, like)
-    seeds = torch.full((rows,), int(word), device=like.device) if words is None else words
-    if spread:  # int64 wraps around, as wanted
-        seeds = seeds + torch.arange(rows, device=like.device) * (arguments.GOLDEN - (1 << 64))
+    seeds = spread(int(word) if words is None else words, rows, like.device) if single else words
+    assert seeds is not None
     return seeds, int(number) if numbers is None else numbers
 
 

@@ -189,9 +189,9 @@ def test_scores_logits_and_info(lora, plain):
 def test_seeds(lora):
     ids, mask, rows = left_padded()
     options = {"do_sample": True, "temperature": 2.0, "alpha": 0.0, **NO_EOS}
-    seeds = torch.tensor([5, 6, 7])
+    seeds = row_seeds(5, 3)
     batch = generate(lora, ids, mask, seed=seeds, **options)
-    assert torch.equal(batch, generate(lora, ids, mask, seed=5, **options))  # row r: seed + r
+    assert torch.equal(batch, generate(lora, ids, mask, seed=5, **options))  # one seed is spread
     for i, row in enumerate(rows):  # a row alone draws what it drew in the batch
         alone = generate(lora, row[None], seed=seeds[i : i + 1], **options)
         assert torch.equal(alone[0, len(row) :], batch[i, 9:])

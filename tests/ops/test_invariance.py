@@ -12,6 +12,7 @@ from hypothesis import given, note, settings
 from hypothesis import strategies as st
 
 import svdk
+from svdk.ops import seeds
 from tests import ROOT
 from tests.helpers import ops_cases as oc
 from tests.ops import test_fuzz
@@ -72,6 +73,9 @@ def test_batch_mates_batch_size_and_order(backend):
         args, kwargs = call
         note(f"{args} {kwargs}")
         batch = test_fuzz.shape_of(args, kwargs)[0]
+        key, keys = seeds.row_keys(kwargs.get("seed", 0), batch, args[0])
+        # Its own wherever a row goes.
+        kwargs = kwargs | {"seed": torch.tensor([int(key)]) if keys is None else keys}
         together = bits(svdk.steered_sample(*args, **kwargs, backend=backend, return_info=True))
         rows = data.draw(st.lists(st.integers(0, batch - 1), min_size=1, max_size=6))
         some_args, some = pick(args, kwargs, torch.tensor(rows))
