@@ -135,6 +135,24 @@ def warpers(
     return multinomial(_warpers(temperature, top_k, top_p, min_p)(None, z))
 
 
+def filtered(z: Tensor, *, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0) -> Tensor:
+    """The least that PyTorch needs at temperature 1: topk, a sort for top-p alone, a mask for min-p.
+
+    Unlike the warpers it draws among what topk or the sort returned, and masks nothing in place.
+    """
+    z = z.float()
+    if not top_k and top_p >= 1:
+        p = z.softmax(-1)
+        return torch.multinomial(p.masked_fill(p < min_p * p.amax(-1, keepdim=True), 0.0), 1)[:, 0]
+    values, ids = z.topk(top_k) if top_k else z.sort(-1, descending=True)
+    p = values.softmax(-1)
+    if top_p < 1:
+        p = p.masked_fill(p.cumsum(-1) - p >= top_p, 0.0)
+    if min_p:
+        p = p.masked_fill(p < min_p * p[:, :1], 0.0)
+    return ids.gather(-1, torch.multinomial(p, 1))[:, 0]
+
+
 def why_not_flashinfer(device: torch.device) -> str | None:
     """None when FlashInfer can be measured on ``device``, else the reason."""
     if importlib.util.find_spec("flashinfer") is None:

@@ -14,6 +14,8 @@ from svdk.bench.logits import Operands
 from svdk.ops import backends
 
 Draw = Callable[..., torch.Tensor]
+FILTERS = ("plain_greedy", "plain", "plain_top_k", "plain_top_p", "plain_top_k_top_p", "plain_min_p")
+"""The settings of the ``filters`` grid: one row of logits, whatever is done with it."""
 GRID = tuple(k / 4 for k in range(16))
 """The strengths of the ``logprob_grid`` setting."""
 
@@ -49,7 +51,16 @@ SETTINGS: dict[str, Setting] = {
         Setting("plain", "steered_sample", "not steered, temperature 1", steered=False,
                 baselines=("softmax+multinomial", "compile", "race", "flashinfer")),
         Setting("plain_top_k_top_p", "steered_sample", "not steered, top-k 50, top-p 0.9",
-                {"top_k": 50, "top_p": 0.9}, steered=False, baselines=("warpers", "flashinfer")),
+                {"top_k": 50, "top_p": 0.9}, steered=False,
+                baselines=("filtered", "compile", "warpers", "flashinfer")),
+        Setting("plain_greedy", "steered_sample", "not steered, greedy", {"temperature": 0.0},
+                steered=False, baselines=("argmax", "compile")),
+        Setting("plain_top_k", "steered_sample", "not steered, top-k 50", {"top_k": 50}, steered=False,
+                baselines=("filtered", "compile", "warpers", "flashinfer")),
+        Setting("plain_top_p", "steered_sample", "not steered, top-p 0.9", {"top_p": 0.9}, steered=False,
+                baselines=("filtered", "compile", "warpers", "flashinfer")),
+        Setting("plain_min_p", "steered_sample", "not steered, min-p 0.05", {"min_p": 0.05}, steered=False,
+                baselines=("filtered", "compile", "warpers")),
         Setting("logprob", "steered_logprob", "log-probability of a label at one strength"),
         Setting("logprob_grid", "steered_logprob", f"the same at {len(GRID)} strengths",
                 {"strengths": GRID}),
@@ -101,7 +112,11 @@ def baseline_call(setting: Setting, name: str, device: torch.device) -> Callable
     if name == "flashinfer":
         return lambda x: baselines.flashinfer(x.warm, **options)
     if not setting.steered:
-        plain: dict[str, Draw] = {"race": baselines.exponential_race, "warpers": baselines.warpers}
+        plain: dict[str, Draw] = {
+            "race": baselines.exponential_race,
+            "warpers": baselines.warpers,
+            "filtered": baselines.filtered,
+        }
         function = plain.get(name, baselines.multinomial)
         return lambda x: function(x.warm, **options)
     steered: dict[str, Draw] = {"race": baselines.eager_race, "warpers": baselines.warpers}
@@ -121,7 +136,8 @@ def compiled(setting: Setting, mode: str, device: torch.device) -> Callable[[Ope
     if setting.op == "extract":
         function = torch.compile(baselines.extract, mode=mode, dynamic=False)
         return lambda x: function(x.warm, x.base, **options)
-    eager: Draw = baselines.eager if setting.steered else baselines.multinomial
+    alone: Draw = baselines.filtered if "filtered" in setting.baselines else baselines.multinomial
+    eager: Draw = baselines.eager if setting.steered else alone
     function = torch.compile(eager, mode=mode, dynamic=False)
     if not setting.steered:
         return lambda x: function(x.warm, **options)

@@ -18,6 +18,8 @@ COLOURS = {
     "race": figures.GREEN,
     "warpers": figures.PURPLE,
     "flashinfer": figures.VERMILION,
+    "filtered": figures.GREEN,
+    "argmax": figures.BLUE,
 }
 NAMES = {
     "eager": "eager PyTorch",
@@ -26,6 +28,8 @@ NAMES = {
     "race": "vLLM-style race",
     "warpers": "transformers warpers",
     "flashinfer": "FlashInfer",
+    "filtered": "topk, sort or mask",
+    "argmax": "argmax",
 }
 
 
@@ -39,6 +43,7 @@ def draw(results: Results, folder: str | Path, prefix: str = "") -> list[Path]:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     written = []
+    results = results | {"micro": tables.quiet(results["micro"])}
     for name, figure in (("speedup", speedup), ("roofline", roofline), ("batch", batch)):
         drawn = figure(results)
         if drawn is not None:

@@ -12,7 +12,8 @@ import torch
 
 from svdk.bench import cases, logits, timing
 from svdk.bench.baselines import why_not_flashinfer
-from svdk.bench.cases import SETTINGS, Setting
+from svdk.bench.busy import loaded
+from svdk.bench.cases import FILTERS, SETTINGS, Setting
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 WORKING_COPIES = 8
@@ -68,7 +69,7 @@ GRIDS: dict[str, tuple[Block, ...]] = {
     "quick": (
         Block(MAIN, batches=(1, 8), caches=("hot", "cold")),
         Block(MAIN, vocabs=(49152,)),
-        Block(("greedy", "top_k_top_p", "logprob", "extract")),
+        Block(("greedy", "top_k_top_p", "plain_top_k", "logprob", "extract")),
     ),
     "default": (
         Block(MAIN, batches=(8,), caches=("hot", "cold"), compile=True),
@@ -80,6 +81,14 @@ GRIDS: dict[str, tuple[Block, ...]] = {
         Block(MAIN, kinds=("peaked", "flat")),
         Block(MAIN, dtypes=("bfloat16",)),
     ),
+    "filters": (
+        Block(FILTERS, batches=(8,), compile=True),
+        Block(FILTERS, batches=(1, 64)),
+        Block(FILTERS, batches=(8,), kinds=("flat",)),
+        Block(FILTERS, batches=(1, 8, 64), vocabs=(32000, 262144)),
+        Block(FILTERS, batches=(1, 8, 64), dtypes=("bfloat16",)),
+    ),
+    "busy": (Block(("plain", "plain_top_k", "sample"), batches=(1, 8, 64), vocabs=(32000, 151936)),),
     "full": (
         Block(tuple(SETTINGS), BATCHES, VOCABS, tuple(DTYPES), ("natural",), ("hot", "cold"), True),
         Block(tuple(SETTINGS), BATCHES, VOCABS, tuple(DTYPES), ("peaked", "flat")),
@@ -106,6 +115,8 @@ class Runner:
     backends: list[str]
     with_baselines: bool = True
     with_compile: bool = True
+    busy: int = 0
+    """Busy loops beside the calls: every point is measured without them and with them."""
     say: Callable[[str], None] = print
 
     def __post_init__(self) -> None:
@@ -157,10 +168,13 @@ class Runner:
                 elif name not in counts:
                     known = not name.startswith("compile") or self.device.type == "cuda"
                     counts[name] = timing.launches(call, inputs, self.device) if known else None
-            timings = contest.run()
-            self._note_mode(point.setting, timings)
-            for name, measured in timings.items():
-                self.rows.append(self._row(point, setting, cache, name, measured, counts[name]))
+            for busy in dict.fromkeys((0, self.busy)):
+                with loaded(busy):
+                    timings = contest.run()
+                self._note_mode(point.setting, timings)
+                for name, measured in timings.items():
+                    row = self._row(point, setting, cache, name, measured, counts[name])
+                    self.rows.append(row | {"busy": busy})
 
     def _enter(self, contest: timing.Contest, name: str, call: timing.Call, setting: Setting) -> str | None:
         compiled = name.startswith("compile")

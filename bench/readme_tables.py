@@ -14,7 +14,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from svdk.bench import figures, results, tables
+from svdk.bench import figures, filter_tables, results, tables
 from svdk.bench.cases import SETTINGS
 from svdk.errors import InputError
 from svdk.utils.files import write_file
@@ -62,6 +62,8 @@ def update(readme: Path, source: Path) -> None:
 def section(found: results.Results, source: str, links: Iterable[str] = ()) -> str:
     """The Markdown between the markers."""
     parts = [_preamble(found, source)]
+    everything = found["micro"]
+    found = found | {"micro": tables.quiet(everything)}
     points = tables.points(found["micro"])
     for setting in ("sample", "plain"):
         if chosen := [(point, rows) for point, rows in points if point["setting"] == setting]:
@@ -71,12 +73,15 @@ def section(found: results.Results, source: str, links: Iterable[str] = ()) -> s
             )
             parts.append(_shapes(found, chosen))
     others = [
-        (p, rows) for p, rows in figures.at_main_shape(found) if p["setting"] not in ("sample", "plain")
+        (p, rows)
+        for p, rows in figures.at_main_shape(found)
+        if p["setting"] not in ("sample", "plain", *filter_tables.ALONE)
     ]
     if others and (shape := figures.main_shape(found)):
         batch, vocab = shape
         parts.append(f"**The other settings**, B={batch}, V={vocab:,}, float32, {others[0][0]['cache']}:")
         parts.append(_settings(others))
+    parts += filter_tables.filters(found) + filter_tables.busy(everything)
     if found["end_to_end"]:
         parts.append(
             "**End to end**, milliseconds a step (one token for each row; a prompt of 16 tokens included):"
@@ -120,7 +125,7 @@ def _shapes(found: results.Results, points: list[tuple[Row, list[Row]]]) -> str:
         cells = [f"{point['batch']}", f"{point['vocab']:,}", point["dtype"], point["logits"], point["cache"]]
         cells += [tables.milliseconds(ours["median_s"]), f"{100 * share:.0f} %"]
         lines.append(cells + [_ratio(_best(rows, name), ours) for name in names])
-    return markdown(head, lines)
+    return tables.markdown(head, lines)
 
 
 def _best(rows: list[Row], family: str) -> Row | None:
@@ -152,7 +157,7 @@ def _settings(points: list[tuple[Row, list[Row]]]) -> str:
                     _ratio(row, ours),
                 ]
             )
-    return markdown(["setting", "", "svdk ms", "baseline", "ms", "svdk is faster by"], lines)
+    return tables.markdown(["setting", "", "svdk ms", "baseline", "ms", "svdk is faster by"], lines)
 
 
 def _end_to_end(rows: list[Row]) -> str:
@@ -165,17 +170,7 @@ def _end_to_end(rows: list[Row]) -> str:
             row = by_name.get(name)
             cells.append("" if row is None else f"{row['median_s'] * 1e3:.1f} ± {row['noise_s'] * 1e3:.1f}")
         lines.append(cells)
-    return markdown(["model", "B", *names], lines)
-
-
-def markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """A Markdown table, cells padded so that the source reads well too."""
-    widths = [max(len(row[i]) for row in (head, *lines)) for i in range(len(head))]
-    table = [head, ["-" * max(3, width) for width in widths], *lines]
-    return "\n".join(
-        "| " + " | ".join(cell.ljust(max(3, width)) for cell, width in zip(row, widths, strict=True)) + " |"
-        for row in table
-    )
+    return tables.markdown(["model", "B", *names], lines)
 
 
 if __name__ == "__main__":

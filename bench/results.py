@@ -13,6 +13,8 @@ from svdk.utils.files import read_object, write_json
 
 FORMAT = 1
 MICRO_KEY = ("setting", "contestant", "batch", "vocab", "dtype", "logits", "cache")
+BUSY = "busy"
+"""Of a micro row: busy loops beside it; files before it have none."""
 END_TO_END_KEY = ("model", "contestant", "batch", "dtype")
 SMALLEST = 0.05
 """A change below 5 % is never called one, however quiet the machine was."""
@@ -119,7 +121,8 @@ def compare(old: Results, new: Results) -> Comparison:
 
 
 def _key(row: dict[str, Any], names: tuple[str, ...]) -> tuple[Any, ...]:
-    return tuple(row[name] for name in names)
+    busy = (row[BUSY],) if row.get(BUSY) else ()
+    return (*(row[name] for name in names), *busy)
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any]) -> Iterable[str]:

@@ -33,6 +33,8 @@ class Options:
     memory: float | None = None
     """GB that one measurement may hold; None: half of what is free."""
     bandwidth_seconds: float = 0.5
+    busy: int = 0
+    """Busy loops to measure the micro part beside, too."""
 
 
 def quick(device: str) -> Options:
@@ -78,6 +80,7 @@ def run(options: Options, say: Callable[[str], None] = print) -> Results:
         backends,
         options.with_baselines,
         options.with_compile,
+        options.busy,
         say,
     )
     # Three quarters for the micro part, so that a slow machine still gets to the end-to-end part.

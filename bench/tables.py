@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from itertools import groupby
 from typing import Any
 
-POINT = ("setting", "batch", "vocab", "dtype", "logits", "cache")
+POINT = ("setting", "batch", "vocab", "dtype", "logits", "cache", "busy")
 
 
 def milliseconds(seconds: float) -> str:
@@ -23,9 +23,14 @@ def points(rows: Iterable[dict[str, Any]]) -> list[tuple[dict[str, Any], list[di
     """Rows grouped by what was measured: (the point, its contestants), in the order of measurement."""
 
     def key(row: dict[str, Any]) -> tuple:
-        return tuple(row[name] for name in POINT)
+        return tuple(row.get(name, 0) for name in POINT)
 
     return [(dict(zip(POINT, values, strict=True)), list(found)) for values, found in groupby(rows, key)]
+
+
+def quiet(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Those measured without busy loops beside them."""
+    return [row for row in rows if not row.get("busy")]
 
 
 def speedup(row: dict[str, Any], ours: dict[str, Any]) -> tuple[float, float, float]:
@@ -70,6 +75,7 @@ def micro(results: dict[str, Any]) -> str:
     head = ["", "median ms", "±noise", "min ms", "n", "GB/s", f"% {kind}", "launches", "svdk is"]
     for point, rows in points(results["micro"]):
         title = "{setting}  B={batch} V={vocab} {dtype} {logits}, {cache}".format(**point)
+        title += f", beside {point['busy']} busy loops" if point["busy"] else ""
         ours, table = best_of_ours(rows), [head]
         for row in rows:
             rate = row["bytes"] / row["median_s"]
@@ -124,5 +130,15 @@ def aligned(table: Sequence[Sequence[str]]) -> str:
             cell.ljust(width) if i == 0 else cell.rjust(width)
             for i, (cell, width) in enumerate(zip(row, widths, strict=True))
         ).rstrip()
+        for row in table
+    )
+
+
+def markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """A Markdown table, cells padded so that the source reads well too."""
+    widths = [max(len(row[i]) for row in (head, *lines)) for i in range(len(head))]
+    table = [head, ["-" * max(3, width) for width in widths], *lines]
+    return "\n".join(
+        "| " + " | ".join(cell.ljust(max(3, width)) for cell, width in zip(row, widths, strict=True)) + " |"
         for row in table
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +26,13 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         "their product. What does not fit the budget is skipped, and the report says so.",
     )
     parser.add_argument("--quick", action="store_true", help="a small grid, in under a minute")
-    parser.add_argument("--grid", choices=("default", "full"), help="default: minutes; full: hours")
+    parser.add_argument(
+        "--grid",
+        choices=("default", "filters", "busy", "full"),
+        help="default: minutes; filters: plain sampling with filters; busy: a few points, also beside a busy "
+        "loop a core; full: hours",
+    )
+    parser.add_argument("--busy", type=int, metavar="N", help="measure beside N busy loops, too")
     parser.add_argument("--part", choices=PARTS, action="append", help="default: both")
     parser.add_argument("--setting", nargs="+", metavar="NAME", help="micro settings (see the tables)")
     parser.add_argument("--batch", nargs="+", type=int, metavar="B")
@@ -114,7 +121,7 @@ def _options(args: argparse.Namespace) -> Options:
 
     if args.quick and args.grid:
         raise InputError(f"--grid was {args.grid} with --quick; allowed: one of them")
-    for name in ("threads", "budget", "memory"):
+    for name in ("threads", "budget", "memory", "busy"):
         value = getattr(args, name)
         if value is not None:
             check_number(f"--{name}", value, "(0, inf]")
@@ -133,8 +140,13 @@ def _options(args: argparse.Namespace) -> Options:
 
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     options = suite.quick(device) if args.quick else suite.Options(device=device)
-    if args.grid == "full":
-        options = replace(options, blocks=micro.GRIDS["full"], minutes=240.0)
+    if args.grid:
+        minutes = 240.0 if args.grid == "full" else options.minutes
+        options = replace(options, blocks=micro.GRIDS[args.grid], minutes=minutes)
+    if args.grid in ("filters", "busy"):
+        options = replace(options, models=())
+    if args.grid == "busy" or args.busy:
+        options = replace(options, busy=args.busy or os.cpu_count() or 1)
     shapes = {
         "settings": args.setting, "batches": args.batch, "vocabs": args.vocab,
         "dtypes": args.dtype, "kinds": args.logits, "caches": args.cache,

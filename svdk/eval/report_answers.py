@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from svdk.bench.readme_tables import markdown
+from svdk.bench.tables import markdown
 from svdk.eval.report_cells import LIKELIHOOD, PEFTS, Benchmark, Cell, Pair, Results, Start
 from svdk.eval.report_format import HEADLINES, Headline, listed, setting_name, strengths
 from svdk.eval.report_steps import steps_text

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from svdk.bench.readme_tables import markdown
+from svdk.bench.tables import markdown
 from svdk.eval.report_cells import PEFTS, Benchmark, Results, Start
 from svdk.eval.report_format import HEADLINES, METRICS, Headline, choice_metric, number
 from svdk.utils.bootstrap import draws, quantiles

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from itertools import product
 
-from svdk.bench.readme_tables import markdown
+from svdk.bench.tables import markdown
 from svdk.eval.compare import macro
 from svdk.eval.report_answers import is_away
 from svdk.eval.report_cells import (
