@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from svdk.errors import InvalidLogitsError
@@ -21,6 +22,7 @@ from svdk.ops.schema import (
     STEERED_LOGPROB,
     STEERED_SAMPLE,
     STRENGTH_MODES,
+    Op,
     Operands,
 )
 from svdk.ops.seeds import row_keys
@@ -29,7 +31,20 @@ _WITHOUT_LABELS = tuple(name for name, mode in STRENGTH_MODES.items() if mode !=
 _PER_ROW = tuple(p.name for p in STEERED_SAMPLE.parameters if p.kind != "scalar" and p.name != "seed")
 
 
+def _flat(function: Any, op: Op, rows: Operands, given: dict[str, Any]) -> list[Any]:
+    """The arguments that a backend's ``op`` is called with, from those that were checked."""
+    compiling = torch.compiler.is_compiling()
+    if compiling:
+        arguments.numbers_as_tensors(op, given, rows.batch, rows.warm)
+    flat = op.flatten(rows, given)
+    if not compiling and not isinstance(function, torch._ops.OpOverloadPacket):
+        arguments.refuse_batches(flat)
+    return flat
+
+
 def _raise_invalid(status: Tensor) -> None:
+    if not torch.compiler.is_compiling() and not arguments.has_data(status):
+        raise arguments.fail("check", "True", "False while tracing and under torch.func: there are no values")
     rows = (status & int(Status.INVALID)).nonzero()[:, 0].tolist()
     if rows:
         shown = ", ".join(map(str, rows[:20])) + (", ..." if len(rows) > 20 else "")
@@ -157,8 +172,8 @@ def sample(
     given["labels"], given["strength_mode"] = labels, mode
     given["penalty"] = arguments.penalty_value(values["penalty"])
     given["info"] = return_info or check
-    flat = STEERED_SAMPLE.flatten(rows, given)
-    token, floats, ints = gradients.without(backends.resolve(backend, warm).steered_sample, flat)
+    op = backends.resolve(backend, warm).steered_sample
+    token, floats, ints = gradients.without(op, _flat(op, STEERED_SAMPLE, rows, given))
     if check:
         _raise_invalid(ints[1])
     return token, SampleInfo(*floats.unbind(0), *ints.unbind(0)) if return_info else None
@@ -215,7 +230,7 @@ def steered_logprob(
         "strengths": strengths,
     }
     op = backends.resolve(backend, warm).steered_logprob
-    logprob, others, greedy, stats, status = gradients.logprob(op, STEERED_LOGPROB.flatten(rows, given))
+    logprob, others, greedy, stats, status = gradients.logprob(op, _flat(op, STEERED_LOGPROB, rows, given))
     if check:
         _raise_invalid(status)
     if strengths is None:
@@ -247,7 +262,7 @@ def extract(
         raise arguments.fail("base_logits", "None", "(B, V) logits, base_rows, or a vector")
     given = {"alpha": arguments.checked("alpha", alpha, rows.batch, rows.warm)}
     op = backends.resolve(backend, rows.warm).extract
-    row_ptr, ids, p, delta, stats, status = gradients.without(op, EXTRACT.flatten(rows, given))
+    row_ptr, ids, p, delta, stats, status = gradients.without(op, _flat(op, EXTRACT, rows, given))
     if check:
         _raise_invalid(status)
     kl, max_logit, lse = stats.unbind(0)
@@ -308,7 +323,7 @@ def steered_logits(
     }
     op = backends.resolve(backend, warm).steered_logits
     given["out"] = arguments.logits_out(out, rows)
-    status = gradients.without(op, STEERED_LOGITS.flatten(rows, given))
+    status = gradients.without(op, _flat(op, STEERED_LOGITS, rows, given))
     if check:
         _raise_invalid(status)
     return given["out"]

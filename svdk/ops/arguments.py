@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from svdk.errors import InputError
-from svdk.ops.schema import DIRECTIONS, PARAMETER, PLAIN, VECTOR, Operands, Parameter, PerRow
+from svdk.ops.schema import DIRECTIONS, PARAMETER, PLAIN, VECTOR, Op, Operands, Parameter, PerRow
 from svdk.utils.checks import fail
 
 LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -36,9 +36,28 @@ def choice(name: str, value: str, allowed: dict[str, int] | tuple[str, ...]) -> 
     return value
 
 
+_TRACERS = tuple(getattr(torch._C._TorchDispatchModeKey, key) for key in ("FAKE", "PROXY", "FUNCTIONAL"))
+
+
+def has_data(x: Tensor) -> bool:
+    """Whether x holds numbers now: no stand-in of tracing, none of ``torch.func``'s batches."""
+    intercepted = type(x).__torch_dispatch__ is not Tensor.__torch_dispatch__
+    if intercepted or torch._C._functorch.is_functorch_wrapped_tensor(x):
+        return False
+    if torch._ops._len_torch_dispatch_stack_pre_dispatch():
+        return False
+    return all(torch._C._get_dispatch_mode(tracer) is None for tracer in _TRACERS)
+
+
 def host_values(rows: Tensor) -> bool:
     """Whether the numbers in ``rows`` may be read here without a device sync or a graph break."""
-    return rows.device.type == "cpu" and not torch.compiler.is_compiling()
+    return rows.device.type == "cpu" and not torch.compiler.is_compiling() and has_data(rows)
+
+
+def refuse_batches(flat: list[Any]) -> None:
+    """``InputError`` for ``torch.func.vmap`` of a backend that has no rule for it."""
+    if any(isinstance(x, Tensor) and torch._C._functorch.is_batchedtensor(x) for x in flat):
+        raise fail("backend", "one without torch.func.vmap", "'cuda' or 'cpu'; or one call with all the rows")
 
 
 def shape(x: Any) -> str:
@@ -56,6 +75,8 @@ def dense(x: Any) -> bool:
 
 def integer_value(name: str, value: Any, allowed: str) -> int:
     """``value`` as a Python integer."""
+    if type(value) is int:  # a symbol of torch.compile too, which the rest would make a constant
+        return value
     try:
         return operator.index(value)
     except (TypeError, ValueError, RuntimeError):
@@ -162,9 +183,9 @@ def parameter(
     number = (integer_value if integer else float_value)(name, value, "a number or a (B,) tensor")
     if integer and number >= TWO64 >> 1:
         raise fail(name, value, "an integer below 2**63")
-    if not low <= number <= high or not math.isfinite(number):
+    if not low <= number <= high or not -math.inf < number < math.inf:
         raise fail(name, value, span(low, high))
-    if not integer and abs(number) > LARGEST:
+    if not integer and not -LARGEST <= number <= LARGEST:
         raise fail(name, value, f"a number of float32, at most {LARGEST:g}")
     return PerRow(number)
 
@@ -226,6 +247,28 @@ def checked(name: str, value: Any, batch: int, like: Tensor) -> tuple[float, Ten
     return parameter(name, value, batch, like, entry.low, entry.high, integer=entry.kind == "int")
 
 
+def numbers_as_tensors(op: Op, given: dict[str, Any], batch: int, like: Tensor) -> None:
+    """Make tensors of the numbers in ``given`` that are inputs of the graph being compiled.
+
+    In a call of the op they would become constants of the graph, which every other value compiles anew.
+    """
+    from torch.fx.experimental.symbolic_shapes import has_static_value
+
+    for name, per_row in op.slots:
+        if per_row:
+            number, rows = given[name]
+            if rows is None and not has_static_value(number):
+                given[name] = PerRow(0, _filled(number, PARAMETER[name].kind == "int", batch, like))
+
+
+def _filled(number: Any, integer: bool, batch: int, like: Tensor) -> Tensor:
+    if not integer:  # a product: the compiler knows how to take its float from a tensor, that of full() not
+        return torch.ones(batch, dtype=torch.float32, device=like.device) * number
+    if number < 0:  # perhaps of a seed from 2**63 on, a number that generated code has no integer type for
+        return torch.ops.svdk.word_per_row(like, number, batch)
+    return torch.full((batch,), number, dtype=torch.int64, device=like.device)
+
+
 def span(low: float, high: float) -> str:
     """An interval of numbers in words."""
     if low == -math.inf and high == math.inf:
@@ -240,7 +283,7 @@ def word64(name: str, value: int | Tensor, batch: int, like: Tensor) -> PerRow:
     number = integer_value(name, value, "a 64-bit integer or a (B,) tensor of them")
     if not -(TWO64 >> 1) <= number < TWO64:
         raise fail(name, number, "a 64-bit integer")
-    return PerRow(((number + (TWO64 >> 1)) % TWO64) - (TWO64 >> 1))
+    return PerRow(number - TWO64 if number >= TWO64 >> 1 else number)
 
 
 def label_ids(labels: Tensor | None, batch: int, vocab: int, like: Tensor) -> Tensor:
@@ -286,8 +329,8 @@ def logits_out(out: Tensor | None, rows: Operands) -> Tensor:
         raise fail("out", f"{out.dtype} on {out.device}", allowed)
     if (out.stride(1) != 1 and out.shape[1] > 1) or (out.stride(0) < out.shape[1] and out.shape[0] > 1):
         raise fail("out", f"strided {tuple(out.stride())}", "contiguous rows that do not overlap")
-    if torch.compiler.is_compiling():  # the graph gives the op memory of its own
-        return out
+    if torch.compiler.is_compiling() or not has_data(out) or not has_data(warm):
+        return out  # the graph gives the op memory of its own
     in_place = rows.warm_rows is None and out.data_ptr() == warm.data_ptr()
     in_place = in_place and (out.stride(), out.dtype) == (warm.stride(), warm.dtype)
     read = {"warm_logits": None if in_place else warm, "base_logits": rows.base, "vector": rows.vector}

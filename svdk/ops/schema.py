@@ -225,3 +225,17 @@ def fake_steered_logits(*flat: Any) -> Tensor:
     """What ``steered_logits`` returns beside what it writes to ``out``, without data."""
     operands, _ = STEERED_LOGITS.unpack(flat)
     return operands.warm.new_empty(operands.batch, dtype=torch.int32)
+
+
+# --- for compiled code: a 64-bit integer as a tensor
+
+LIBRARY.define("word_per_row(Tensor like, SymInt word, SymInt count) -> Tensor")
+
+
+def word_per_row(like: Tensor, word: int, count: int) -> Tensor:
+    """int64 (count,), all of them ``word``, on the device of ``like``."""
+    return torch.full((count,), word, dtype=torch.int64, device=like.device)
+
+
+LIBRARY.impl("word_per_row", word_per_row, "CompositeExplicitAutograd")
+torch.library.register_fake("svdk::word_per_row", word_per_row, lib=LIBRARY)
