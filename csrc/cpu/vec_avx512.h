@@ -20,6 +20,7 @@ struct Vec {
     __asm__("" : "+r"(wide));
     return wide;
   }
+  static Mask mask(uint32_t bits) { return (Mask)bits; }  // of the lowest N bits
   static Mask both(Mask a, Mask b) { return a & b; }
   static float sum(F x) { return _mm512_reduce_add_ps(x); }
   static float top(F x) { return _mm512_reduce_max_ps(x); }

@@ -27,6 +27,10 @@ struct Vec {
   static Mask ge(F a, F b) { return a >= b; }
   static F select(Mask m, F yes, F no) { return m ? yes : no; }
   static uint32_t bits(Mask m) { return (m[0] & 1u) | (m[1] & 2u) | (m[2] & 4u) | (m[3] & 8u); }
+  static Mask mask(uint32_t bits) {  // of the lowest N bits
+    const U each = {1, 2, 4, 8};
+    return (Mask)((each & bits) != 0);
+  }
   static Mask both(Mask a, Mask b) { return a & b; }
   static float sum(F x) { return (x[0] + x[1]) + (x[2] + x[3]); }
   static float top(F x) {
