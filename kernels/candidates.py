@@ -21,10 +21,14 @@ from .steering import (
     INF,
     MAX_ID,
     PLAIN,
+    VECTOR,
     Operands,
+    adjusted,
     best_of,
     delta_of,
     in_confidence_set,
+    load_other,
+    load_warm,
     steered_logits,
 )
 
@@ -51,7 +55,9 @@ def tokens_of(operands, candidates, count, KIND: tl.constexpr):
 
 
 @triton.jit
-def compact_candidates(candidates, warm, count_s, max_w, log_alpha, LANES: tl.constexpr, CAP: tl.constexpr):
+def compact_candidates(
+    candidates, operands, count_s, max_w, log_alpha, LANES: tl.constexpr, CAP: tl.constexpr
+):
     """Move the candidates that are in C, in order, to the front of the row's; how many, or -1.
 
     Slice s wrote its ``count_s[s]`` ids from ``s * CAP`` on. Place i of all of them belongs to the slice
@@ -72,7 +78,7 @@ def compact_candidates(candidates, warm, count_s, max_w, log_alpha, LANES: tl.co
             within = place - tl.sum(tl.where(passed, count_s[None, :], 0), 1)
             live = place < total
             ids = tl.load(candidates + slices * CAP + within, mask=live, other=0)
-            w = tl.load(warm + ids, mask=live, other=-INF).to(tl.float32)
+            w = load_warm(operands, ids, live)
             inside = in_confidence_set(w, max_w, log_alpha)
             tl.store(candidates + kept + tl.cumsum(inside.to(tl.int32), 0) - 1, ids, mask=inside)
             kept += tl.sum(inside.to(tl.int32), 0)
@@ -89,22 +95,24 @@ def load_tile(tokens, start, KIND: tl.constexpr, BLOCK: tl.constexpr):
     if COMPACT & KIND:
         if tokens.from_candidates:
             ids = tl.load(tokens.candidates + place, mask=live, other=0)
-    w = tl.load(tokens.operands.warm + ids, mask=live, other=-INF).to(tl.float32)
+    w = load_warm(tokens.operands, ids, live)
     if DIRECTION & KIND == PLAIN:
         other = w
     else:
-        other = tl.load(tokens.operands.other + ids, mask=live, other=0.0).to(tl.float32)
+        other = load_other(tokens.operands, ids, live, 0.0, KIND)
     return ids, w, other
 
 
 @triton.jit
 def load_token(operands, token, KIND: tl.constexpr):
     """``(warm, other)`` of one token."""
-    w = tl.load(operands.warm + token).to(tl.float32)
+    w = adjusted(operands, tl.load(operands.warm + token).to(tl.float32), token, token >= 0)
     if DIRECTION & KIND == PLAIN:
         other = w
     else:
         other = tl.load(operands.other + token).to(tl.float32)
+        if DIRECTION & KIND < VECTOR:
+            other = adjusted(operands, other, token, token >= 0)
     return w, other
 
 

@@ -22,6 +22,7 @@ from .steering import (
     in_confidence_set,
     in_nats,
     in_unit,
+    load_warm,
     log_p_of,
     row_index,
     safe_log,
@@ -38,7 +39,7 @@ def size_of_confidence_set(operands, constants, BLOCK: tl.constexpr):
     size = tl.zeros([BLOCK], tl.int32)
     for start in range(0, operands.vocab, BLOCK):
         ids = start + tl.arange(0, BLOCK)
-        w = tl.load(operands.warm + ids, mask=ids < operands.vocab, other=-INF).to(tl.float32)
+        w = load_warm(operands, ids, ids < operands.vocab)
         size += in_confidence_set(w, constants.max_w, constants.log_alpha).to(tl.int32)
     return tl.sum(size, 0)
 
@@ -70,7 +71,7 @@ def extract_count_kernel(
     index, part = program // SPLITS, program % SPLITS
     warm += row_index(warm_rows, index) * warm_stride
     other += row_index(base_rows, index) * other_stride
-    operands = Operands(warm, other, vocab)
+    operands = Operands(warm, other, vocab, None, None)
     slices = slices_of_row(Slices(part, slice_size, sums, counts, counts, counters), index, SPLITS, 0)
     alpha = value_of(PerRow(alpha, alpha_rows), index)
     log_alpha = safe_log(alpha)
@@ -104,7 +105,7 @@ def extract_fill_kernel(
     if end > at:
         warm += row_index(warm_rows, index) * warm_stride
         other += row_index(base_rows, index) * other_stride
-        tokens = Tokens(Operands(warm, other, vocab), warm, False, vocab)
+        tokens = Tokens(Operands(warm, other, vocab, None, None), warm, False, vocab)
         log_alpha = safe_log(value_of(PerRow(alpha, alpha_rows), index))
         constants = kept_constants(kept + index * KEPT, log_alpha)
         for start in range(0, vocab, BLOCK):

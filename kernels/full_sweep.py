@@ -31,6 +31,7 @@ from .steering import (
     in_confidence_set,
     in_nats,
     inverse_power,
+    load_warm,
     log_p_of,
     or_zero,
     steered_inside,
@@ -75,7 +76,7 @@ def fallback_token(operands, BLOCK: tl.constexpr):
     best, best_id = tl.full([BLOCK], -INF, tl.float32), tl.full([BLOCK], MAX_ID, tl.int32)
     for start in range(0, operands.vocab, BLOCK):
         ids = start + tl.arange(0, BLOCK)
-        w = tl.load(operands.warm + ids, mask=ids < operands.vocab, other=-INF).to(tl.float32)
+        w = load_warm(operands, ids, ids < operands.vocab)
         better = (w < INF) & (w > best)
         best, best_id = tl.where(better, w, best), tl.where(better, ids, best_id)
     _, token = best_of(best, best_id)
@@ -91,7 +92,7 @@ def log_outside(operands, constants, BLOCK: tl.constexpr):
     top, mass = tl.full([BLOCK], -INF, tl.float32), tl.zeros([BLOCK], tl.float32)
     for start in range(0, operands.vocab, BLOCK):
         ids = start + tl.arange(0, BLOCK)
-        w = tl.load(operands.warm + ids, mask=ids < operands.vocab, other=-INF).to(tl.float32)
+        w = load_warm(operands, ids, ids < operands.vocab)
         w = tl.where(in_confidence_set(w, constants.max_w, constants.log_alpha), -INF, w)
         new_top = tl.maximum(top, w)
         mass = mass * tl.exp(top - or_zero(new_top)) + tl.exp(w - or_zero(new_top))

@@ -81,12 +81,15 @@ class _Call:
             self.given["alpha_rows"] is None and self.given["alpha"] == 0.0
         )
         """Whether C is known to be every token that can be drawn, so that none is outside."""
+        bias, bitmask = (self.given.get(name) for name in ("logit_bias", "bitmask"))
         penalty = self.given.get("penalty", -math.inf)
         self.finite_penalty = math.isfinite(penalty) and not self.everywhere
         self.given |= {
             "other": other,
             "other_stride": other_stride,
             "warm_stride": warm.stride(0),
+            "bias_stride": 0 if bias is None or bias.dim() == 1 else bias.stride(0),
+            "bitmask_stride": 0 if bitmask is None else bitmask.stride(0),
             "batch": self.batch,
             "penalty": penalty if self.finite_penalty else 0.0,
         }

@@ -113,7 +113,7 @@ def measure_rows_kernel(
     else:
         warm += row_index(warm_rows, index) * warm_stride
         other += row_index(base_rows, index) * other_stride
-        operands = Operands(warm, other, vocab)
+        operands = Operands(warm, other, vocab, None, None)
         slices = Slices(part, slice_size, sums, counts, candidates, counters)
         slices = slices_of_row(slices, index, SPLITS, CAP)
         log_alpha = log_alpha_of(alpha, alpha_rows, index, KIND)
@@ -168,7 +168,7 @@ def write_rows_kernel(
             z = tl.full([BLOCK], float("nan"), tl.float32)
         if count == EVERY_TOKEN:
             constants = kept_constants(kept + index * KEPT, log_alpha_of(alpha, alpha_rows, index, KIND))
-            tokens = Tokens(Operands(warm, other, vocab), candidates, count >= 0, vocab)
+            tokens = Tokens(Operands(warm, other, vocab, None, None), candidates, count >= 0, vocab)
             _, w, o = load_tile(tokens, begin, KIND, BLOCK)
             z = steered_tokens(constants, tl.load(mus + index), penalty, largest, w, o, KIND)
     z = tl.where(ids < vocab, z, -INF)

@@ -110,7 +110,7 @@ def steered_logprob_kernel(
     index, part = program // SPLITS, program % SPLITS
     warm += row_index(warm_rows, index) * warm_stride
     other += row_index(base_rows, index) * other_stride
-    operands = Operands(warm, other, vocab)
+    operands = Operands(warm, other, vocab, None, None)
     slices = Slices(part, slice_size, sums, counts, candidates, counters)
     slices = slices_of_row(slices, index, SPLITS, CAP)
     alpha = value_of(PerRow(alpha, alpha_rows), index)

@@ -41,6 +41,7 @@ from .steering import (
     in_unit,
     inverse_power,
     is_finite,
+    load_warm,
     log_p_of,
     log_q_of,
     row_index,
@@ -162,11 +163,12 @@ def describe(
 
 @triton.jit(do_not_specialize=["top_k", "seed", "offset"])
 def steered_sample_kernel(
-    warm, other, warm_rows, base_rows, vocab, labels, strength, strength_rows, alpha, alpha_rows, penalty,
-    temperature, temperature_rows, top_k: tl.int64, top_k_rows, top_p, top_p_rows, min_p, min_p_rows,
+    warm, other, warm_rows, base_rows, vocab, logit_bias, bitmask, labels,
+    strength, strength_rows, alpha, alpha_rows, penalty, temperature, temperature_rows,
+    top_k: tl.int64, top_k_rows, top_p, top_p_rows, min_p, min_p_rows,
     seed: tl.int64, seed_rows, offset: tl.int64, offset_rows,
     sums, counts, candidates, ranking, counters, token_out, floats_out, ints_out,
-    warm_stride, other_stride, batch, slice_size,
+    warm_stride, other_stride, bias_stride, bitmask_stride, batch, slice_size,
     KIND: tl.constexpr, MODE: tl.constexpr,
     SPLITS: tl.constexpr, CAP: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -176,7 +178,11 @@ def steered_sample_kernel(
     index, part = program // SPLITS, program % SPLITS
     warm += row_index(warm_rows, index) * warm_stride
     other += row_index(base_rows, index) * other_stride
-    operands = Operands(warm, other, vocab)
+    if logit_bias is not None:
+        logit_bias += index.to(tl.int64) * bias_stride
+    if bitmask is not None:
+        bitmask += index.to(tl.int64) * bitmask_stride
+    operands = Operands(warm, other, vocab, logit_bias, bitmask)
     slices = Slices(part, slice_size, sums, counts, candidates, counters)
     slices = slices_of_row(slices, index, SPLITS, CAP)
     ranking += index.to(tl.int64) * (2 * RANK_LIMIT)
@@ -204,7 +210,7 @@ def steered_sample_kernel(
         row_sums = swept.sums
         if not SUMMED:  # any logit of the row will do to be relative to
             found = swept.best_id != MAX_ID
-            max_w = tl.load(warm + swept.best_id, mask=found, other=-INF).to(tl.float32)
+            max_w = load_warm(operands, swept.best_id, found)
             row_sums = Sums(
                 max_w, row_sums.max_b, row_sums.z_w, row_sums.z_b, row_sums.usable, row_sums.cross
             )

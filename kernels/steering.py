@@ -67,6 +67,10 @@ class Operands(NamedTuple):
     other: Any
     """Pointer to the base logits or the vector; unused for PLAIN."""
     vocab: Any
+    bias: Any
+    """Pointer to the float32 bias of the row's warm and base logits, or None."""
+    bitmask: Any
+    """Pointer to the words of the row's mask, or None."""
 
 
 class Constants(NamedTuple):
@@ -121,6 +125,35 @@ def row_index(rows, row):
     if rows is not None:
         index = tl.load(rows + row)
     return index.to(tl.int64)
+
+
+@triton.jit
+def adjusted(operands, x, ids, live):
+    """Warm or base logits of the tokens ``ids`` with the row's bias, and -inf where its mask has a 0."""
+    if operands.bias is not None:
+        x += tl.load(operands.bias + ids, mask=live, other=0.0)
+    if operands.bitmask is not None:
+        word = tl.load(operands.bitmask + (ids >> 5), mask=live, other=0)
+        x = tl.where(((word >> (ids & 31)) & 1) != 0, x, -INF)
+    return x
+
+
+@triton.jit
+def load_warm(operands, ids, live):
+    """The warm logits of a tile of tokens, float32; -inf where not ``live``."""
+    return adjusted(operands, tl.load(operands.warm + ids, mask=live, other=-INF).to(tl.float32), ids, live)
+
+
+@triton.jit
+def load_other(operands, ids, live, beyond: tl.constexpr, KIND: tl.constexpr):
+    """The base logits or a vector's entries, float32; for base logits see :func:`load_warm`.
+
+    Where not ``live``: ``beyond``, or -inf.
+    """
+    other = tl.load(operands.other + ids, mask=live, other=beyond).to(tl.float32)
+    if DIRECTION & KIND < VECTOR:
+        other = adjusted(operands, other, ids, live)
+    return other
 
 
 @triton.jit

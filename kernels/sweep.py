@@ -25,6 +25,7 @@ from .steering import (
     DIRECTION,
     INF,
     INFO,
+    KL_GRADIENT,
     LOG_RATIO,
     MAX_ID,
     PLAIN,
@@ -34,6 +35,8 @@ from .steering import (
     Constants,
     best_of,
     in_confidence_set,
+    load_other,
+    load_warm,
     or_zero,
 )
 
@@ -137,10 +140,10 @@ def first_sweep(
     for start in tl.range(begin, end, BLOCK, num_stages=STAGES):
         ids = start + lane
         live = ids < end
-        w = tl.load(operands.warm + ids, mask=live, other=-INF).to(tl.float32)
+        w = load_warm(operands, ids, live)
         flags |= tl.where(w < INF, 0, INVALID)  # NaN compares false
         if DIRECTION & KIND != PLAIN:
-            o = tl.load(operands.other + ids, mask=live, other=-INF if HAS_BASE else 0.0).to(tl.float32)
+            o = load_other(operands, ids, live, -INF if HAS_BASE else 0.0, KIND)
             flags |= tl.where(o < INF, 0, INVALID)
         if DIRECTION & KIND == VECTOR:
             flags |= tl.where(o > -INF, 0, INVALID)
@@ -278,7 +281,7 @@ def merge(operands, slices, log_alpha, KIND: tl.constexpr, SPLITS: tl.constexpr,
     best, best_id = best_of(tl.load(at + 6, mask=live, other=-INF), tl.load(of + 2, mask=live, other=MAX_ID))
     if COMPACT & KIND:
         count_s = tl.where(in_confidence_set(max_w_s, max_w, log_alpha), count_s, 0)
-        count = compact_candidates(slices.candidates, operands.warm, count_s, max_w, log_alpha, LANES, CAP)
+        count = compact_candidates(slices.candidates, operands, count_s, max_w, log_alpha, LANES, CAP)
     else:
         count = tl.sum(count_s, 0)
     return Swept(Sums(max_w, max_b, z_w, z_b, usable, cross), flags, count, best, best_id, z_w * 0.0)
@@ -310,8 +313,8 @@ def sums_in_float64(operands, sums):
     cross = tl.zeros([RARE_BLOCK], tl.float64)
     for start in range(0, operands.vocab, RARE_BLOCK):
         ids = start + tl.arange(0, RARE_BLOCK)
-        w = tl.load(operands.warm + ids, mask=ids < operands.vocab, other=-INF).to(tl.float64)
-        o = tl.load(operands.other + ids, mask=ids < operands.vocab, other=-INF).to(tl.float64)
+        w = load_warm(operands, ids, ids < operands.vocab).to(tl.float64)
+        o = load_other(operands, ids, ids < operands.vocab, -INF, KL_GRADIENT).to(tl.float64)
         both = (w > -INF) & (o > -INF)
         e = tl.exp(w - sums.max_w)
         z_w += e

@@ -108,6 +108,29 @@ svdk::BatchLogits batch_logits(const Tensor& warm, const MaybeTensor& base,
   return rows;
 }
 
+// Bias and mask of the logits of a call, of which each row has its own (or all share one bias).
+void set_adjustments(svdk::BatchLogits& rows, const MaybeTensor& bias, const MaybeTensor& bitmask) {
+  const int64_t words = (rows.vocab + 31) / 32;
+  if (bias) {
+    const bool shared = bias->dim() == 1;
+    STD_TORCH_CHECK(bias->scalar_type() == ScalarType::Float && (shared || bias->dim() == 2) &&
+                        bias->size(shared ? 0 : 1) >= rows.vocab &&
+                        (shared || bias->size(0) == rows.batch),
+                    "logit_bias must be float32, (V,) or (B, V)");
+    STD_TORCH_CHECK(rows.vocab == 1 || bias->stride(shared ? 0 : 1) == 1,
+                    "logit_bias must have a contiguous last dimension");
+    rows.bias = {bias->const_data_ptr(), shared ? 0 : bias->stride(0) * 4, nullptr};
+  }
+  if (bitmask) {
+    STD_TORCH_CHECK(bitmask->scalar_type() == ScalarType::Int && bitmask->dim() == 2 &&
+                        bitmask->size(0) == rows.batch && bitmask->size(1) >= words,
+                    "bitmask must be int32, (B, ceil(V / 32)) or wider");
+    STD_TORCH_CHECK(words == 1 || bitmask->stride(1) == 1,
+                    "bitmask must have a contiguous last dimension");
+    rows.allowed = {bitmask->const_data_ptr(), bitmask->stride(0) * 4, nullptr};
+  }
+}
+
 Tensor allocate(std::initializer_list<int64_t> shape, ScalarType type) {
   try {
     return torch::stable::empty({shape.begin(), shape.size()}, type);
@@ -127,13 +150,14 @@ T* out(Tensor& t) {
 
 std::tuple<Tensor, Tensor, Tensor> steered_sample(
     Tensor warm, MaybeTensor base, MaybeTensor vector, MaybeTensor warm_rows, MaybeTensor base_rows,
-    int64_t vocab, int64_t direction, MaybeTensor labels, int64_t mode, double strength,
-    MaybeTensor strength_rows, double alpha, MaybeTensor alpha_rows, double penalty,
-    double temperature, MaybeTensor temperature_rows, int64_t top_k, MaybeTensor top_k_rows,
-    double top_p, MaybeTensor top_p_rows, double min_p, MaybeTensor min_p_rows, int64_t seed,
-    MaybeTensor seed_rows, int64_t offset, MaybeTensor offset_rows, bool info) {
-  const svdk::BatchLogits rows =
-      batch_logits(warm, base, vector, warm_rows, base_rows, vocab, direction);
+    int64_t vocab, int64_t direction, MaybeTensor logit_bias, MaybeTensor bitmask,
+    MaybeTensor labels, int64_t mode, double strength, MaybeTensor strength_rows, double alpha,
+    MaybeTensor alpha_rows, double penalty, double temperature, MaybeTensor temperature_rows,
+    int64_t top_k, MaybeTensor top_k_rows, double top_p, MaybeTensor top_p_rows, double min_p,
+    MaybeTensor min_p_rows, int64_t seed, MaybeTensor seed_rows, int64_t offset,
+    MaybeTensor offset_rows, bool info) {
+  svdk::BatchLogits rows = batch_logits(warm, base, vector, warm_rows, base_rows, vocab, direction);
+  set_adjustments(rows, logit_bias, bitmask);
   const int64_t batch = rows.batch;
   svdk::BatchParameters p{};
   p.labels = per_row(int64_t{0}, labels);

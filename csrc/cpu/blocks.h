@@ -62,6 +62,40 @@ inline const float* fetch(const void* source, DType dtype, int begin, int n, flo
   return space;
 }
 
+// Whether the mask of a row takes out all of the tokens [begin, begin + n).
+inline bool none_allowed(const RowLogits& row, int begin, int n) {
+  if (!row.allowed) return false;
+  const uint32_t* words = row.allowed + begin / 32;
+  uint32_t any = 0;
+  for (int i = 0; i < n / 32; ++i) any |= words[i];
+  if (n % 32) any |= words[n / 32] & ((1u << n % 32) - 1);
+  return any == 0;
+}
+
+// Bias and mask of a row for the logits x of tokens [begin, begin + n), begin a multiple of 32;
+// into space, where x may be already.
+inline const float* adjust(const RowLogits& row, int begin, int n, const float* x, float* space) {
+  const Vec::F gone = Vec::set(-kFloatInf);
+  int i = 0;
+  for (; i + 32 <= n; i += 32) {
+    const uint32_t word = row.allowed ? row.allowed[(begin + i) / 32] : ~0u;
+    for (int k = 0; k < 32; k += Vec::N) {
+      Vec::F y = Vec::load(x + i + k);
+      if (row.bias) y = y + Vec::load(row.bias + begin + i + k);
+      Vec::store(space + i + k, Vec::select(Vec::mask(word >> k), y, gone));
+    }
+  }
+  for (; i < n; ++i) space[i] = row.adjusted(x[i], begin + i);
+  return space;
+}
+
+// Warm or base logits as fetch() gives them, with bias and mask.
+inline const float* fetch_logits(const RowLogits& row, const void* source, int begin, int n,
+                                 float* space) {
+  const float* x = fetch(source, row.dtype, begin, n, space);
+  return row.adjusts() ? adjust(row, begin, n, x, space) : x;
+}
+
 // Maximum and finiteness of n floats (a multiple of kPad); the sum of squares is NaN or above
 // kFloatSafe^2 when something is not finite or beyond kFloatSafe, which the slow paths handle.
 inline Block scan(const float* x, int n, int real, int ahead = 0) {

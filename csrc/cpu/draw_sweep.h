@@ -98,7 +98,12 @@ inline bool weigh_once(const Slice& slice, int at, const Draw& draw, Scratch& sc
                        const Drawn& to) {
   constexpr float kLeap = 16;  // exp(16) * kBlock is far from float's limits
   if (slice.end - at < kBlock || sums.max_w == -kInf) return false;
-  const float* z = fetch(slice.row.warm, slice.row.dtype, at, kBlock, scratch.w);
+  if (none_allowed(slice.row, at, kBlock)) {
+    to.masses[at / kBlock] = {-kInf, 0};
+    if (to.tops) std::fill_n(to.tops + at / kStripe, kBlock / kStripe, -kFloatInf);
+    return true;
+  }
+  const float* z = fetch_logits(slice.row, slice.row.warm, at, kBlock, scratch.w);
   const int ahead = ahead_of(slice, at);
   const float max = static_cast<float>(sums.max_w), rate = draw.rate();
   const Vec::F shift = Vec::set(max), by = Vec::set(std::min(rate * kLog2E, FLT_MAX));

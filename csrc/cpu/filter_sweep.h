@@ -74,7 +74,7 @@ bool gather(const Slice& slice, const Constants& c, const Draw& draw, const Tops
     if (c.direction == kPlain) {  // these floats are exact
       constexpr int kAhead = 3;
       if (i + kAhead < count) prefetch_stripe(row, stripes[i + kAhead]);
-      const float* z = fetch(row.warm, row.dtype, at, n, scratch.w);
+      const float* z = fetch_logits(row, row.warm, at, n, scratch.w);
       pick<true>(z, at, padded(n), Vec::set(std::nextafter(from, kFloatInf)), never, picked);
       append(picked, draw, tops.top, tokens);
     } else {

@@ -32,13 +32,20 @@ struct Table {
 // The rows of a call.
 struct BatchLogits {
   Table warm, base, vector;
+  Table bias, allowed;  // go by the row of the call
   DType dtype;
   int vocab, direction;
   int64_t batch;
 
   RowLogits at(int64_t i) const {
-    return {warm.at(i), base.at(i), static_cast<const float*>(vector.at(i)),
-            dtype,      vocab,      direction};
+    return {warm.at(i),
+            base.at(i),
+            static_cast<const float*>(vector.at(i)),
+            dtype,
+            vocab,
+            direction,
+            static_cast<const float*>(bias.at(i)),
+            static_cast<const uint32_t*>(allowed.at(i))};
   }
 };
 

@@ -39,14 +39,26 @@ struct RowLogits {
   const float* vector;  // or null
   DType dtype;
   int vocab, direction;
+  const float* bias = nullptr;        // added to warm and base logits, or null
+  const uint32_t* allowed = nullptr;  // a bit a token, or null: where it is 0 they are -inf
+
+  bool adjusts() const { return bias || allowed; }
+  bool allows(int id) const { return !allowed || (allowed[id / 32] >> (id % 32) & 1); }
+  // A warm or base logit as it counts. The sum is that of floats in every backend.
+  float adjusted(float x, int id) const {
+    if (bias) x += bias[id];
+    return allows(id) ? x : -kFloatInf;
+  }
 
   float logit(const void* source, int id) const {
     if (dtype == DType::kFloat) return static_cast<const float*>(source)[id];
     const uint16_t x = static_cast<const uint16_t*>(source)[id];
     return dtype == DType::kBFloat16 ? bfloat16_to_float(x) : half_to_float(x);
   }
-  float warm_at(int id) const { return logit(warm, id); }
-  float other_at(int id) const { return base ? logit(base, id) : vector ? vector[id] : 0.0f; }
+  float warm_at(int id) const { return adjusted(logit(warm, id), id); }
+  float other_at(int id) const {
+    return base ? adjusted(logit(base, id), id) : vector ? vector[id] : 0.0f;
+  }
 };
 
 // Of a row, or of a slice of one.

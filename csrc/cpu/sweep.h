@@ -31,11 +31,21 @@ inline BlockOperands read_block(const Slice& slice, int at, Scratch& scratch) {
   block.n = std::min(kBlock, slice.end - at);
   block.width = padded(block.n);
   const int ahead = ahead_of(slice, at);
-  block.w = scan(fetch(row.warm, row.dtype, at, block.n, scratch.w), block.width, block.n, ahead);
   block.other = Block{nullptr, 0, 0, true};
-  if (row.base || row.vector) {
-    const float* x = row.base ? fetch(row.base, row.dtype, at, block.n, scratch.other)
-                              : fetch(row.vector, DType::kFloat, at, block.n, scratch.other);
+  if (none_allowed(row, at, block.n)) {
+    std::fill(scratch.w, scratch.w + block.width, -kFloatInf);
+    block.w = Block{scratch.w, -kFloatInf, 0, false};
+    if (row.base) block.other = block.w;
+  } else {
+    block.w =
+        scan(fetch_logits(row, row.warm, at, block.n, scratch.w), block.width, block.n, ahead);
+    if (row.base) {
+      const float* x = fetch_logits(row, row.base, at, block.n, scratch.other);
+      block.other = scan(x, block.width, block.n, ahead);
+    }
+  }
+  if (row.vector) {
+    const float* x = fetch(row.vector, DType::kFloat, at, block.n, scratch.other);
     block.other = scan(x, block.width, block.n, ahead);
   }
   block.ordinary = block.w.finite && block.other.finite;
@@ -97,8 +107,9 @@ inline bool accumulate_once(const Slice& slice, int at, Scratch& scratch, Sums& 
   constexpr double kLeap = 16;  // exp(16) * kBlock is far from float's limits
   const RowLogits& row = slice.row;
   if (!row.base || slice.end - at < kBlock || s.max_w == -kInf || s.max_b == -kInf) return false;
-  const float* w = fetch(row.warm, row.dtype, at, kBlock, scratch.w);
-  const float* b = fetch(row.base, row.dtype, at, kBlock, scratch.other);
+  if (row.allowed) return false;  // hardly a block of such a row is without -inf
+  const float* w = fetch_logits(row, row.warm, at, kBlock, scratch.w);
+  const float* b = fetch_logits(row, row.base, at, kBlock, scratch.other);
   const BlockSums sums = block_sums<false>(w, b, kBlock, static_cast<float>(s.max_w),
                                            static_cast<float>(s.max_b), ahead_of(slice, at));
   const bool finite =

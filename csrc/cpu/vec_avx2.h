@@ -51,6 +51,11 @@ struct Vec {
     const U steps = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
     return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_set1_epi32(i), steps));
   }
+  static Mask mask(uint32_t bits) {  // of the lowest N bits
+    const U each = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+    const U here = _mm256_and_si256(_mm256_set1_epi32((int)bits), each);
+    return _mm256_castsi256_ps(_mm256_cmpeq_epi32(here, each));
+  }
   static Mask both(Mask a, Mask b) { return _mm256_and_ps(a, b); }
   static float sum(F x) {
     __m128 y = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));

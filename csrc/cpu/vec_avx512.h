@@ -34,6 +34,7 @@ struct Vec {
     const __m512i steps = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
     return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_set1_epi32(i), steps));
   }
+  static Mask mask(uint32_t bits) { return (Mask)bits; }  // of the lowest N bits
   static Mask both(Mask a, Mask b) { return a & b; }
   static float sum(F x) { return _mm512_reduce_add_ps(x); }
   static float top(F x) { return _mm512_reduce_max_ps(x); }

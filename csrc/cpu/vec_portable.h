@@ -40,6 +40,10 @@ struct Vec {
   }
   // Integers i, i + 1, ..., as the bits of floats.
   static F count_up(int i) { return (F)(Mask{i, i + 1, i + 2, i + 3}); }
+  static Mask mask(uint32_t bits) {  // of the lowest N bits
+    const U each = {1, 2, 4, 8};
+    return (Mask)((each & bits) != 0);
+  }
   static Mask both(Mask a, Mask b) { return a & b; }
   static float sum(F x) { return (x[0] + x[1]) + (x[2] + x[3]); }
   static float top(F x) {

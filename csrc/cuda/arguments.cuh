@@ -37,12 +37,21 @@ struct Table {
   int64_t limit;         // rows
 };
 
+// What is done to the logits of a call as they are read; by the row of the call.
+struct Adjustments {
+  const float* bias;        // or null
+  int64_t bias_stride;      // elements; 0: one for all rows
+  const uint32_t* bitmask;  // or null
+  int64_t bitmask_stride;   // words
+};
+
 struct Part;       // team.cuh
 struct Constants;  // steering.cuh
 
 // The rows of a call, their parameters, and how many CTAs share a row.
 struct BatchArgs {
   Table warm, other;
+  Adjustments adjustments;
   int batch, vocab, direction, split, transport;
   BatchParameters parameters;
   double log_alpha;   // of the scalar alpha
@@ -90,6 +99,7 @@ struct LogitsArgs {
 struct Call {
   int64_t dtype, source, batch, vocab, direction, split, transport;
   Table warm, other;
+  Adjustments adjustments;
   BatchParameters parameters;
   const float* strengths;
   int64_t count;
@@ -114,6 +124,7 @@ struct Call {
 inline BatchArgs batch_args(const Call& c) {
   return {c.warm,
           c.other,
+          c.adjustments,
           static_cast<int>(c.batch),
           static_cast<int>(c.vocab),
           static_cast<int>(c.direction),
@@ -154,6 +165,13 @@ inline int choose_split(int64_t batch, int64_t vocab, int64_t resident, int most
   return split;
 }
 
+// Logits of type T, read with the adjustments of the call. A type, so that kernels without them are
+// compiled as if there were none.
+template <typename T>
+struct Adjusted {
+  T value;
+};
+
 template <typename T>
 struct Tag {
   using type = T;
@@ -171,6 +189,20 @@ void dispatch(const Call& c, const F& f) {
   if (dtype == DType::kFloat) by_source(Tag<float>());
   if (dtype == DType::kBFloat16) by_source(Tag<BFloat16>());
   if (dtype == DType::kHalf) by_source(Tag<Half>());
+}
+
+// Likewise for steered_sample: with Adjusted types where the call adjusts its logits.
+template <typename F>
+void dispatch_sample(const Call& c, const F& f) {
+  const bool adjusts = c.adjustments.bias || c.adjustments.bitmask;
+  dispatch(c, [&](auto tag, auto source) {
+    using T = typename decltype(tag)::type;
+    if (adjusts) {
+      f(Tag<Adjusted<T>>(), source);
+    } else {
+      f(tag, source);
+    }
+  });
 }
 
 }  // namespace svdk::cuda

@@ -211,6 +211,36 @@ Call open_call(const Tensor& warm, const MaybeTensor& base, const MaybeTensor& v
   return c;
 }
 
+// Bias and mask of the logits of a call, checked.
+Adjustments adjustments_of(const MaybeTensor& bias, const MaybeTensor& bitmask, const Call& c,
+                           const Tensor& like) {
+  Adjustments x{};
+  if (bias) {
+    const bool shared = bias->dim() == 1;
+    STD_TORCH_CHECK(bias->is_cuda() && bias->get_device() == like.get_device() &&
+                        bias->scalar_type() == ScalarType::Float && (shared || bias->dim() == 2) &&
+                        bias->size(shared ? 0 : 1) >= c.vocab &&
+                        (shared || bias->size(0) == c.batch),
+                    "logit_bias must be float32, (V,) or (B, V), on the device of warm_logits");
+    STD_TORCH_CHECK(c.vocab == 1 || bias->stride(shared ? 0 : 1) == 1,
+                    "logit_bias must have a contiguous last dimension");
+    x.bias = static_cast<const float*>(bias->const_data_ptr());
+    x.bias_stride = shared ? 0 : bias->stride(0);
+  }
+  if (bitmask) {
+    const int64_t words = (c.vocab + 31) / 32;
+    STD_TORCH_CHECK(bitmask->is_cuda() && bitmask->get_device() == like.get_device() &&
+                        bitmask->scalar_type() == ScalarType::Int && bitmask->dim() == 2 &&
+                        bitmask->size(0) == c.batch && bitmask->size(1) >= words,
+                    "bitmask must be int32, (B, ceil(V / 32)) or wider, on warm_logits' device");
+    STD_TORCH_CHECK(words == 1 || bitmask->stride(1) == 1,
+                    "bitmask must have a contiguous last dimension");
+    x.bitmask = static_cast<const uint32_t*>(bitmask->const_data_ptr());
+    x.bitmask_stride = bitmask->stride(0);
+  }
+  return x;
+}
+
 Place place_of(const Tensor& warm) {
   void* stream = nullptr;
   STABLE_TORCH_ERROR_CODE_CHECK(
@@ -233,12 +263,14 @@ Tensor allocate(const Tensor& like, std::initializer_list<int64_t> shape, Scalar
 
 std::tuple<Tensor, Tensor, Tensor> steered_sample(
     Tensor warm, MaybeTensor base, MaybeTensor vector, MaybeTensor warm_rows, MaybeTensor base_rows,
-    int64_t vocab, int64_t direction, MaybeTensor labels, int64_t mode, double strength,
-    MaybeTensor strength_rows, double alpha, MaybeTensor alpha_rows, double penalty,
-    double temperature, MaybeTensor temperature_rows, int64_t top_k, MaybeTensor top_k_rows,
-    double top_p, MaybeTensor top_p_rows, double min_p, MaybeTensor min_p_rows, int64_t seed,
-    MaybeTensor seed_rows, int64_t offset, MaybeTensor offset_rows, bool info) {
+    int64_t vocab, int64_t direction, MaybeTensor logit_bias, MaybeTensor bitmask,
+    MaybeTensor labels, int64_t mode, double strength, MaybeTensor strength_rows, double alpha,
+    MaybeTensor alpha_rows, double penalty, double temperature, MaybeTensor temperature_rows,
+    int64_t top_k, MaybeTensor top_k_rows, double top_p, MaybeTensor top_p_rows, double min_p,
+    MaybeTensor min_p_rows, int64_t seed, MaybeTensor seed_rows, int64_t offset,
+    MaybeTensor offset_rows, bool info) {
   Call c = open_call(warm, base, vector, warm_rows, base_rows, vocab, direction);
+  c.adjustments = adjustments_of(logit_bias, bitmask, c, warm);
   STD_TORCH_CHECK(mode != kLabel || labels, "labels are needed for strength_mode 'label'");
   const Checked checked{warm, c.batch};
   c.parameters = {checked("labels", int64_t{0}, labels),
@@ -267,7 +299,7 @@ std::tuple<Tensor, Tensor, Tensor> steered_sample(
   }
   if (c.batch == 0) return {token, floats, ints};
   plan(c, place);
-  dispatch(c, [&](auto tag, auto source) {
+  dispatch_sample(c, [&](auto tag, auto source) {
     using T = typename decltype(tag)::type;
     launch("steered_sample", steered_sample_kernel<T, decltype(source)::value>, c.batch * c.split,
            static_cast<int>(c.split), c.transport == kCluster, place, sample_args(c));

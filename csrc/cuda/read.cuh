@@ -14,6 +14,18 @@ struct Stream {
 };
 
 template <typename T>
+struct Stream<Adjusted<T>> {
+  Stream<T> logits;
+  const float* bias;        // or null
+  const uint32_t* bitmask;  // or null
+
+  // The bits of tokens `id` and on, up to the next multiple of 32.
+  SVDK_DEVICE uint32_t allowed_from(int id) const {
+    return bitmask ? bitmask[id >> 5] >> (id & 31) : ~0u;
+  }
+};
+
+template <typename T>
 struct Traits;
 template <>
 struct Traits<float> {
@@ -55,6 +67,13 @@ SVDK_DEVICE void encode(float x, Half* to) { to->bits = float_to_half(x); }
 template <typename T>
 SVDK_DEVICE float read_one(const Stream<T>& s, int id) {
   return decode<T>(raw(s.row + id));
+}
+
+template <typename T>
+SVDK_DEVICE float read_one(const Stream<Adjusted<T>>& s, int id) {
+  float x = read_one(s.logits, id);
+  if (s.bias) x += s.bias[id];
+  return s.allowed_from(id) & 1 ? x : -kFloatInf;
 }
 
 // 16 bytes from `shift` bytes into the 32 of two neighbouring loads.
@@ -121,11 +140,49 @@ struct Lanes {
   }
 };
 
+// The bias is read when the logits are unpacked: held from the fetch on, it would take registers
+// that these kernels do not have.
+template <typename T, int N>
+struct Lanes<Adjusted<T>, N> {
+  Lanes<T, N> logits;
+  const float* bias;
+  uint32_t allowed;
+  int n;
+  SVDK_DEVICE void fetch(const Stream<Adjusted<T>>& s, int at) {
+    static_assert(32 % N == 0, "the bits of a vector are in one word");
+    logits.fetch(s.logits, at);
+    allowed = s.allowed_from(at);
+    bias = s.bias ? s.bias + at : nullptr;
+    n = s.logits.vocab - at;
+  }
+  SVDK_DEVICE void unpack(float (&out)[N]) const {
+    logits.unpack(out);
+    if (bias) {
+      SVDK_UNROLL
+      for (int e = 0; e < N; ++e) {
+        if (e < n) out[e] += bias[e];
+      }
+    }
+    SVDK_UNROLL
+    for (int e = 0; e < N; ++e) {
+      if (!(allowed >> e & 1)) out[e] = -kFloatInf;
+    }
+  }
+};
+
+// Vectors in flight of two operands of one type; adjusting 16-bit ones needs the registers.
+template <typename T>
+constexpr int kInFlight = 2;
+template <>
+constexpr int kInFlight<Adjusted<BFloat16>> = 1;
+template <>
+constexpr int kInFlight<Adjusted<Half>> = 1;
+
 // A row's two operands. N: tokens of a vector; kUnroll: vectors whose loads are in flight together.
 template <typename T, int S>
 struct Operands {
   using Other = T;
-  static constexpr int N = 16 / sizeof(T), kUnroll = 2;
+  static constexpr int N = 16 / sizeof(T), kUnroll = kInFlight<T>;
   Stream<T> warm, other;
 };
 template <typename T>
@@ -141,10 +198,20 @@ SVDK_DEVICE Operands<T, kNone> warm_only(const Operands<T, S>& row) {
   return {row.warm, {}};
 }
 
+// Row `from` of a table, for row `row` of the call.
 template <typename T>
-SVDK_DEVICE Stream<T> open_stream(const Table& table, int64_t row, int vocab) {
-  const T* p = static_cast<const T*>(table.data) + row * table.stride;
-  return {p, vocab, static_cast<uint32_t>(reinterpret_cast<uintptr_t>(p) & 15)};
+SVDK_DEVICE void open_stream(const BatchArgs& a, const Table& table, int64_t from, int,
+                             Stream<T>& to) {
+  const T* p = static_cast<const T*>(table.data) + from * table.stride;
+  to = {p, a.vocab, static_cast<uint32_t>(reinterpret_cast<uintptr_t>(p) & 15)};
+}
+template <typename T>
+SVDK_DEVICE void open_stream(const BatchArgs& a, const Table& table, int64_t from, int row,
+                             Stream<Adjusted<T>>& to) {
+  const Adjustments& x = a.adjustments;
+  open_stream(a, table, from, row, to.logits);
+  to.bias = x.bias ? x.bias + row * x.bias_stride : nullptr;
+  to.bitmask = x.bitmask ? x.bitmask + row * x.bitmask_stride : nullptr;
 }
 
 enum Readable : int { kBoth, kWarmOnly, kNothing };
@@ -154,11 +221,11 @@ template <typename T, int S>
 SVDK_DEVICE Readable open_operands(const BatchArgs& a, int row, Operands<T, S>& operands) {
   const int64_t warm = a.warm.index ? a.warm.index[row] : row;
   if (warm < 0 || warm >= a.warm.limit) return kNothing;
-  operands.warm = open_stream<T>(a.warm, warm, a.vocab);
+  open_stream(a, a.warm, warm, row, operands.warm);
   if (S == kNone) return kBoth;
   const int64_t other = a.other.index ? a.other.index[row] : row;
   if (other < 0 || other >= a.other.limit) return kWarmOnly;
-  operands.other = open_stream<typename Operands<T, S>::Other>(a.other, other, a.vocab);
+  open_stream(a, a.other, other, row, operands.other);
   return kBoth;
 }
 

@@ -49,8 +49,8 @@ def _raise_invalid(status: Tensor) -> None:
     if rows:
         shown = ", ".join(map(str, rows[:20])) + (", ..." if len(rows) > 20 else "")
         raise InvalidLogitsError(
-            f"rows {shown}: the logits were NaN, +inf or nowhere finite (or a per-row parameter was out of "
-            "range); allowed: finite values and -inf, at least one finite warm logit a row"
+            f"rows {shown}: the logits (biased and masked) were NaN, +inf or nowhere finite (or a per-row "
+            "parameter was out of range); allowed: finite values and -inf, at least one finite warm logit"
         )
 
 
@@ -68,6 +68,8 @@ def steered_sample(
     base_logits: Tensor | None = None,
     *,
     vector: Tensor | None = None,
+    logit_bias: Tensor | None = None,
+    bitmask: Tensor | None = None,
     strength: float | Tensor = 1.0,
     strength_mode: str = "constant",
     labels: Tensor | None = None,
@@ -101,6 +103,13 @@ def steered_sample(
         base_logits: ``(B, V)``, or rows picked by ``base_rows`` (of ``warm_logits`` itself if this is None).
             Without it and without ``vector`` this is a plain sampler: no mask, no steering.
         vector: ``(V,)`` or ``(B, V)`` steering vector to use instead of a base model.
+        logit_bias: float32 ``(V,)`` or ``(B, V)``, added in float32 to the warm and to the base logits (not
+            to a vector) before anything else; -inf forbids a token, a sum that is NaN or +inf makes its row
+            INVALID. It goes by the rows of the result, as parameters do, not by ``warm_rows``.
+        bitmask: int32 ``(B, ceil(V / 32))`` or wider, as xgrammar and llguidance make them: token i is
+            allowed where bit ``i % 32`` of word ``i // 32`` is 1. The others count as -inf in both models,
+            whatever their logits are; a row with nothing allowed is INVALID. Strength, C, filters and the
+            log-probabilities of :class:`SampleInfo` are those of the biased, masked rows.
         strength: mu, or the KL budget in nats for ``strength_mode="kl_budget"``; scalar or ``(B,)``.
         strength_mode: ``"constant"``; ``"label"``: mu = g / (||delta||^2 + 1e-12) for ``labels``;
             ``"kl_budget"``: mu = sqrt(2 kappa / Var_p(delta)).
@@ -120,7 +129,7 @@ def steered_sample(
         base_rows: int64 ``(B,)`` rows of ``base_logits`` to use.
         vocab_size: use only the first ``vocab_size`` columns (padded vocabularies).
         check: synchronise and raise on rows with NaN, +inf or nothing finite. Without it such a row gets
-            the argmax over its finite warm logits and status INVALID.
+            the argmax over its finite warm logits, biased and masked (0 if there is none) and status INVALID.
         return_info: also return a :class:`SampleInfo`.
         backend: ``"auto"``, ``"cuda"``, ``"triton"``, ``"cpu"`` or ``"reference"``.
 
@@ -134,6 +143,8 @@ def steered_sample(
     """
     rows = arguments.operands(warm_logits, base_logits, vector, direction, warm_rows, base_rows, vocab_size)
     values = {
+        "logit_bias": logit_bias,
+        "bitmask": bitmask,
         "strength": strength,
         "strength_mode": strength_mode,
         "labels": labels,
@@ -170,6 +181,8 @@ def sample(
     given: dict[str, Any] = {name: arguments.checked(name, values[name], batch, warm) for name in _PER_ROW}
     given["seed"] = row_keys(values["seed"], batch, warm)
     given["labels"], given["strength_mode"] = labels, mode
+    given["logit_bias"] = arguments.logit_bias(values.get("logit_bias"), rows)
+    given["bitmask"] = arguments.token_bitmask(values.get("bitmask"), rows)
     given["penalty"] = arguments.penalty_value(values["penalty"])
     given["info"] = return_info or check
     op = backends.resolve(backend, warm).steered_sample

@@ -304,6 +304,30 @@ def penalty_value(penalty: float) -> float:
     return number
 
 
+def logit_bias(bias: Tensor | None, rows: Operands) -> Tensor | None:
+    """What is added to a call's logits, (V,) or (B, V) float32."""
+    if bias is None:
+        return None
+    width, batch, like = rows.warm.shape[1], rows.batch, rows.warm
+    if not dense(bias) or bias.shape not in ((width,), (batch, width), (rows.vocab,), (batch, rows.vocab)):
+        raise fail("logit_bias", shape(bias), f"({width},) or ({batch}, {width})")
+    if bias.dtype != torch.float32 or bias.device != like.device:
+        raise fail("logit_bias", f"{bias.dtype} on {bias.device}", f"torch.float32 on {like.device}")
+    return bias if bias.stride(-1) == 1 else bias.contiguous()
+
+
+def token_bitmask(bitmask: Tensor | None, rows: Operands) -> Tensor | None:
+    """Which tokens of a call are allowed, int32 (B, ceil(V / 32) or more): bit i % 32 of word i // 32."""
+    if bitmask is None:
+        return None
+    batch, words, like = rows.batch, -(-rows.vocab // 32), rows.warm
+    if not dense(bitmask) or bitmask.dim() != 2 or bitmask.shape[0] != batch or bitmask.shape[1] < words:
+        raise fail("bitmask", shape(bitmask), f"({batch}, {words}) or wider, a bit a token")
+    if bitmask.dtype != torch.int32 or bitmask.device != like.device:
+        raise fail("bitmask", f"{bitmask.dtype} on {bitmask.device}", f"torch.int32 on {like.device}")
+    return bitmask if bitmask.stride(1) == 1 else bitmask.contiguous()
+
+
 def skipped_rows(skip: Tensor | None, batch: int, like: Tensor) -> Tensor | None:
     """The rows to be left alone, bool (B,)."""
     if skip is None:

@@ -76,6 +76,24 @@ def take_rows(x: Tensor, rows: Tensor | None, vocab: int) -> Tensor:
     return x[:, :vocab].double()
 
 
+def adjusted(x: Tensor, operands: Operands, given: Any) -> Tensor:
+    """Warm or base logits (B, V) with the call's bias added, and -inf where its bitmask has a 0.
+
+    The sum is rounded to float32, as in every backend, so that all of them draw the same token. (float64
+    logits, which the reference alone takes, stay what they are.) The mask comes last: what a masked token had
+    does not matter, a NaN neither.
+    """
+    bias, bitmask = getattr(given, "logit_bias", None), getattr(given, "bitmask", None)
+    if bias is not None:
+        wide = operands.warm.dtype == torch.float64
+        x = ((x if wide else x.float()) + bias[..., : operands.vocab]).double()
+    if bitmask is not None:
+        ids = torch.arange(operands.vocab, device=x.device)
+        allowed = (bitmask[:, ids // 32] >> (ids % 32)) & 1
+        x = torch.where(allowed == 1, x, -math.inf)
+    return x
+
+
 # Steps 2 and 3: first sweep, merge. A kernel adds up slice by slice, relative to the maxima so far, and takes
 # the sums for K along (`usable`, `cross`). Here a row is one slice, and K gets a look of its own.
 class Sums(NamedTuple):
@@ -174,11 +192,11 @@ class Rows:
 def open_rows(operands: Operands, given: Any) -> Rows:
     """Steps 1 to 6."""
     vocab, direction, other = operands.vocab, operands.direction, None
-    w = take_rows(operands.warm, operands.warm_rows, vocab)
+    w = adjusted(take_rows(operands.warm, operands.warm_rows, vocab), operands, given)
     valid = valid_parameters(given, vocab) & torch.isfinite(w).any(1)
     valid &= (w < math.inf).all(1)  # NaN compares false
     if operands.base is not None:
-        other = take_rows(operands.base, operands.base_rows, vocab)
+        other = adjusted(take_rows(operands.base, operands.base_rows, vocab), operands, given)
         valid &= (other < math.inf).all(1)
     elif operands.vector is not None:
         other = operands.vector[..., :vocab].double().expand(w.shape)

@@ -144,7 +144,7 @@ class Op:
 
 STEERED_SAMPLE = Op(
     "steered_sample",
-    ("Tensor? labels", "int strength_mode"),
+    ("Tensor? logit_bias", "Tensor? bitmask", "Tensor? labels", "int strength_mode"),
     PARAMETERS,
     ("bool info",),
     "Tensor token, Tensor floats, Tensor ints",

@@ -36,6 +36,7 @@ def main(folder: str) -> None:
         rows = schema.Operands(warm, warm, None, None, None, 50, schema.KL_GRADIENT)
         given = {p.name: schema.PerRow(p.default) for p in schema.PARAMETERS} | {"penalty": -math.inf}
         given |= {"labels": None, "strength_mode": schema.CONSTANT, "info": True}
+        given |= {"logit_bias": None, "bitmask": None}
         token, floats, ints = torch.ops.svdk.steered_sample(*schema.STEERED_SAMPLE.flatten(rows, given))
         assert (token.shape, token.dtype, token.device.type) == ((3,), torch.int64, "cuda")
         assert (floats.shape, ints.shape) == ((5, 3), (2, 3))

@@ -59,6 +59,15 @@ Table = _structure(
     ],
 )
 
+Adjustments = _structure(
+    "Adjustments",
+    [
+        ("bias", ctypes.c_void_p),
+        ("bias_stride", ctypes.c_int64),
+        ("bitmask", ctypes.c_void_p),
+        ("bitmask_stride", ctypes.c_int64),
+    ],
+)
 
 _INTEGERS = ("dtype", "source", "batch", "vocab", "direction", "split", "transport")
 _POINTERS = (
@@ -83,6 +92,7 @@ class Call(ctypes.Structure):
         *((n, ctypes.c_int64) for n in _INTEGERS),
         ("warm", Table),
         ("other", Table),
+        ("adjustments", Adjustments),
         ("parameters", BatchParameters),
         ("strengths", ctypes.c_void_p),
         ("count", ctypes.c_int64),
@@ -179,6 +189,12 @@ class Shim:
     def steered_sample(self, *flat) -> tuple[Tensor, Tensor, Tensor]:
         """As ``svdk.reference.steered_sample``."""
         call, _keep, given = self._call(schema.STEERED_SAMPLE, flat)
+        if given.logit_bias is not None:
+            call.adjustments.bias = given.logit_bias.data_ptr()
+            call.adjustments.bias_stride = given.logit_bias.stride(0) if given.logit_bias.dim() == 2 else 0
+        if given.bitmask is not None:
+            call.adjustments.bitmask = given.bitmask.data_ptr()
+            call.adjustments.bitmask_stride = given.bitmask.stride(0)
         token, floats, ints = (
             _fresh(call.batch),
             _fresh(5, call.batch, dtype=torch.float32),

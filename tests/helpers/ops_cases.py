@@ -107,6 +107,8 @@ def flat(op: schema.Op, warm: Tensor, base: Tensor | None, **given: Any) -> list
     direction = given.pop("direction", schema.KL_GRADIENT if base is not None else schema.PLAIN)
     operands = schema.Operands(warm, base, **fields, vocab=vocab, direction=direction)
     values: dict[str, Any] = {
+        "logit_bias": None,
+        "bitmask": None,
         "labels": None,
         "strength_mode": schema.CONSTANT,
         "strengths": None,

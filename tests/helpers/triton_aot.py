@@ -40,6 +40,7 @@ ROWS = {
     if x.kind != "scalar"
 }
 ROWS |= {"warm_rows": "*i64", "base_rows": "*i64", "labels": "*i64", "strengths": "*fp32", "skip": "*i1"}
+ROWS |= {"logit_bias": "*fp32", "bitmask": "*i32"}
 """What a call may be without."""
 OTHERS = {
     "*fp32": "warm other sums ranking kept kept_out floats_out curves_out rows_out p_out delta_out "
@@ -47,7 +48,7 @@ OTHERS = {
     "*i32": "counts candidates counters ints_out status_out found found_out",
     "*i64": "row_ptr token_out greedy_out sizes_out ids_out",
     "i32": "batch vocab slice_size number width",
-    "i64": "warm_stride other_stride out_stride",
+    "i64": "warm_stride other_stride bias_stride bitmask_stride out_stride",
     "fp32": "largest",
 }
 """What is not in the table of parameters."""
@@ -73,6 +74,9 @@ SAMPLES = (
     ("sample.vector", {"KIND": schema.VECTOR | COMPACT}, "bf16", ()),
     ("sample.vector.wide", {"KIND": schema.VECTOR | DIRECT | INFO}, "bf16", ()),
     ("sample.vector.budget", {"KIND": schema.VECTOR | COMPACT, "MODE": schema.KL_BUDGET}, "bf16", ()),
+    ("sample.adjusted", {}, "bf16", ("logit_bias", "bitmask")),
+    ("sample.masked.wide.filters", {"KIND": KL | FILTERS}, "fp32", ("bitmask",)),
+    ("sample.masked.plain", {"KIND": schema.PLAIN | DIRECT}, "bf16", ("bitmask",)),
     ("sample.plain", {"KIND": schema.PLAIN | DIRECT}, "fp32", ()),
     ("sample.plain.filters", {"KIND": schema.PLAIN | FILTERS}, "fp32", ()),
 )

@@ -176,7 +176,16 @@ def test_the_op_in_a_compiled_graph():
         assert torch.equal(got, want)
     tests = ("test_schema", "test_faketensor")
     for name, more in (
-        ("steered_sample", {"labels": None, "strength_mode": schema.CONSTANT, "info": True}),
+        (
+            "steered_sample",
+            {
+                "logit_bias": None,
+                "bitmask": None,
+                "labels": None,
+                "strength_mode": schema.CONSTANT,
+                "info": True,
+            },
+        ),
         ("steered_logprob", {"labels": labels, "penalty": 0.0, "strengths": None}),
         ("steered_logits", {"strength_mode": schema.CONSTANT, "skip": None, "out": torch.empty_like(warm)}),
         ("extract", {}),

@@ -14,6 +14,8 @@ from tests.helpers import ops_cases as oc
 
 W, B = torch.randn(3, 10), torch.randn(3, 10)
 LABELS = torch.tensor([0, 1, 2])
+ROWS = torch.tensor([2, 0])
+BITS = torch.full((3, 1), -1, dtype=torch.int32)
 
 BAD_SAMPLE = [
     ((W[0],), {}, r"warm_logits was .*\(10,\)"),
@@ -58,6 +60,24 @@ BAD_SAMPLE = [
     ((W,), {"warm_rows": torch.tensor([3])}, r"warm_rows was 3..3; allowed: row indices in \[0, 3\)"),
     ((W,), {"warm_rows": [0]}, "warm_rows was"),
     ((W, B), {"base_rows": torch.tensor([0, 1])}, "base_rows was"),
+    ((W, B), {"logit_bias": W[0, :9]}, r"logit_bias was .*\(9,\); allowed: \(10,\) or \(3, 10\)"),
+    ((W, B), {"logit_bias": W[:2]}, r"logit_bias was .*\(2, 10\)"),
+    ((W, B), {"logit_bias": W[:2], "warm_rows": ROWS, "base_rows": ROWS}, None),
+    ((W, B), {"logit_bias": W, "warm_rows": ROWS, "base_rows": ROWS}, r"logit_bias was .*\(3, 10\)"),
+    (
+        (W, B),
+        {"logit_bias": W.double()},
+        "logit_bias was torch.float64 on cpu; allowed: torch.float32 on cpu",
+    ),
+    ((W, B), {"logit_bias": W.to("meta")}, "logit_bias was torch.float32 on meta; allowed: .* on cpu"),
+    ((W, B), {"logit_bias": [0.0] * 10}, r"logit_bias was \[0.0"),
+    ((W, B), {"bitmask": BITS.long()}, "bitmask was torch.int64 on cpu; allowed: torch.int32 on cpu"),
+    ((W, B), {"bitmask": BITS.to("meta")}, "bitmask was torch.int32 on meta; allowed: .* on cpu"),
+    ((W, B), {"bitmask": BITS[:2]}, r"bitmask was .*\(2, 1\); allowed: \(3, 1\)"),
+    ((W, B), {"bitmask": BITS[:, 0]}, r"bitmask was .*\(3,\)"),
+    ((torch.zeros(3, 33),), {"bitmask": BITS}, r"bitmask was .*\(3, 1\); allowed: \(3, 2\) or wider"),
+    ((torch.zeros(3, 33),), {"bitmask": BITS, "vocab_size": 32}, None),
+    ((W, B), {"bitmask": W > 0}, r"bitmask was torch.bool on cpu|bitmask was .*\(3, 10\)"),
     ((W, B), {"backend": "tpu"}, "backend was 'tpu'; allowed: 'auto'"),
 ]
 

@@ -70,7 +70,7 @@ int64_t shim_sizes(int which) {
 const char* shim_sample(const Call* c, uint64_t schedule) {
   const SampleArgs a = sample_args(*c);
   const char* error = nullptr;
-  dispatch(*c, [&](auto tag, auto source) {
+  dispatch_sample(*c, [&](auto tag, auto source) {
     using T = typename decltype(tag)::type;
     constexpr int S = decltype(source)::value;
     error =
