@@ -94,7 +94,7 @@ struct SumsOnTheWay {
 struct SteeredToken {
   double z;
   int id;
-  double mass = 0;  // exp((z - unit) / temperature), whichever unit
+  double mass;  // exp((z - unit) / temperature), whichever unit
 };
 
 // Of the steered logits (as float) of a row: the largest of every kStripe tokens, and how far these

@@ -35,14 +35,13 @@ inline void append(const Picked& picked, const Draw& draw, double unit,
   const double factor =
       rounded == unit ? 1.0 : std::exp((rounded - unit) * draw.inverse_temperature);
   const Vec::F shift = Vec::set(rounded), by = Vec::set(std::min(draw.rate() * kLog2E, FLT_MAX));
-  float mass[kBlock + Vec::N];
+  alignas(64) float mass[Vec::N];
+  SteeredToken some[Vec::N];
   for (int i = 0; i < picked.count; i += Vec::N) {
-    Vec::store(mass + i, exp2((Vec::load(picked.z + i) - shift) * by));
-  }
-  const size_t before = tokens.size();
-  tokens.resize(before + picked.count);
-  for (int i = 0; i < picked.count; ++i) {
-    tokens[before + i] = {picked.z[i], picked.id_at(i), mass[i] * factor};
+    const int n = std::min(Vec::N, picked.count - i);
+    Vec::store(mass, exp2((Vec::load(picked.z + i) - shift) * by));
+    for (int k = 0; k < n; ++k) some[k] = {picked.z[i + k], picked.id_at(i + k), mass[k] * factor};
+    tokens.insert(tokens.end(), some, some + n);
   }
 }
 

@@ -195,7 +195,7 @@ void RangeSearch::choose() {
                                                 [&](const SteeredToken& t) { return t.z > cut; }));
     }
     const double deviation = std::sqrt(place * (1 - place / size));
-    const int wide = static_cast<int>(2.5 * deviation + 2) << 2 * tries_;
+    const int wide = static_cast<int>(2 * deviation + 2) << 2 * tries_;
     const auto key_at = [&](int i) {  // of the i-th largest
       std::nth_element(sample_.begin(), sample_.begin() + i, sample_.end(), before);
       return key_of(sample_[i]);

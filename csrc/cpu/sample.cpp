@@ -182,12 +182,21 @@ class RowSampler {
     // Of a plain row the masses of all that stays are known.
     const double top = search_->mass().max;
     for (size_t i = 0; i < masses_.size(); ++i) masses_[i] = {top, search_->mass_of(above_[i])};
-    for (const RangeFindings* slice : found) {
-      for (const SteeredToken& t : slice->tokens) {
-        if (filter_.keeps(static_cast<float>(t.z), t.id)) masses_[t.id / kBlock].sum += t.mass;
-      }
-    }
+    for (const RangeFindings* slice : found) add_kept(slice->tokens);
     return finish(drawn());
+  }
+
+  // To the masses of blocks, those of listed tokens that stay.
+  void add_kept(const std::vector<SteeredToken>& tokens) {
+    for (size_t i = 0; i < tokens.size();) {
+      const int block = tokens[i].id / kBlock;
+      double sum = 0;
+      for (; i < tokens.size() && tokens[i].id / kBlock == block; ++i) {
+        const SteeredToken& t = tokens[i];
+        sum += filter_.keeps(static_cast<float>(t.z), t.id) ? t.mass : 0.0;
+      }
+      masses_[block].sum += sum;
+    }
   }
 
   bool draw_filtered() {

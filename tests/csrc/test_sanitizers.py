@@ -86,7 +86,7 @@ FIXES = {
     "no_leap": Edit("cpu/draw_sweep.h", "!((largest - max) * rate < kLeap)", "false", PORTABLE),
     "no_nan_at_one_look": Edit("cpu/draw_sweep.h", "!(sum < kFloatInf) ||", "", PORTABLE),
     "masses_of_what_stays": Edit(
-        "cpu/sample.cpp", "if (filter_.keeps(static_cast<float>(t.z), t.id)) masses_", "masses_", ("sample",)
+        "cpu/sample.cpp", "filter_.keeps(static_cast<float>(t.z), t.id) ? t.mass : 0.0", "t.mass", ("sample",)
     ),
     "best_always_stays": Edit("cpu/sample.cpp", "filter_.best = best_.id;", "", ("sample",)),
     "large_maxima_in_double": Edit("cpu/sweep.h", MAXIMA, "exceptional.beyond_float", PORTABLE),
