@@ -8,13 +8,24 @@ from __future__ import annotations
 
 import math
 import operator
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from svdk.errors import InputError
-from svdk.ops.schema import DIRECTIONS, PARAMETER, PLAIN, VECTOR, Op, Operands, Parameter, PerRow
+from svdk.ops.schema import (
+    DIRECTIONS,
+    PARAMETER,
+    PLAIN,
+    STEERED_LOGITS,
+    VECTOR,
+    Op,
+    Operands,
+    Parameter,
+    PerRow,
+)
 from svdk.utils.checks import fail
 
 LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -54,9 +65,14 @@ def host_values(rows: Tensor) -> bool:
     return rows.device.type == "cpu" and not torch.compiler.is_compiling() and has_data(rows)
 
 
+def batches(values: Iterable[Any]) -> list[Tensor]:
+    """Those of ``torch.func.vmap``."""
+    return [x for x in values if isinstance(x, Tensor) and torch._C._functorch.is_batchedtensor(x)]
+
+
 def refuse_batches(flat: list[Any]) -> None:
     """``InputError`` for ``torch.func.vmap`` of a backend that has no rule for it."""
-    if any(isinstance(x, Tensor) and torch._C._functorch.is_batchedtensor(x) for x in flat):
+    if batches(flat):
         raise fail("backend", "one without torch.func.vmap", "'cuda' or 'cpu'; or one call with all the rows")
 
 
@@ -316,12 +332,15 @@ def skipped_rows(skip: Tensor | None, batch: int, like: Tensor) -> Tensor | None
     return skip.contiguous()
 
 
-def logits_out(out: Tensor | None, rows: Operands) -> Tensor:
+def logits_out(out: Tensor | None, rows: Operands, given: Mapping[str, Any]) -> Tensor:
     """Where a call's (B, V) logits go: ``out`` as far as it can be written row by row, or a new float32."""
     warm = rows.warm
     wanted = (rows.batch, warm.shape[1])
     if out is None:
-        return warm.new_empty(wanted, dtype=torch.float32)
+        like = warm
+        if not torch.compiler.is_compiling():  # if anything differs between vmap's calls, the result does
+            like = next(iter(batches(STEERED_LOGITS.flatten(rows, {**given, "out": None}))), warm)
+        return like.new_empty(wanted, dtype=torch.float32)
     if not dense(out) or out.shape != wanted:
         raise fail("out", shape(out), f"{wanted}, as wide as warm_logits")
     if out.dtype not in (torch.float32, warm.dtype) or out.device != warm.device:
