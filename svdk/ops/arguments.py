@@ -38,6 +38,7 @@ LARGEST = torch.finfo(torch.float32).max
 """Scalars are held to the range of the float32 tensors that carry one value a row."""
 COLDEST = 1e-30
 """Below this, logits over the temperature could leave the range of a double; 0 says greedy."""
+_TEMPERATURES = f"0 (greedy) or a number >= {COLDEST:g}"
 
 
 def choice(name: str, value: str, allowed: dict[str, int] | tuple[str, ...]) -> str:
@@ -183,6 +184,16 @@ def operands(
     return Operands(warm, base, vector, warm_rows, base_rows, vocab, code)
 
 
+def _shown(number: Any) -> Any:
+    """A number for an error message; of an input of a graph being compiled no more is known."""
+    if torch.compiler.is_compiling():
+        from torch.fx.experimental.symbolic_shapes import has_static_value
+
+        if not has_static_value(number):
+            return "a number out of range"
+    return number
+
+
 def parameter(
     name: str,
     value: float | Tensor,
@@ -198,24 +209,23 @@ def parameter(
         return PerRow(0, _row_parameter(name, value, batch, like, low, high, integer))
     number = (integer_value if integer else float_value)(name, value, "a number or a (B,) tensor")
     if integer and number >= TWO64 >> 1:
-        raise fail(name, value, "an integer below 2**63")
+        raise fail(name, _shown(value), "an integer below 2**63")
     if not low <= number <= high or not -math.inf < number < math.inf:
-        raise fail(name, value, span(low, high))
+        raise fail(name, _shown(value), span(low, high))
     if not integer and not -LARGEST <= number <= LARGEST:
-        raise fail(name, value, f"a number of float32, at most {LARGEST:g}")
+        raise fail(name, _shown(value), f"a number of float32, at most {LARGEST:g}")
     return PerRow(number)
 
 
 def temperature_value(value: float | Tensor, batch: int, like: Tensor) -> PerRow:
     """As ``parameter``: 0 (greedy), or a number that logits can be divided by."""
     number, rows = parameter("temperature", value, batch, like, 0.0)
-    allowed = f"0 (greedy) or a number >= {COLDEST:g}"
     if 0 < number < COLDEST:
-        raise fail("temperature", value, allowed)
+        raise fail("temperature", _shown(value), _TEMPERATURES)
     if rows is not None and host_values(rows):
         cold = ((rows > 0) & (rows < COLDEST)).nonzero()[:, 0].tolist()
         if cold:
-            raise fail(f"temperature[{cold[0]}]", rows[cold[0]].item(), allowed)
+            raise fail(f"temperature[{cold[0]}]", rows[cold[0]].item(), _TEMPERATURES)
     return PerRow(number, rows)
 
 
@@ -298,7 +308,7 @@ def word64(name: str, value: int | Tensor, batch: int, like: Tensor) -> PerRow:
         return PerRow(0, _row_parameter(name, value, batch, like, -math.inf, math.inf, True))
     number = integer_value(name, value, "a 64-bit integer or a (B,) tensor of them")
     if not -(TWO64 >> 1) <= number < TWO64:
-        raise fail(name, number, "a 64-bit integer")
+        raise fail(name, _shown(number), "a 64-bit integer")
     return PerRow(number - TWO64 if number >= TWO64 >> 1 else number)
 
 
@@ -313,9 +323,9 @@ def label_ids(labels: Tensor | None, batch: int, vocab: int, like: Tensor) -> Te
 def penalty_value(penalty: float) -> float:
     """lambda: finite or -inf."""
     number = float_value("penalty", penalty, "a finite number or -inf")
-    if math.isnan(number) or number == math.inf:
+    if not number < math.inf:  # nor is NaN
         raise fail("penalty", penalty, "a finite number or -inf")
-    if math.isfinite(number) and abs(number) > LARGEST:
+    if number != -math.inf and not -LARGEST <= number <= LARGEST:
         raise fail("penalty", penalty, f"-inf or a number of float32, at most {LARGEST:g}")
     return number
 
@@ -348,7 +358,8 @@ def logits_out(out: Tensor | None, rows: Operands, given: Mapping[str, Any]) -> 
         raise fail("out", f"{out.dtype} on {out.device}", allowed)
     if (out.stride(1) != 1 and out.shape[1] > 1) or (out.stride(0) < out.shape[1] and out.shape[0] > 1):
         raise fail("out", f"strided {tuple(out.stride())}", "contiguous rows that do not overlap")
-    if torch.compiler.is_compiling() or not has_data(out) or not has_data(warm):
+    operands = [x for x in (out, warm, rows.base, rows.vector) if x is not None]
+    if torch.compiler.is_compiling() or not all(map(has_data, operands)):
         return out  # the graph gives the op memory of its own
     in_place = rows.warm_rows is None and out.data_ptr() == warm.data_ptr()
     in_place = in_place and (out.stride(), out.dtype) == (warm.stride(), warm.dtype)

@@ -74,8 +74,7 @@ def test_generated_code_takes_it_too(name, dynamic):
 
 
 @DYNAMIC
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
-def test_all_parameters_change_every_step(backend, dynamic):
+def test_all_parameters_change_every_step(dynamic):
     def step(warm, base, values):
         seed, offset, top_k, temperature, top_p, min_p, strength, alpha = values
         return svdk.steered_sample(
@@ -89,7 +88,6 @@ def test_all_parameters_change_every_step(backend, dynamic):
             min_p=min_p,
             strength=strength,
             alpha=alpha,
-            backend=backend,
         )
 
     steps = [(i, 2 * i, i + 1, 0.3 + i / 9, 0.8 + i / 99, i / 999, i / 7, i / 77) for i in range(1, 20)]
@@ -137,7 +135,9 @@ def test_constants_stay_constants():
         return graph
 
     torch._dynamo.reset()
-    torch.compile(lambda w: svdk.steered_sample(w, temperature=0.7, top_p=0.9), backend=keep, fullgraph=True)(W)
+    torch.compile(lambda w: svdk.steered_sample(w, temperature=0.7, top_p=0.9), backend=keep, fullgraph=True)(
+        W
+    )
     calls = [node for node in graphs[0].graph.nodes if node.op == "call_function"]
     assert str(calls[0].target) == "svdk.steered_sample" and 0.9 in calls[0].args
 
@@ -234,7 +234,9 @@ PICKS = torch.tensor([[0, 3, 3, 1, 2], [2, 2, 1, 0, 3], [3, 0, 0, 0, 0]])
 
 
 def one_by_one(function, given, dims):
-    picked = ([x if d is None else x.select(d, i) for x, d in zip(given, dims, strict=True)] for i in range(CALLS))
+    picked = (
+        [x if d is None else x.select(d, i) for x, d in zip(given, dims, strict=True)] for i in range(CALLS)
+    )
     return torch.stack([function(*call) for call in picked])
 
 
@@ -295,14 +297,21 @@ def test_vmap_of_logits(dims):
         return svdk.steered_logits(warm, base, out=warm)
 
     vmap_agrees(fresh, *given, dims=dims)
-    vmap_agrees(in_place, *given, dims=dims)
+    if dims[0] is not None or dims[2] is not None:  # else what it writes to is the same in all calls
+        vmap_agrees(in_place, *given, dims=dims)
 
 
 def test_vmap_writes_to_what_was_given():
-    for out in (torch.zeros(CALLS, 4, 50), torch.zeros(4, CALLS, 50).transpose(0, 1), torch.zeros(2, 6, 50)[:, ::2]):
+    for out in (
+        torch.zeros(CALLS, 4, 50),
+        torch.zeros(4, CALLS, 50).transpose(0, 1),
+        torch.zeros(2, 6, 50)[:, ::2],
+    ):
         warm = Z[: len(out), : out.shape[1]]
         vmap(lambda w, o: svdk.steered_logits(w, w.flip(1), out=o))(warm, out)
-        assert torch.equal(out, svdk.steered_logits(warm.flatten(0, 1), warm.flip(2).flatten(0, 1)).view_as(out))
+        assert torch.equal(
+            out, svdk.steered_logits(warm.flatten(0, 1), warm.flip(2).flatten(0, 1)).view_as(out)
+        )
     with pytest.raises(InputError, match=r"out was .*vmap"):
         vmap(lambda w: svdk.steered_logits(w, w, out=torch.zeros(4, 50)))(Z)
 
