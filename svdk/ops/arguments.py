@@ -68,6 +68,8 @@ def host_values(rows: Tensor) -> bool:
 
 def batches(values: Iterable[Any]) -> list[Tensor]:
     """Those of ``torch.func.vmap``."""
+    if torch._C._functorch.peek_interpreter_stack() is None:  # mostly
+        return []
     return [x for x in values if isinstance(x, Tensor) and torch._C._functorch.is_batchedtensor(x)]
 
 
