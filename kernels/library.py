@@ -20,7 +20,7 @@ import triton
 from torch import Tensor
 from torch.library import wrap_triton
 
-from svdk.ops import gradients, schema
+from svdk.ops import arguments, gradients, schema
 
 from . import tuning
 from .extract import KEPT, extract_count_kernel, extract_fill_kernel
@@ -48,7 +48,8 @@ _counters: dict[tuple[torch.device, int], Tensor] = {}
 
 def _is_eager(x: Tensor) -> bool:
     """Whether x holds data now; false for the stand-ins of tracing."""
-    return type(x) in (Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling()
+    plain = type(x) in (Tensor, torch.nn.Parameter)
+    return plain and not torch.compiler.is_compiling() and arguments.has_data(x)
 
 
 def _arrivals(like: Tensor, batch: int) -> Tensor:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import DynamicOutputShapeException
 
 from svdk.errors import InvalidLogitsError
 from svdk.ops import arguments, backends, gradients
@@ -275,7 +276,11 @@ def extract(
         raise arguments.fail("base_logits", "None", "(B, V) logits, base_rows, or a vector")
     given = {"alpha": arguments.checked("alpha", alpha, rows.batch, rows.warm)}
     op = backends.resolve(backend, rows.warm).extract
-    row_ptr, ids, p, delta, stats, status = gradients.without(op, _flat(op, EXTRACT, rows, given))
+    try:
+        row_ptr, ids, p, delta, stats, status = gradients.without(op, _flat(op, EXTRACT, rows, given))
+    except DynamicOutputShapeException:
+        allowed = "one whose mode has a shape_env, as the number of entries depends on the logits"
+        raise arguments.fail("warm_logits", "a fake tensor", allowed) from None
     if check:
         _raise_invalid(status)
     kl, max_logit, lse = stats.unbind(0)
@@ -335,7 +340,7 @@ def steered_logits(
         "skip": arguments.skipped_rows(skip, batch, warm),
     }
     op = backends.resolve(backend, warm).steered_logits
-    given["out"] = arguments.logits_out(out, rows)
+    given["out"] = arguments.logits_out(out, rows, given)
     status = gradients.without(op, _flat(op, STEERED_LOGITS, rows, given))
     if check:
         _raise_invalid(status)

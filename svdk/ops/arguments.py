@@ -8,13 +8,24 @@ from __future__ import annotations
 
 import math
 import operator
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from svdk.errors import InputError
-from svdk.ops.schema import DIRECTIONS, PARAMETER, PLAIN, VECTOR, Op, Operands, Parameter, PerRow
+from svdk.ops.schema import (
+    DIRECTIONS,
+    PARAMETER,
+    PLAIN,
+    STEERED_LOGITS,
+    VECTOR,
+    Op,
+    Operands,
+    Parameter,
+    PerRow,
+)
 from svdk.utils.checks import fail
 
 LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -27,6 +38,7 @@ LARGEST = torch.finfo(torch.float32).max
 """Scalars are held to the range of the float32 tensors that carry one value a row."""
 COLDEST = 1e-30
 """Below this, logits over the temperature could leave the range of a double; 0 says greedy."""
+_TEMPERATURES = f"0 (greedy) or a number >= {COLDEST:g}"
 
 
 def choice(name: str, value: str, allowed: dict[str, int] | tuple[str, ...]) -> str:
@@ -54,9 +66,16 @@ def host_values(rows: Tensor) -> bool:
     return rows.device.type == "cpu" and not torch.compiler.is_compiling() and has_data(rows)
 
 
+def batches(values: Iterable[Any]) -> list[Tensor]:
+    """Those of ``torch.func.vmap``."""
+    if torch._C._functorch.peek_interpreter_stack() is None:  # mostly
+        return []
+    return [x for x in values if isinstance(x, Tensor) and torch._C._functorch.is_batchedtensor(x)]
+
+
 def refuse_batches(flat: list[Any]) -> None:
     """``InputError`` for ``torch.func.vmap`` of a backend that has no rule for it."""
-    if any(isinstance(x, Tensor) and torch._C._functorch.is_batchedtensor(x) for x in flat):
+    if batches(flat):
         raise fail("backend", "one without torch.func.vmap", "'cuda' or 'cpu'; or one call with all the rows")
 
 
@@ -167,6 +186,16 @@ def operands(
     return Operands(warm, base, vector, warm_rows, base_rows, vocab, code)
 
 
+def _shown(number: Any) -> Any:
+    """A number for an error message; of an input of a graph being compiled no more is known."""
+    if torch.compiler.is_compiling():
+        from torch.fx.experimental.symbolic_shapes import has_static_value
+
+        if not has_static_value(number):
+            return "a number out of range"
+    return number
+
+
 def parameter(
     name: str,
     value: float | Tensor,
@@ -182,24 +211,23 @@ def parameter(
         return PerRow(0, _row_parameter(name, value, batch, like, low, high, integer))
     number = (integer_value if integer else float_value)(name, value, "a number or a (B,) tensor")
     if integer and number >= TWO64 >> 1:
-        raise fail(name, value, "an integer below 2**63")
+        raise fail(name, _shown(value), "an integer below 2**63")
     if not low <= number <= high or not -math.inf < number < math.inf:
-        raise fail(name, value, span(low, high))
+        raise fail(name, _shown(value), span(low, high))
     if not integer and not -LARGEST <= number <= LARGEST:
-        raise fail(name, value, f"a number of float32, at most {LARGEST:g}")
+        raise fail(name, _shown(value), f"a number of float32, at most {LARGEST:g}")
     return PerRow(number)
 
 
 def temperature_value(value: float | Tensor, batch: int, like: Tensor) -> PerRow:
     """As ``parameter``: 0 (greedy), or a number that logits can be divided by."""
     number, rows = parameter("temperature", value, batch, like, 0.0)
-    allowed = f"0 (greedy) or a number >= {COLDEST:g}"
     if 0 < number < COLDEST:
-        raise fail("temperature", value, allowed)
+        raise fail("temperature", _shown(value), _TEMPERATURES)
     if rows is not None and host_values(rows):
         cold = ((rows > 0) & (rows < COLDEST)).nonzero()[:, 0].tolist()
         if cold:
-            raise fail(f"temperature[{cold[0]}]", rows[cold[0]].item(), allowed)
+            raise fail(f"temperature[{cold[0]}]", rows[cold[0]].item(), _TEMPERATURES)
     return PerRow(number, rows)
 
 
@@ -258,10 +286,11 @@ def numbers_as_tensors(op: Op, given: dict[str, Any], batch: int, like: Tensor) 
         if per_row:
             number, rows = given[name]
             if rows is None and not has_static_value(number):
-                given[name] = PerRow(0, _filled(number, PARAMETER[name].kind == "int", batch, like))
+                given[name] = PerRow(0, filled(number, PARAMETER[name].kind == "int", batch, like))
 
 
-def _filled(number: Any, integer: bool, batch: int, like: Tensor) -> Tensor:
+def filled(number: Any, integer: bool, batch: int, like: Tensor) -> Tensor:
+    """A number that a graph being compiled takes in, as (B,) float32 or int64."""
     if not integer:  # a product: the compiler knows how to take its float from a tensor, that of full() not
         return torch.ones(batch, dtype=torch.float32, device=like.device) * number
     if number < 0:  # perhaps of a seed from 2**63 on, a number that generated code has no integer type for
@@ -282,7 +311,7 @@ def word64(name: str, value: int | Tensor, batch: int, like: Tensor) -> PerRow:
         return PerRow(0, _row_parameter(name, value, batch, like, -math.inf, math.inf, True))
     number = integer_value(name, value, "a 64-bit integer or a (B,) tensor of them")
     if not -(TWO64 >> 1) <= number < TWO64:
-        raise fail(name, number, "a 64-bit integer")
+        raise fail(name, _shown(number), "a 64-bit integer")
     return PerRow(number - TWO64 if number >= TWO64 >> 1 else number)
 
 
@@ -297,9 +326,9 @@ def label_ids(labels: Tensor | None, batch: int, vocab: int, like: Tensor) -> Te
 def penalty_value(penalty: float) -> float:
     """lambda: finite or -inf."""
     number = float_value("penalty", penalty, "a finite number or -inf")
-    if math.isnan(number) or number == math.inf:
+    if not number < math.inf:  # nor is NaN
         raise fail("penalty", penalty, "a finite number or -inf")
-    if math.isfinite(number) and abs(number) > LARGEST:
+    if number != -math.inf and not -LARGEST <= number <= LARGEST:
         raise fail("penalty", penalty, f"-inf or a number of float32, at most {LARGEST:g}")
     return number
 
@@ -340,12 +369,15 @@ def skipped_rows(skip: Tensor | None, batch: int, like: Tensor) -> Tensor | None
     return skip.contiguous()
 
 
-def logits_out(out: Tensor | None, rows: Operands) -> Tensor:
+def logits_out(out: Tensor | None, rows: Operands, given: Mapping[str, Any]) -> Tensor:
     """Where a call's (B, V) logits go: ``out`` as far as it can be written row by row, or a new float32."""
     warm = rows.warm
     wanted = (rows.batch, warm.shape[1])
     if out is None:
-        return warm.new_empty(wanted, dtype=torch.float32)
+        like = warm
+        if not torch.compiler.is_compiling():  # if anything differs between vmap's calls, the result does
+            like = next(iter(batches(STEERED_LOGITS.flatten(rows, {**given, "out": None}))), warm)
+        return like.new_empty(wanted, dtype=torch.float32)
     if not dense(out) or out.shape != wanted:
         raise fail("out", shape(out), f"{wanted}, as wide as warm_logits")
     if out.dtype not in (torch.float32, warm.dtype) or out.device != warm.device:
@@ -353,7 +385,8 @@ def logits_out(out: Tensor | None, rows: Operands) -> Tensor:
         raise fail("out", f"{out.dtype} on {out.device}", allowed)
     if (out.stride(1) != 1 and out.shape[1] > 1) or (out.stride(0) < out.shape[1] and out.shape[0] > 1):
         raise fail("out", f"strided {tuple(out.stride())}", "contiguous rows that do not overlap")
-    if torch.compiler.is_compiling() or not has_data(out) or not has_data(warm):
+    operands = [x for x in (out, warm, rows.base, rows.vector) if x is not None]
+    if torch.compiler.is_compiling() or not all(map(has_data, operands)):
         return out  # the graph gives the op memory of its own
     in_place = rows.warm_rows is None and out.data_ptr() == warm.data_ptr()
     in_place = in_place and (out.stride(), out.dtype) == (warm.stride(), warm.dtype)

@@ -19,7 +19,10 @@ import torch
 from torch import Tensor
 
 from svdk.errors import BackendError, InputError
-from svdk.ops import reference  # and with it the schema, which registers the ops
+from svdk.ops import (
+    batching,  # noqa: F401 - registers what vmap does
+    reference,  # and with it the schema, which registers the ops
+)
 from svdk.ops.arguments import LOGIT_DTYPES
 
 

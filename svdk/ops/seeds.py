@@ -22,6 +22,8 @@ def row_keys(seed: int | Tensor, rows: int, like: Tensor) -> tuple[float, Tensor
     key, keys = arguments.checked("seed", seed, rows, like)
     if rows == 1 or (isinstance(seed, Tensor) and seed.dim() > 0):
         return key, keys
+    if keys is None and torch.compiler.is_compiling():
+        keys = arguments.filled(key, True, rows, like)
     return 0, spread(int(key) if keys is None else keys, rows, like.device)
 
 

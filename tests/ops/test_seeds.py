@@ -68,7 +68,14 @@ def test_the_op_keeps_one_key_for_all():
     given = {
         name: (entry.default, None) for name, entry in svdk.ops.schema.PARAMETER.items() if name != "penalty"
     }
-    given |= {"labels": None, "strength_mode": 0, "penalty": -torch.inf, "info": False}
+    given |= {
+        "labels": None,
+        "strength_mode": 0,
+        "penalty": -torch.inf,
+        "info": False,
+        "logit_bias": None,
+        "bitmask": None,
+    }
     flat = svdk.ops.schema.STEERED_SAMPLE.flatten(
         rows, given | {"top_k": (0, None), "seed": (3, None), "offset": (0, None)}
     )
