@@ -25,6 +25,7 @@ from svdk.ops.schema import (
     STRENGTH_MODES,
     Op,
     Operands,
+    batch_of,
 )
 from svdk.ops.seeds import row_keys
 
@@ -36,7 +37,7 @@ def _flat(function: Any, op: Op, rows: Operands, given: dict[str, Any]) -> list[
     """The arguments that a backend's ``op`` is called with, from those that were checked."""
     compiling = torch.compiler.is_compiling()
     if compiling:
-        arguments.numbers_as_tensors(op, given, rows.batch, rows.warm)
+        arguments.numbers_as_tensors(op, given, batch_of(rows), rows.warm)
     flat = op.flatten(rows, given)
     if not compiling and not isinstance(function, torch._ops.OpOverloadPacket):
         arguments.refuse_batches(flat)
@@ -61,7 +62,7 @@ def _check_mode(mode: int, values: Mapping[str, Any], rows: Operands) -> None:
         name = repr(values["strength_mode"])
         raise arguments.fail("strength_mode", name, "'constant' without base_logits or vector")
     if mode == KL_BUDGET:
-        arguments.parameter("strength", values["strength"], rows.batch, rows.warm, 0.0)
+        arguments.parameter("strength", values["strength"], batch_of(rows), rows.warm, 0.0)
 
 
 def steered_sample(
@@ -171,7 +172,7 @@ def sample(
     backend: str = "auto",
 ) -> tuple[Tensor, SampleInfo | None]:
     """:func:`steered_sample` for the operands of a call and its other arguments by name."""
-    warm, batch, labels = rows.warm, rows.batch, values.get("labels")
+    warm, batch, labels = rows.warm, batch_of(rows), values.get("labels")
     mode = STRENGTH_MODES[arguments.choice("strength_mode", values["strength_mode"], STRENGTH_MODES)]
     _check_mode(mode, values, rows)
     if mode == LABEL:
@@ -230,7 +231,7 @@ def steered_logprob(
         InputError, InvalidLogitsError, BackendError: as :func:`steered_sample`.
     """
     rows = arguments.operands(warm_logits, base_logits, vector, direction, warm_rows, base_rows, vocab_size)
-    warm, batch = rows.warm, rows.batch
+    warm, batch = rows.warm, batch_of(rows)
     labels = arguments.label_ids(labels, batch, rows.vocab, warm)
     if strengths is not None:
         if not arguments.dense(strengths) or strengths.dim() != 1 or strengths.device != warm.device:
@@ -274,7 +275,7 @@ def extract(
     rows = arguments.operands(warm_logits, base_logits, vector, direction, warm_rows, base_rows, vocab_size)
     if rows.direction == PLAIN:
         raise arguments.fail("base_logits", "None", "(B, V) logits, base_rows, or a vector")
-    given = {"alpha": arguments.checked("alpha", alpha, rows.batch, rows.warm)}
+    given = {"alpha": arguments.checked("alpha", alpha, batch_of(rows), rows.warm)}
     op = backends.resolve(backend, rows.warm).extract
     try:
         row_ptr, ids, p, delta, stats, status = gradients.without(op, _flat(op, EXTRACT, rows, given))
@@ -329,7 +330,7 @@ def steered_logits(
         InputError, InvalidLogitsError, BackendError: as :func:`steered_sample`.
     """
     rows = arguments.operands(warm_logits, base_logits, vector, direction, warm_rows, base_rows, vocab_size)
-    warm, batch = rows.warm, rows.batch
+    warm, batch = rows.warm, batch_of(rows)
     mode = STRENGTH_MODES[arguments.choice("strength_mode", strength_mode, _WITHOUT_LABELS)]
     _check_mode(mode, {"strength_mode": strength_mode, "strength": strength}, rows)
     given: dict[str, Any] = {

@@ -25,6 +25,7 @@ from svdk.ops.schema import (
     Operands,
     Parameter,
     PerRow,
+    batch_of,
 )
 from svdk.utils.checks import fail
 
@@ -372,7 +373,7 @@ def skipped_rows(skip: Tensor | None, batch: int, like: Tensor) -> Tensor | None
 def logits_out(out: Tensor | None, rows: Operands, given: Mapping[str, Any]) -> Tensor:
     """Where a call's (B, V) logits go: ``out`` as far as it can be written row by row, or a new float32."""
     warm = rows.warm
-    wanted = (rows.batch, warm.shape[1])
+    wanted = (batch_of(rows), warm.shape[1])
     if out is None:
         like = warm
         if not torch.compiler.is_compiling():  # if anything differs between vmap's calls, the result does

@@ -80,7 +80,12 @@ class Operands(NamedTuple):
     @property
     def batch(self) -> int:
         """The number of rows, B."""
-        return (self.warm if self.warm_rows is None else self.warm_rows).shape[0]
+        return batch_of(self)
+
+
+def batch_of(operands: Operands) -> int:
+    """``operands.batch`` for torch.compile: that of torch 2.10 knows no properties of named tuples."""
+    return (operands.warm if operands.warm_rows is None else operands.warm_rows).shape[0]
 
 
 _TYPES = ("Tensor", "Tensor?", "Tensor?", "Tensor?", "Tensor?", "int", "int")

@@ -45,10 +45,10 @@ def compiled(function, dynamic, backend="eager"):
 
 
 def agree(function, dynamic, values, backend="eager"):
-    """Few compilations for many values, and what the same numbers one a row give."""
+    """Few compilations for many values, and what a plain call gives."""
     fast, counter = compiled(function, dynamic, backend)
     for value in values:
-        got, want = fast(W, B, value), function(W, B, value)
+        want, got = function(W, B, value), fast(W, B, value)
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6, msg=lambda m, v=value: f"{v}: {m}")
     assert 1 <= counter.frame_count <= 3
 
