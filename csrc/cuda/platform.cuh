@@ -27,6 +27,13 @@ SVDK_DEVICE uint4 load16(const void* p) {
   return x;
 }
 
+// A float that is not loaded ahead of others like it, which would take a register each.
+SVDK_DEVICE float load_in_turn(const float* p) {
+  float x;
+  asm volatile("ld.global.nc.f32 %0, [%1];" : "=f"(x) : "l"(p));
+  return x;
+}
+
 // 2^x to 2 ulp; 0 below 2^-126.
 SVDK_DEVICE float exp2_approx(float x) {
   float y;

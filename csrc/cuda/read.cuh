@@ -72,7 +72,7 @@ SVDK_DEVICE float read_one(const Stream<T>& s, int id) {
 template <typename T>
 SVDK_DEVICE float read_one(const Stream<Adjusted<T>>& s, int id) {
   float x = read_one(s.logits, id);
-  if (s.bias) x += s.bias[id];
+  if (s.bias) x += load_in_turn(s.bias + id);
   return s.allowed_from(id) & 1 ? x : -kFloatInf;
 }
 
@@ -160,7 +160,7 @@ struct Lanes<Adjusted<T>, N> {
     if (bias) {
       SVDK_UNROLL
       for (int e = 0; e < N; ++e) {
-        if (e < n) out[e] += bias[e];
+        if (e < n) out[e] += load_in_turn(bias + e);
       }
     }
     SVDK_UNROLL
@@ -170,13 +170,11 @@ struct Lanes<Adjusted<T>, N> {
   }
 };
 
-// Vectors in flight of two operands of one type; adjusting 16-bit ones needs the registers.
+// Vectors in flight; adjusting them takes the registers of the second.
 template <typename T>
 constexpr int kInFlight = 2;
-template <>
-constexpr int kInFlight<Adjusted<BFloat16>> = 1;
-template <>
-constexpr int kInFlight<Adjusted<Half>> = 1;
+template <typename T>
+constexpr int kInFlight<Adjusted<T>> = 1;
 
 // A row's two operands. N: tokens of a vector; kUnroll: vectors whose loads are in flight together.
 template <typename T, int S>
@@ -188,7 +186,7 @@ struct Operands {
 template <typename T>
 struct Operands<T, kVectorRow> {
   using Other = float;
-  static constexpr int N = 16 / sizeof(T), kUnroll = sizeof(T) / 2;
+  static constexpr int N = 16 / sizeof(T), kUnroll = sizeof(T) == 2 ? 1 : kInFlight<T>;
   Stream<T> warm;
   Stream<float> other;
 };

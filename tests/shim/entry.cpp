@@ -31,6 +31,7 @@ void prepare(const Call& c) {
   const int64_t bytes = static_cast<DType>(c.dtype) == DType::kFloat ? 4 : 2;
   allow(c.warm, c.vocab, bytes);
   allow(c.other, c.vocab, c.source == kVectorRow ? 4 : bytes);
+  allow({c.adjustments.bias, c.adjustments.bias_stride, nullptr, c.batch}, c.vocab, 4);
 }
 
 template <typename F>
@@ -48,16 +49,22 @@ const char* run(const Call& c, int64_t grid, int64_t together, uint64_t schedule
 }  // namespace
 
 namespace svdk::cuda {
-uint4 load16(const void* p) {
+namespace {
+template <typename T>
+T load(const void* p) {
   const char* at = static_cast<const char*>(p);
-  if (reinterpret_cast<uintptr_t>(p) % 16) shim::fail("a 16-byte load that is not aligned");
+  if (reinterpret_cast<uintptr_t>(p) % sizeof(T)) shim::fail("a load that is not aligned");
   bool inside = false;
-  for (const auto& [begin, end] : readable) inside |= at >= begin && at + 16 <= end;
-  if (!inside) shim::fail("a 16-byte load outside of the tensors");
-  uint4 x;
+  for (const auto& [begin, end] : readable) inside |= at >= begin && at + sizeof(T) <= end;
+  if (!inside) shim::fail("a load outside of the tensors");
+  T x;
   std::memcpy(&x, p, sizeof x);
   return x;
 }
+}  // namespace
+
+uint4 load16(const void* p) { return load<uint4>(p); }
+float load_in_turn(const float* p) { return load<float>(p); }
 }  // namespace svdk::cuda
 
 extern "C" {

@@ -102,6 +102,7 @@ using std::sqrt;
 
 // Reads outside of what the caller announced (and loads that are not aligned) stop the run.
 uint4 load16(const void* p);
+float load_in_turn(const float* p);
 
 inline float exp2_approx(float x) {
   const float y = std::exp2(x);
