@@ -6,7 +6,7 @@ everything, or larger than the space for candidates). :func:`load_tile` makes th
 """
 
 # A condition known at compile time and one known at run time must not share an `if`.
-# ruff: noqa: SIM102, SIM108
+# ruff: noqa: SIM102
 
 from __future__ import annotations
 
@@ -27,8 +27,6 @@ from .steering import (
     best_of,
     delta_of,
     in_confidence_set,
-    load_other,
-    load_warm,
     steered_logits,
 )
 
@@ -78,7 +76,9 @@ def compact_candidates(
             within = place - tl.sum(tl.where(passed, count_s[None, :], 0), 1)
             live = place < total
             ids = tl.load(candidates + slices * CAP + within, mask=live, other=0)
-            w = load_warm(operands, ids, live)
+            w = tl.load(operands.warm + ids, mask=live, other=-INF).to(tl.float32)
+            if operands.bias is not None or operands.bitmask is not None:
+                w = adjusted(w, operands.bias, operands.bitmask, ids, live)
             inside = in_confidence_set(w, max_w, log_alpha)
             tl.store(candidates + kept + tl.cumsum(inside.to(tl.int32), 0) - 1, ids, mask=inside)
             kept += tl.sum(inside.to(tl.int32), 0)
@@ -95,24 +95,32 @@ def load_tile(tokens, start, KIND: tl.constexpr, BLOCK: tl.constexpr):
     if COMPACT & KIND:
         if tokens.from_candidates:
             ids = tl.load(tokens.candidates + place, mask=live, other=0)
-    w = load_warm(tokens.operands, ids, live)
+    w = tl.load(tokens.operands.warm + ids, mask=live, other=-INF).to(tl.float32)
+    if tokens.operands.bias is not None or tokens.operands.bitmask is not None:
+        w = adjusted(w, tokens.operands.bias, tokens.operands.bitmask, ids, live)
     if DIRECTION & KIND == PLAIN:
         other = w
     else:
-        other = load_other(tokens.operands, ids, live, 0.0, KIND)
+        other = tl.load(tokens.operands.other + ids, mask=live, other=0.0).to(tl.float32)
+        if DIRECTION & KIND < VECTOR:
+            if tokens.operands.bias is not None or tokens.operands.bitmask is not None:
+                other = adjusted(other, tokens.operands.bias, tokens.operands.bitmask, ids, live)
     return ids, w, other
 
 
 @triton.jit
 def load_token(operands, token, KIND: tl.constexpr):
     """``(warm, other)`` of one token."""
-    w = adjusted(operands, tl.load(operands.warm + token).to(tl.float32), token, token >= 0)
+    w = tl.load(operands.warm + token).to(tl.float32)
+    if operands.bias is not None or operands.bitmask is not None:
+        w = adjusted(w, operands.bias, operands.bitmask, token, token >= 0)
     if DIRECTION & KIND == PLAIN:
         other = w
     else:
         other = tl.load(operands.other + token).to(tl.float32)
         if DIRECTION & KIND < VECTOR:
-            other = adjusted(operands, other, token, token >= 0)
+            if operands.bias is not None or operands.bitmask is not None:
+                other = adjusted(other, operands.bias, operands.bitmask, token, token >= 0)
     return w, other
 
 

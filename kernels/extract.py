@@ -18,11 +18,11 @@ from .steering import (
     Constants,
     Operands,
     PerRow,
+    adjusted,
     delta_of,
     in_confidence_set,
     in_nats,
     in_unit,
-    load_warm,
     log_p_of,
     row_index,
     safe_log,
@@ -39,7 +39,9 @@ def size_of_confidence_set(operands, constants, BLOCK: tl.constexpr):
     size = tl.zeros([BLOCK], tl.int32)
     for start in range(0, operands.vocab, BLOCK):
         ids = start + tl.arange(0, BLOCK)
-        w = load_warm(operands, ids, ids < operands.vocab)
+        w = tl.load(operands.warm + ids, mask=ids < operands.vocab, other=-INF).to(tl.float32)
+        if operands.bias is not None or operands.bitmask is not None:
+            w = adjusted(w, operands.bias, operands.bitmask, ids, ids < operands.vocab)
         size += in_confidence_set(w, constants.max_w, constants.log_alpha).to(tl.int32)
     return tl.sum(size, 0)
 

@@ -26,12 +26,12 @@ from .steering import (
     OUTSIDE,
     VECTOR,
     Moments,
+    adjusted,
     best_of,
     delta_of,
     in_confidence_set,
     in_nats,
     inverse_power,
-    load_warm,
     log_p_of,
     or_zero,
     steered_inside,
@@ -76,7 +76,9 @@ def fallback_token(operands, BLOCK: tl.constexpr):
     best, best_id = tl.full([BLOCK], -INF, tl.float32), tl.full([BLOCK], MAX_ID, tl.int32)
     for start in range(0, operands.vocab, BLOCK):
         ids = start + tl.arange(0, BLOCK)
-        w = load_warm(operands, ids, ids < operands.vocab)
+        w = tl.load(operands.warm + ids, mask=ids < operands.vocab, other=-INF).to(tl.float32)
+        if operands.bias is not None or operands.bitmask is not None:
+            w = adjusted(w, operands.bias, operands.bitmask, ids, ids < operands.vocab)
         better = (w < INF) & (w > best)
         best, best_id = tl.where(better, w, best), tl.where(better, ids, best_id)
     _, token = best_of(best, best_id)
@@ -92,7 +94,9 @@ def log_outside(operands, constants, BLOCK: tl.constexpr):
     top, mass = tl.full([BLOCK], -INF, tl.float32), tl.zeros([BLOCK], tl.float32)
     for start in range(0, operands.vocab, BLOCK):
         ids = start + tl.arange(0, BLOCK)
-        w = load_warm(operands, ids, ids < operands.vocab)
+        w = tl.load(operands.warm + ids, mask=ids < operands.vocab, other=-INF).to(tl.float32)
+        if operands.bias is not None or operands.bitmask is not None:
+            w = adjusted(w, operands.bias, operands.bitmask, ids, ids < operands.vocab)
         w = tl.where(in_confidence_set(w, constants.max_w, constants.log_alpha), -INF, w)
         new_top = tl.maximum(top, w)
         mass = mass * tl.exp(top - or_zero(new_top)) + tl.exp(w - or_zero(new_top))

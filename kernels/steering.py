@@ -128,32 +128,18 @@ def row_index(rows, row):
 
 
 @triton.jit
-def adjusted(operands, x, ids, live):
-    """Warm or base logits of the tokens ``ids`` with the row's bias, and -inf where its mask has a 0."""
-    if operands.bias is not None:
-        x += tl.load(operands.bias + ids, mask=live, other=0.0)
-    if operands.bitmask is not None:
-        word = tl.load(operands.bitmask + (ids >> 5), mask=live, other=0)
+def adjusted(x, bias, bitmask, ids, live):
+    """Warm or base logits x of the tokens ``ids`` with the row's bias, and -inf where its mask has a 0.
+
+    Callers load x themselves, and call this only for rows with either: torch.compile takes every pointer that
+    goes into a call for written if an address depends on what the call returns.
+    """
+    if bias is not None:
+        x += tl.load(bias + ids, mask=live, other=0.0)
+    if bitmask is not None:
+        word = tl.load(bitmask + (ids >> 5), mask=live, other=0)
         x = tl.where(((word >> (ids & 31)) & 1) != 0, x, -INF)
     return x
-
-
-@triton.jit
-def load_warm(operands, ids, live):
-    """The warm logits of a tile of tokens, float32; -inf where not ``live``."""
-    return adjusted(operands, tl.load(operands.warm + ids, mask=live, other=-INF).to(tl.float32), ids, live)
-
-
-@triton.jit
-def load_other(operands, ids, live, beyond: tl.constexpr, KIND: tl.constexpr):
-    """The base logits or a vector's entries, float32; for base logits see :func:`load_warm`.
-
-    Where not ``live``: ``beyond``, or -inf.
-    """
-    other = tl.load(operands.other + ids, mask=live, other=beyond).to(tl.float32)
-    if DIRECTION & KIND < VECTOR:
-        other = adjusted(operands, other, ids, live)
-    return other
 
 
 @triton.jit

@@ -25,7 +25,6 @@ from .steering import (
     DIRECTION,
     INF,
     INFO,
-    KL_GRADIENT,
     LOG_RATIO,
     MAX_ID,
     PLAIN,
@@ -33,10 +32,9 @@ from .steering import (
     UNIT,
     VECTOR,
     Constants,
+    adjusted,
     best_of,
     in_confidence_set,
-    load_other,
-    load_warm,
     or_zero,
 )
 
@@ -140,10 +138,15 @@ def first_sweep(
     for start in tl.range(begin, end, BLOCK, num_stages=STAGES):
         ids = start + lane
         live = ids < end
-        w = load_warm(operands, ids, live)
+        w = tl.load(operands.warm + ids, mask=live, other=-INF).to(tl.float32)
+        if operands.bias is not None or operands.bitmask is not None:
+            w = adjusted(w, operands.bias, operands.bitmask, ids, live)
         flags |= tl.where(w < INF, 0, INVALID)  # NaN compares false
         if DIRECTION & KIND != PLAIN:
-            o = load_other(operands, ids, live, -INF if HAS_BASE else 0.0, KIND)
+            o = tl.load(operands.other + ids, mask=live, other=-INF if HAS_BASE else 0.0).to(tl.float32)
+            if DIRECTION & KIND < VECTOR:
+                if operands.bias is not None or operands.bitmask is not None:
+                    o = adjusted(o, operands.bias, operands.bitmask, ids, live)
             flags |= tl.where(o < INF, 0, INVALID)
         if DIRECTION & KIND == VECTOR:
             flags |= tl.where(o > -INF, 0, INVALID)
@@ -313,8 +316,14 @@ def sums_in_float64(operands, sums):
     cross = tl.zeros([RARE_BLOCK], tl.float64)
     for start in range(0, operands.vocab, RARE_BLOCK):
         ids = start + tl.arange(0, RARE_BLOCK)
-        w = load_warm(operands, ids, ids < operands.vocab).to(tl.float64)
-        o = load_other(operands, ids, ids < operands.vocab, -INF, KL_GRADIENT).to(tl.float64)
+        w = tl.load(operands.warm + ids, mask=ids < operands.vocab, other=-INF).to(tl.float32)
+        if operands.bias is not None or operands.bitmask is not None:
+            w = adjusted(w, operands.bias, operands.bitmask, ids, ids < operands.vocab)
+        w = w.to(tl.float64)
+        o = tl.load(operands.other + ids, mask=ids < operands.vocab, other=-INF).to(tl.float32)
+        if operands.bias is not None or operands.bitmask is not None:
+            o = adjusted(o, operands.bias, operands.bitmask, ids, ids < operands.vocab)
+        o = o.to(tl.float64)
         both = (w > -INF) & (o > -INF)
         e = tl.exp(w - sums.max_w)
         z_w += e

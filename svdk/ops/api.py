@@ -245,12 +245,13 @@ def steered_logprob(
         "strengths": strengths,
     }
     op = backends.resolve(backend, warm).steered_logprob
-    logprob, others, greedy, stats, status = gradients.logprob(op, _flat(op, STEERED_LOGPROB, rows, given))
+    curves, greedy, stats, status = gradients.logprob(op, _flat(op, STEERED_LOGPROB, rows, given))
     if check:
         _raise_invalid(status)
     if strengths is None:
-        logprob, others, greedy = logprob[:, 0], others[..., 0], greedy[:, 0]
-    fields = (logprob, *others.unbind(0), greedy, *stats.unbind(0), status)
+        logprob, slope, curvature = curves
+        curves, greedy = (logprob[:, 0], slope[:, 0], curvature[:, 0]), greedy[:, 0]
+    fields = (*curves, greedy, *stats.unbind(0), status)
     return LogprobInfo(*fields)
 
 

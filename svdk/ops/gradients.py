@@ -35,12 +35,17 @@ def without(op: Callable[..., Any], flat: Sequence[Any]) -> Any:
         return op(*(forward_ad.unpack_dual(x).primal if isinstance(x, Tensor) else x for x in flat))
 
 
-def logprob(op: Callable[..., Any], flat: Sequence[Any]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """``steered_logprob`` of a backend: the log-probability (B, M), the other curves (2, B, M), the rest."""
+Curves = tuple[Tensor, Tensor, Tensor]
+
+
+def logprob(op: Callable[..., Any], flat: Sequence[Any]) -> tuple[Curves, Tensor, Tensor, Tensor]:
+    """``steered_logprob`` of a backend: log-probability, slope and curvature (B, M) each, and the rest."""
     if wanted(flat) and not torch.compiler.is_compiling():
-        return _SteeredLogprob.apply(op, *flat)
+        first, others, greedy, stats, status = _SteeredLogprob.apply(op, *flat)
+        return (first, others[0], others[1]), greedy, stats, status
     curves, greedy, stats, status = op(*flat)  # traced: with the gradient that the op itself has
-    return curves[0], curves[1:].detach(), greedy, stats.detach(), status
+    first, slope, curvature = curves.unbind(0)
+    return (first, slope.detach(), curvature.detach()), greedy, stats.detach(), status
 
 
 class RowGradients(NamedTuple):
