@@ -72,7 +72,6 @@ MAXIMA = (
 )
 EXACTLY = "moving.largest + std::fabs(c.mu) * moving.reach > kExact"
 FIXES = {
-    "plain_moments": Edit("cpu/full_sweep.h", "if (c.direction == kPlain) return;", "", PORTABLE),
     "exp_is_zero_below": Edit("cpu/blocks.h", ": -127.0f", ": -126.0f", PORTABLE),
     "list_holds_the_cut": Edit(
         "cpu/filters.cpp",
@@ -82,9 +81,6 @@ FIXES = {
     ),
     "min_p_floor": Edit("cpu/sample.cpp", "if (floor > filter_.floor)", "if (false)", ("sample",)),
     "ties_by_id": Edit("cpu/filters.cpp", "k_ ? kMaxId : share.last.id};", "kMaxId};", FILTERS),
-    "tops_may_be_off": Edit("cpu/filter_sweep.h", "float>(bound - slack)", "float>(bound)", PORTABLE),
-    "no_leap": Edit("cpu/draw_sweep.h", "!((largest - max) * rate < kLeap)", "false", PORTABLE),
-    "no_nan_at_one_look": Edit("cpu/draw_sweep.h", "!(sum < kFloatInf) ||", "", PORTABLE),
     "masses_of_what_stays": Edit(
         "cpu/sample.cpp", "filter_.keeps(static_cast<float>(t.z), t.id) ? t.mass : 0.0", "t.mass", ("sample",)
     ),
