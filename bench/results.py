@@ -13,8 +13,6 @@ from svdk.utils.files import read_object, write_json
 
 FORMAT = 1
 MICRO_KEY = ("setting", "contestant", "batch", "vocab", "dtype", "logits", "cache")
-BUSY = "busy"
-"""Of a micro row: busy loops beside it; files before it have none."""
 END_TO_END_KEY = ("model", "contestant", "batch", "dtype")
 SMALLEST = 0.05
 """A change below 5 % is never called one, however quiet the machine was."""
@@ -121,7 +119,7 @@ def compare(old: Results, new: Results) -> Comparison:
 
 
 def _key(row: dict[str, Any], names: tuple[str, ...]) -> tuple[Any, ...]:
-    busy = (row[BUSY],) if row.get(BUSY) else ()
+    busy = (row["busy"],) if row.get("busy") else ()  # busy loops beside it; older files do not say
     return (*(row[name] for name in names), *busy)
 
 

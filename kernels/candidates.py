@@ -77,8 +77,7 @@ def compact_candidates(
             live = place < total
             ids = tl.load(candidates + slices * CAP + within, mask=live, other=0)
             w = tl.load(operands.warm + ids, mask=live, other=-INF).to(tl.float32)
-            if operands.bias is not None or operands.bitmask is not None:
-                w = adjusted(w, operands.bias, operands.bitmask, ids, live)
+            w = adjusted(w, operands.bias, operands.bitmask, ids, live)
             inside = in_confidence_set(w, max_w, log_alpha)
             tl.store(candidates + kept + tl.cumsum(inside.to(tl.int32), 0) - 1, ids, mask=inside)
             kept += tl.sum(inside.to(tl.int32), 0)
@@ -96,15 +95,13 @@ def load_tile(tokens, start, KIND: tl.constexpr, BLOCK: tl.constexpr):
         if tokens.from_candidates:
             ids = tl.load(tokens.candidates + place, mask=live, other=0)
     w = tl.load(tokens.operands.warm + ids, mask=live, other=-INF).to(tl.float32)
-    if tokens.operands.bias is not None or tokens.operands.bitmask is not None:
-        w = adjusted(w, tokens.operands.bias, tokens.operands.bitmask, ids, live)
+    w = adjusted(w, tokens.operands.bias, tokens.operands.bitmask, ids, live)
     if DIRECTION & KIND == PLAIN:
         other = w
     else:
         other = tl.load(tokens.operands.other + ids, mask=live, other=0.0).to(tl.float32)
         if DIRECTION & KIND < VECTOR:
-            if tokens.operands.bias is not None or tokens.operands.bitmask is not None:
-                other = adjusted(other, tokens.operands.bias, tokens.operands.bitmask, ids, live)
+            other = adjusted(other, tokens.operands.bias, tokens.operands.bitmask, ids, live)
     return ids, w, other
 
 
@@ -112,15 +109,13 @@ def load_tile(tokens, start, KIND: tl.constexpr, BLOCK: tl.constexpr):
 def load_token(operands, token, KIND: tl.constexpr):
     """``(warm, other)`` of one token."""
     w = tl.load(operands.warm + token).to(tl.float32)
-    if operands.bias is not None or operands.bitmask is not None:
-        w = adjusted(w, operands.bias, operands.bitmask, token, token >= 0)
+    w = adjusted(w, operands.bias, operands.bitmask, token, token >= 0)
     if DIRECTION & KIND == PLAIN:
         other = w
     else:
         other = tl.load(operands.other + token).to(tl.float32)
         if DIRECTION & KIND < VECTOR:
-            if operands.bias is not None or operands.bitmask is not None:
-                other = adjusted(other, operands.bias, operands.bitmask, token, token >= 0)
+            other = adjusted(other, operands.bias, operands.bitmask, token, token >= 0)
     return w, other
 
 

@@ -40,8 +40,7 @@ def size_of_confidence_set(operands, constants, BLOCK: tl.constexpr):
     for start in range(0, operands.vocab, BLOCK):
         ids = start + tl.arange(0, BLOCK)
         w = tl.load(operands.warm + ids, mask=ids < operands.vocab, other=-INF).to(tl.float32)
-        if operands.bias is not None or operands.bitmask is not None:
-            w = adjusted(w, operands.bias, operands.bitmask, ids, ids < operands.vocab)
+        w = adjusted(w, operands.bias, operands.bitmask, ids, ids < operands.vocab)
         size += in_confidence_set(w, constants.max_w, constants.log_alpha).to(tl.int32)
     return tl.sum(size, 0)
 

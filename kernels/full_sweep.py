@@ -77,8 +77,7 @@ def fallback_token(operands, BLOCK: tl.constexpr):
     for start in range(0, operands.vocab, BLOCK):
         ids = start + tl.arange(0, BLOCK)
         w = tl.load(operands.warm + ids, mask=ids < operands.vocab, other=-INF).to(tl.float32)
-        if operands.bias is not None or operands.bitmask is not None:
-            w = adjusted(w, operands.bias, operands.bitmask, ids, ids < operands.vocab)
+        w = adjusted(w, operands.bias, operands.bitmask, ids, ids < operands.vocab)
         better = (w < INF) & (w > best)
         best, best_id = tl.where(better, w, best), tl.where(better, ids, best_id)
     _, token = best_of(best, best_id)
@@ -95,8 +94,7 @@ def log_outside(operands, constants, BLOCK: tl.constexpr):
     for start in range(0, operands.vocab, BLOCK):
         ids = start + tl.arange(0, BLOCK)
         w = tl.load(operands.warm + ids, mask=ids < operands.vocab, other=-INF).to(tl.float32)
-        if operands.bias is not None or operands.bitmask is not None:
-            w = adjusted(w, operands.bias, operands.bitmask, ids, ids < operands.vocab)
+        w = adjusted(w, operands.bias, operands.bitmask, ids, ids < operands.vocab)
         w = tl.where(in_confidence_set(w, constants.max_w, constants.log_alpha), -INF, w)
         new_top = tl.maximum(top, w)
         mass = mass * tl.exp(top - or_zero(new_top)) + tl.exp(w - or_zero(new_top))

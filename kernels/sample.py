@@ -211,8 +211,7 @@ def steered_sample_kernel(
         if not SUMMED:  # any logit of the row will do to be relative to
             found = swept.best_id != MAX_ID
             max_w = tl.load(operands.warm + swept.best_id, mask=found, other=-INF).to(tl.float32)
-            if operands.bias is not None or operands.bitmask is not None:
-                max_w = adjusted(max_w, operands.bias, operands.bitmask, swept.best_id, found)
+            max_w = adjusted(max_w, operands.bias, operands.bitmask, swept.best_id, found)
             row_sums = Sums(
                 max_w, row_sums.max_b, row_sums.z_w, row_sums.z_b, row_sums.usable, row_sums.cross
             )

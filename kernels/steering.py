@@ -131,8 +131,8 @@ def row_index(rows, row):
 def adjusted(x, bias, bitmask, ids, live):
     """Warm or base logits x of the tokens ``ids`` with the row's bias, and -inf where its mask has a 0.
 
-    Callers load x themselves, and call this only for rows with either: torch.compile takes every pointer that
-    goes into a call for written if an address depends on what the call returns.
+    Callers load x themselves: torch.compile takes every pointer that goes into a call for written if an
+    address depends on what the call returns.
     """
     if bias is not None:
         x += tl.load(bias + ids, mask=live, other=0.0)

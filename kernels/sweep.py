@@ -139,14 +139,12 @@ def first_sweep(
         ids = start + lane
         live = ids < end
         w = tl.load(operands.warm + ids, mask=live, other=-INF).to(tl.float32)
-        if operands.bias is not None or operands.bitmask is not None:
-            w = adjusted(w, operands.bias, operands.bitmask, ids, live)
+        w = adjusted(w, operands.bias, operands.bitmask, ids, live)
         flags |= tl.where(w < INF, 0, INVALID)  # NaN compares false
         if DIRECTION & KIND != PLAIN:
             o = tl.load(operands.other + ids, mask=live, other=-INF if HAS_BASE else 0.0).to(tl.float32)
             if DIRECTION & KIND < VECTOR:
-                if operands.bias is not None or operands.bitmask is not None:
-                    o = adjusted(o, operands.bias, operands.bitmask, ids, live)
+                o = adjusted(o, operands.bias, operands.bitmask, ids, live)
             flags |= tl.where(o < INF, 0, INVALID)
         if DIRECTION & KIND == VECTOR:
             flags |= tl.where(o > -INF, 0, INVALID)
@@ -317,12 +315,10 @@ def sums_in_float64(operands, sums):
     for start in range(0, operands.vocab, RARE_BLOCK):
         ids = start + tl.arange(0, RARE_BLOCK)
         w = tl.load(operands.warm + ids, mask=ids < operands.vocab, other=-INF).to(tl.float32)
-        if operands.bias is not None or operands.bitmask is not None:
-            w = adjusted(w, operands.bias, operands.bitmask, ids, ids < operands.vocab)
+        w = adjusted(w, operands.bias, operands.bitmask, ids, ids < operands.vocab)
         w = w.to(tl.float64)
         o = tl.load(operands.other + ids, mask=ids < operands.vocab, other=-INF).to(tl.float32)
-        if operands.bias is not None or operands.bitmask is not None:
-            o = adjusted(o, operands.bias, operands.bitmask, ids, ids < operands.vocab)
+        o = adjusted(o, operands.bias, operands.bitmask, ids, ids < operands.vocab)
         o = o.to(tl.float64)
         both = (w > -INF) & (o > -INF)
         e = tl.exp(w - sums.max_w)

@@ -33,6 +33,14 @@ inline Vec::F exp(Vec::F x) {
   return exp2<kClamp>(x * Vec::set(kLog2E));
 }
 
+// exp(x rate) is exp2(x times this); finite, so that 0 times it is 0.
+inline Vec::F base2(float rate) { return Vec::set(std::min(rate * kLog2E, FLT_MAX)); }
+
+// The float from which on vector loops look for what is at least a bound; never -inf.
+inline float below(double bound) {
+  return std::max(-FLT_MAX, std::nextafter(static_cast<float>(bound), -kFloatInf));
+}
+
 // A block of one operand: where its floats are, its maximum and size, and whether all are finite.
 struct Block {
   const float* data;
@@ -121,7 +129,7 @@ inline Block scan(const float* x, int n, int real, int ahead = 0) {
 
 // Sum of exp((x - top) rate) over n floats, a multiple of kPad.
 inline float sum_exp(const float* x, int n, float top, float rate) {
-  const Vec::F shift = Vec::set(top), by = Vec::set(std::min(rate * kLog2E, FLT_MAX));
+  const Vec::F shift = Vec::set(top), by = base2(rate);
   Vec::F a = Vec::set(0.0f), b = a;
   for (int i = 0; i < n; i += 2 * Vec::N) {
     a = a + exp2((Vec::load(x + i) - shift) * by);

@@ -59,8 +59,7 @@ inline void draw_greedy(const BlockDraw& s, Best& best) {
   // Whoever is exactly the largest lies within twice the slack of the largest float.
   const double from = std::max<double>(s.steered.top, best.score) - 2.0 * s.steered.slack;
   if (s.steered.top < from || s.steered.top == -kFloatInf) return;
-  const Vec::F bound =
-      Vec::set(std::max(-FLT_MAX, std::nextafter(static_cast<float>(from), -FLT_MAX)));
+  const Vec::F bound = Vec::set(below(from));
   for (int i = 0; i < s.block.width; i += Vec::N) {
     uint32_t hits = Vec::bits(Vec::ge(Vec::load(s.steered.z + i), bound));
     for (; hits; hits &= hits - 1) {
@@ -106,7 +105,7 @@ inline bool weigh_once(const Slice& slice, int at, const Draw& draw, Scratch& sc
   const float* z = fetch_logits(slice.row, slice.row.warm, at, kBlock, scratch.w);
   const int ahead = ahead_of(slice, at);
   const float max = static_cast<float>(sums.max_w), rate = draw.rate();
-  const Vec::F shift = Vec::set(max), by = Vec::set(std::min(rate * kLog2E, FLT_MAX));
+  const Vec::F shift = Vec::set(max), by = base2(rate);
   Vec::F sum0 = Vec::set(0.0f), sum1 = sum0, top = shift;
   float tops[kBlock / kStripe];
   for (int stripe = 0; stripe < kBlock / kStripe; ++stripe) {

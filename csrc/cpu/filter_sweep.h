@@ -1,10 +1,6 @@
 // Step 10 over a whole row that was swept: the tokens from a bound up, if these are few; else what
 // lies above and in a range of steered logits. Included inside an architecture's namespace.
 
-inline float below(double bound, float slack) {
-  return std::max(-FLT_MAX, std::nextafter(static_cast<float>(bound - slack), -kFloatInf));
-}
-
 // Tokens of a block, at first only their steered logits as float.
 struct Picked {
   alignas(64) float z[kBlock + Vec::N], id[kBlock + Vec::N];  // ids as bits
@@ -34,7 +30,7 @@ inline void append(const Picked& picked, const Draw& draw, double unit,
   const float rounded = static_cast<float>(unit);
   const double factor =
       rounded == unit ? 1.0 : std::exp((rounded - unit) * draw.inverse_temperature);
-  const Vec::F shift = Vec::set(rounded), by = Vec::set(std::min(draw.rate() * kLog2E, FLT_MAX));
+  const Vec::F shift = Vec::set(rounded), by = base2(draw.rate());
   alignas(64) float mass[Vec::N];
   SteeredToken some[Vec::N];
   for (int i = 0; i < picked.count; i += Vec::N) {
@@ -54,7 +50,7 @@ inline void prefetch_stripe(const RowLogits& row, int at) {
 bool gather(const Slice& slice, const Constants& c, const Draw& draw, const Tops& tops,
             double bound, std::vector<SteeredToken>& tokens) {
   const RowLogits& row = slice.row;
-  const float from = below(bound, tops.slack);
+  const float from = below(bound - tops.slack);
   const int first = slice.begin / kStripe, last = (slice.end + kStripe - 1) / kStripe;
   std::vector<int> stripes(last - first);
   int count = 0;
@@ -74,14 +70,14 @@ bool gather(const Slice& slice, const Constants& c, const Draw& draw, const Tops
       constexpr int kAhead = 3;
       if (i + kAhead < count) prefetch_stripe(row, stripes[i + kAhead]);
       const float* z = fetch_logits(row, row.warm, at, n, scratch.w);
-      pick<true>(z, at, padded(n), Vec::set(std::nextafter(from, kFloatInf)), never, picked);
+      pick<true>(z, at, padded(n), Vec::set(from), never, picked);
       append(picked, draw, tops.top, tokens);
     } else {
       if (at / kBlock != block) {
         block = at / kBlock;
         steered = steered_logits(read_block(slice, block * kBlock, scratch), c, scratch);
       }
-      const Vec::F low = Vec::set(below(bound, steered.slack));
+      const Vec::F low = Vec::set(below(bound - steered.slack));
       pick<true>(steered.z + at % kBlock, at, padded(n), low, never, picked);
       for (int k = 0; k < picked.count; ++k) {
         const int id = picked.id_at(k);
@@ -126,7 +122,7 @@ inline BlockShares shares_of(const BlockDraw& one, const RangeBounds& range, dou
   BlockShares all;
   const bool rounded = one.rounded();
   const Vec::F shift = Vec::set(one.steered.top), zero = Vec::set(0.0f);
-  const Vec::F by = Vec::set(std::min(one.rate() * kLog2E, FLT_MAX));
+  const Vec::F by = base2(one.rate());
   Vec::F sum_above = zero, sum_from = zero;
   for (int i = 0; i < one.block.width; i += Vec::N) {
     const Vec::F z = Vec::load(one.steered.z + i);

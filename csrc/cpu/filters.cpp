@@ -82,21 +82,20 @@ Share share_of(Lists lists, double target, const Weight& weight_of) {
 
 }  // namespace
 
-double filter_bound(const Parameters& p, int vocab, const std::vector<float>& tops, float slack,
-                    const MassSum& total, int attempt) {
-  const bool by_k = p.top_k > 0 && p.top_k < vocab, by_p = p.top_p < 1;
+double filter_bound(const Parameters& p, int vocab, const Tops& tops, const MassSum& total,
+                    int attempt) {
+  const bool by_k = cuts_by_k(p, vocab), by_p = p.top_p < 1;
   // Rounded down, as what is between the floats and the bound.
-  const auto down = [&](double z) { return std::nextafter(z - slack, -kInf); };
+  const auto down = [&](double z) { return std::nextafter(z - tops.slack, -kInf); };
   double reach = -kInf;  // of min-p
   if (p.min_p > 0 && !(by_k && by_p)) {
-    const double top = *std::max_element(tops.begin(), tops.end());
-    reach = down(top + p.temperature * std::log(p.min_p) * (1 + 1e-12));
+    reach = down(tops.top + p.temperature * std::log(p.min_p) * (1 + 1e-12));
   }
   if (by_k) {
     if (attempt > 0) return kNaN;
     const size_t k = static_cast<size_t>(p.top_k);
-    if (k > tops.size()) return vocab <= kCapacity ? reach : kNaN;
-    std::vector<float> sorted = tops;
+    std::vector<float> sorted(tops.of_stripes, tops.of_stripes + (vocab + kStripe - 1) / kStripe);
+    if (k > sorted.size()) return vocab <= kCapacity ? reach : kNaN;
     std::nth_element(sorted.begin(), sorted.begin() + (k - 1), sorted.end(), std::greater<float>());
     return std::max(down(sorted[k - 1]), reach);
   }

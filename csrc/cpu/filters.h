@@ -4,11 +4,14 @@
 
 namespace svdk {
 
+// Whether top-k takes anything out of a row.
+inline bool cuts_by_k(const Parameters& p, int vocab) { return p.top_k > 0 && p.top_k < vocab; }
+
 // From which steered logit up the filters want to see all tokens of a row: what its sweep found it
 // in. Asked again, with a higher `attempt`, when these were not enough; NaN: more than a list
 // holds.
-double filter_bound(const Parameters& p, int vocab, const std::vector<float>& tops, float slack,
-                    const MassSum& total, int attempt);
+double filter_bound(const Parameters& p, int vocab, const Tops& tops, const MassSum& total,
+                    int attempt);
 
 // The tokens to draw from, in order of id. `total` is the mass of the distribution that top-p
 // speaks of, in their unit; -1: that of the tokens themselves. Below `bound` some may be missing.

@@ -104,7 +104,7 @@ class RowSampler {
   }
   // Whether the first step of the filters needs the mass of the row.
   bool needs_mass() const { return !by_k() && p_.top_p < 1; }
-  bool by_k() const { return p_.top_k > 0 && p_.top_k < row_.vocab; }
+  bool by_k() const { return cuts_by_k(p_, row_.vocab); }
 
   bool after_first_sweep() {
     merge_slices();
@@ -146,7 +146,7 @@ class RowSampler {
       list.total = total.sum * std::exp((total.max - tops.top) * draw_.inverse_temperature);
     }
     for (int attempt = 0;; ++attempt) {
-      list.bound = filter_bound(p_, row_.vocab, tops_, tops.slack, total, attempt);
+      list.bound = filter_bound(p_, row_.vocab, tops, total, attempt);
       if (std::isnan(list.bound)) break;
       if (!sweeps_.gather(whole(row_), state_.constants, draw_, tops, list.bound, list.tokens)) {
         break;

@@ -128,7 +128,7 @@ inline bool accumulate_once(const Slice& slice, int at, Scratch& scratch, Sums& 
 }
 
 inline void collect(const BlockOperands& block, double threshold, Candidates& candidates) {
-  const float from = std::max(-FLT_MAX, std::nextafter(static_cast<float>(threshold), -kFloatInf));
+  const float from = below(threshold);
   if (block.w.top < from) return;
   const Vec::F bound = Vec::set(from);
   std::vector<Candidate>& tokens = candidates.tokens;

@@ -244,7 +244,7 @@ def _row_parameter(name, value, batch, like, low, high, integer) -> Tensor:
     if value.is_complex():
         raise fail(name, str(value.dtype), "a real tensor")
     value = value.to(torch.int64 if integer else torch.float32).contiguous()
-    if host_values(value) and not (low == -math.inf and integer):
+    if not (low == -math.inf and integer) and host_values(value):
         bad = ~((value >= low) & (value <= high) & torch.isfinite(value))
         if bool(bad.any()):
             row = int(bad.nonzero()[0])

@@ -24,7 +24,11 @@ def wanted(flat: Sequence[Any]) -> bool:
     """Whether autograd follows one of an op's flat arguments."""
     if forward_ad._current_level >= 0:
         return True
-    return torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in flat)
+    if torch.is_grad_enabled():
+        for x in flat:  # no any(): this is part of what every call costs
+            if isinstance(x, Tensor) and x.requires_grad:
+                return True
+    return False
 
 
 def without(op: Callable[..., Any], flat: Sequence[Any]) -> Any:
@@ -85,19 +89,6 @@ def row_gradients(rows: reference.Rows, given: Any, mu: Tensor, weight: Tensor) 
     return RowGradients(warm, base, None)
 
 
-def _strengths(operands: Operands, given: Any) -> Tensor:
-    """Mu in float64, (B, M)."""
-    if given.strengths is not None:
-        return given.strengths.double().expand(operands.batch, -1)
-    mu = given.strength.rows
-    mu = (
-        operands.warm.new_full((operands.batch,), given.strength.scalar, dtype=torch.float64)
-        if mu is None
-        else mu
-    )
-    return mu.double()[:, None]
-
-
 class _Opened(NamedTuple):
     """A call's rows, for its gradients."""
 
@@ -109,21 +100,19 @@ class _Opened(NamedTuple):
 
 
 def _open(flat: Sequence[Any]) -> _Opened:
-    operands, raw = STEERED_LOGPROB.unpack(flat)
-    mu = _strengths(operands, raw)
-    _, given = reference.unpack(STEERED_LOGPROB, tuple(flat))
-    given.strength = mu
+    operands, given = reference.unpack(STEERED_LOGPROB, tuple(flat))
+    given.strength = reference.strengths_of(operands, given)
     rows = reference.open_rows(operands, given)
-    return _Opened(operands, given, rows, torch.where(rows.invalid[:, None], 0.0, mu))
+    return _Opened(operands, given, rows, torch.where(rows.invalid[:, None], 0.0, given.strength))
 
 
 def _spread(x: Tensor | None, like: Tensor | None, picked: Tensor | None) -> Tensor | None:
-    """A gradient (B, vocab) of rows as one of the tensor that they were picked from."""
+    """A gradient (..., vocab) of rows as one of the tensor that they were picked from."""
     if x is None or like is None:
         return None
     full = torch.zeros(like.shape, dtype=torch.float64, device=like.device)
     if picked is None:
-        full[:, : x.shape[1]] = x
+        full[..., : x.shape[-1]] = x
     else:
         full[:, : x.shape[1]].index_add_(0, picked, x)
     return full.to(like.dtype)
@@ -143,14 +132,9 @@ def backward(flat: Sequence[Any], upstream: Tensor, slope: Tensor) -> list[Tenso
         found: list[Tensor | None] = [None] * len(flat)
         found[0] = _spread(warm, operands.warm, operands.warm_rows)
         found[1] = _spread(base, operands.base, operands.base_rows)
-        if operands.vector is not None:
-            shared = operands.vector.dim() == 1
-            if vector is not None and shared:
-                vector = vector.sum(0, keepdim=True)
-            like = operands.vector[None] if shared else operands.vector
-            found[2] = _spread(vector, like, None)
-            if found[2] is not None and shared:
-                found[2] = found[2][0]
+        if vector is not None and operands.vector is not None and operands.vector.dim() == 1:
+            vector = vector.sum(0)
+        found[2] = _spread(vector, operands.vector, None)
         for name, x in (("strength_rows", of_mu.sum(1)), ("strengths", of_mu.sum(0))):
             place = _NAMES.index(name)
             if flat[place] is not None:
@@ -191,11 +175,7 @@ class _SteeredLogprob(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.flat = [None if isinstance(x, Tensor) else x for x in inputs[1:]]
-        ctx.places = [i for i, x in enumerate(inputs[1:]) if isinstance(x, Tensor)]
-        saved = (*(inputs[1 + i] for i in ctx.places), output[1][0])
-        ctx.save_for_backward(*saved)
-        ctx.save_for_forward(*saved)
+        ctx.save_for_forward(*_save(ctx, inputs[1:], output[1][0]))
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
 
@@ -212,6 +192,15 @@ class _SteeredLogprob(torch.autograd.Function):
         return push_forward(flat, tangents, slope), None, None, None, None
 
 
+def _save(ctx: Any, flat: Sequence[Any], slope: Tensor) -> tuple[Tensor, ...]:
+    """For backward; returns what :func:`_restore` needs of tensors."""
+    ctx.flat = [None if isinstance(x, Tensor) else x for x in flat]
+    ctx.places = [i for i, x in enumerate(flat) if isinstance(x, Tensor)]
+    saved = (*(flat[i] for i in ctx.places), slope)
+    ctx.save_for_backward(*saved)
+    return saved
+
+
 def _restore(ctx: Any) -> tuple[list[Any], Tensor]:
     *tensors, slope = ctx.saved_tensors
     flat = list(ctx.flat)
@@ -222,9 +211,7 @@ def _restore(ctx: Any) -> tuple[list[Any], Tensor]:
 
 def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     """What :func:`op_backward` needs of a call of an op ``steered_logprob``."""
-    ctx.flat = [None if isinstance(x, Tensor) else x for x in inputs]
-    ctx.places = [i for i, x in enumerate(inputs) if isinstance(x, Tensor)]
-    ctx.save_for_backward(*(inputs[i] for i in ctx.places), output[0][1])
+    _save(ctx, inputs, output[0][1])
 
 
 def op_backward(ctx: Any, curves: Tensor, *_: Any) -> tuple[Tensor | None, ...]:

@@ -337,14 +337,19 @@ def partition_of(rows: Rows, mu: Tensor, penalty: float) -> Partition:
     return Partition(z.log_softmax(1), moves, slope, curvature, greedy)
 
 
+def strengths_of(operands: Operands, given: Any) -> Tensor:
+    """The strengths (B, M) of a call of ``steered_logprob``: those of the grid, or one a row."""
+    grid = given.strengths
+    return given.strength[:, None] if grid is None else grid.double().expand(operands.batch, -1)
+
+
 def steered_logprob(*flat: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Curves float32 (3, B, M), greedy int64 (B, M), rows float32 (6, B), status (B,).
 
     Curves: logprob, slope, curvature. Rows: gain, norm2, variance, kl, log p(label), log q(label).
     """
     operands, given = unpack(schema.STEERED_LOGPROB, flat)
-    batch, grid = operands.batch, given.strengths
-    given.strength = given.strength[:, None] if grid is None else grid.double().expand(batch, -1)
+    given.strength = strengths_of(operands, given)
     rows = open_rows(operands, given)
     label = given.labels.clamp(0, operands.vocab - 1)
     curves, greedy = [], []
@@ -358,8 +363,8 @@ def steered_logprob(*flat: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     log_p, log_q, delta = (at(x, label) for x in (rows.log_p, rows.log_q, rows.delta))
     stats = (delta - m.mean, m.norm2, m.variance, rows.c.kl[:, 0], log_p, log_q)
     return (
-        torch.stack(curves, 2) if curves else rows.w.new_empty(3, batch, 0, dtype=torch.float32),
-        torch.stack(greedy, 1) if greedy else label.new_empty(batch, 0),
+        torch.stack(curves, 2) if curves else rows.w.new_empty(3, operands.batch, 0, dtype=torch.float32),
+        torch.stack(greedy, 1) if greedy else label.new_empty(operands.batch, 0),
         torch.stack([rows.nan_if_invalid(x) for x in stats]),
         rows.status,
     )

@@ -29,7 +29,7 @@ def row_keys(seed: int | Tensor, rows: int, like: Tensor) -> tuple[float, Tensor
 
 def spread(first: int | Tensor, rows: int, device: torch.device) -> Tensor:
     """Keys int64 (rows,), from that of row 0 on; int64 wraps around, as wanted."""
-    return torch.arange(rows, device=device).mul_(JUMP).add_(first)
+    return torch.rsub(torch.arange(rows, device=device), first, alpha=-JUMP)
 
 
 def row_words(

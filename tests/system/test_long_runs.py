@@ -159,6 +159,7 @@ print(torch.equal(svdk.steered_sample(warm, seed=1), alone))
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), True),
         (RuntimeError("unable to mmap 8 bytes from file: Cannot allocate memory (12)"), True),
         (OSError(12, "Cannot allocate memory"), True),
+        (RuntimeError("std::bad_alloc"), True),
         (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
         (ValueError("can't allocate memory"), False),
     ],
