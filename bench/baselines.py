@@ -73,12 +73,33 @@ def steered_logits(
     return torch.where(inside, steered, outside)
 
 
-def multinomial(z: Tensor, temperature: float = 1.0) -> Tensor:
-    """Softmax and ``torch.multinomial``; greedy for temperature 0."""
+def pick(p: Tensor) -> Tensor:
+    """A token a row by probabilities up to a factor a row; on a CPU one uniform and its place in the sums.
+
+    ``torch.multinomial`` draws an exponential for every entry, which only GPUs do at memory speed.
+    """
+    if p.device.type != "cpu":
+        return torch.multinomial(p, 1)[:, 0]
+    sums = p.cumsum(-1)
+    place = torch.searchsorted(sums, torch.rand_like(sums[:, :1]) * sums[:, -1:], right=True)
+    return place[:, 0].clamp_(max=p.shape[1] - 1)
+
+
+def softmax(z: Tensor, temperature: float = 1.0) -> Tensor:
+    """Probabilities, float32."""
+    return (z.float() if temperature == 1 else z.float() / temperature).softmax(-1)
+
+
+def one_uniform(z: Tensor, temperature: float = 1.0) -> Tensor:
+    """Softmax and :func:`pick`; greedy for temperature 0 (a CPU is faster with floats than 16 bits)."""
     if temperature == 0:
-        return z.argmax(-1)
-    z = z.float() if temperature == 1 else z.float() / temperature
-    return torch.multinomial(z.softmax(-1), 1)[:, 0]
+        return (z.float() if z.device.type == "cpu" else z).argmax(-1)
+    return pick(softmax(z, temperature))
+
+
+def multinomial(z: Tensor, temperature: float = 1.0) -> Tensor:
+    """Softmax and ``torch.multinomial``."""
+    return torch.multinomial(softmax(z, temperature), 1)[:, 0]
 
 
 def exponential_race(z: Tensor, temperature: float = 1.0) -> Tensor:
@@ -87,14 +108,13 @@ def exponential_race(z: Tensor, temperature: float = 1.0) -> Tensor:
     vLLM's ``random_sample`` is these three operations; its Triton Gumbel kernel is the logarithm of them.
     Neither can be installed beside svdk on every machine, so the reports say "vLLM-style".
     """
-    z = z.float() if temperature == 1 else z.float() / temperature
-    p = z.softmax(-1)
+    p = softmax(z, temperature)
     return p.div_(torch.empty_like(p).exponential_()).argmax(-1)
 
 
 def eager(warm: Tensor, base: Tensor | None = None, *, temperature: float = 1.0, **options: Any) -> Tensor:
     """Steered sampling (or greedy) in eager PyTorch; also what torch.compile is given."""
-    return multinomial(steered_logits(warm, base, **options), temperature)
+    return one_uniform(steered_logits(warm, base, **options), temperature)
 
 
 def eager_race(
@@ -142,15 +162,15 @@ def filtered(z: Tensor, *, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.
     """
     z = z.float()
     if not top_k and top_p >= 1:
-        p = z.softmax(-1)
-        return torch.multinomial(p.masked_fill(p < min_p * p.amax(-1, keepdim=True), 0.0), 1)[:, 0]
+        below_top = z - z.amax(-1, keepdim=True)  # masking these is cheaper than masking probabilities
+        return pick(torch.nn.functional.threshold(below_top, math.log(min_p), -math.inf).softmax(-1))
     values, ids = z.topk(top_k) if top_k else z.sort(-1, descending=True)
     p = values.softmax(-1)
     if top_p < 1:
         p = p.masked_fill(p.cumsum(-1) - p >= top_p, 0.0)
     if min_p:
         p = p.masked_fill(p < min_p * p[:, :1], 0.0)
-    return ids.gather(-1, torch.multinomial(p, 1))[:, 0]
+    return ids.gather(-1, pick(p)[:, None])[:, 0]
 
 
 def why_not_flashinfer(device: torch.device) -> str | None:

@@ -49,7 +49,7 @@ SETTINGS: dict[str, Setting] = {
         Setting("log_ratio", "steered_sample", "steered by the log-ratio, no mask",
                 {"alpha": 0.0, "direction": "log_ratio"}, baselines=("eager", "compile", "race")),
         Setting("plain", "steered_sample", "not steered, temperature 1", steered=False,
-                baselines=("softmax+multinomial", "compile", "race", "flashinfer")),
+                baselines=("softmax+multinomial", "one uniform", "compile", "race", "flashinfer")),
         Setting("plain_top_k_top_p", "steered_sample", "not steered, top-k 50, top-p 0.9",
                 {"top_k": 50, "top_p": 0.9}, steered=False,
                 baselines=("filtered", "compile", "warpers", "flashinfer")),
@@ -116,8 +116,9 @@ def baseline_call(setting: Setting, name: str, device: torch.device) -> Callable
             "race": baselines.exponential_race,
             "warpers": baselines.warpers,
             "filtered": baselines.filtered,
+            "softmax+multinomial": baselines.multinomial,
         }
-        function = plain.get(name, baselines.multinomial)
+        function = plain.get(name, baselines.one_uniform)
         return lambda x: function(x.warm, **options)
     steered: dict[str, Draw] = {"race": baselines.eager_race, "warpers": baselines.warpers}
     function = steered.get(name, baselines.eager)
@@ -136,7 +137,7 @@ def compiled(setting: Setting, mode: str, device: torch.device) -> Callable[[Ope
     if setting.op == "extract":
         function = torch.compile(baselines.extract, mode=mode, dynamic=False)
         return lambda x: function(x.warm, x.base, **options)
-    alone: Draw = baselines.filtered if "filtered" in setting.baselines else baselines.multinomial
+    alone: Draw = baselines.filtered if "filtered" in setting.baselines else baselines.one_uniform
     eager: Draw = baselines.eager if setting.steered else alone
     function = torch.compile(eager, mode=mode, dynamic=False)
     if not setting.steered:

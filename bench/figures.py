@@ -14,6 +14,7 @@ COLOURS = {
     "svdk": figures.BLACK,
     "eager": figures.BLUE,
     "softmax+multinomial": figures.BLUE,
+    "one uniform": figures.SKY,
     "compile": figures.ORANGE,
     "race": figures.GREEN,
     "warpers": figures.PURPLE,
@@ -24,6 +25,7 @@ COLOURS = {
 NAMES = {
     "eager": "eager PyTorch",
     "softmax+multinomial": "softmax + multinomial",
+    "one uniform": "softmax + cumsum + one uniform",
     "compile": "torch.compile",
     "race": "vLLM-style race",
     "warpers": "transformers warpers",

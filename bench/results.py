@@ -28,6 +28,24 @@ def save(results: Results, path: str | Path) -> Path:
     return path
 
 
+def check_target(path: str | Path, info: dict[str, Any]) -> None:
+    """Refuse to replace what another machine measured; ``info`` as :func:`svdk.bench.machine.describe`.
+
+    Raises:
+        InputError: ``path`` is a results file of another machine.
+    """
+    try:
+        there = load(path)["machine"]
+    except (InputError, KeyError):
+        return
+    names = ("device", "gpu", "cpu", "cores", "kernel")
+    if differing := [f"{name} {there.get(name)!r}" for name in names if there.get(name) != info.get(name)]:
+        raise InputError(
+            f"--output was {path}, which holds results of another machine ({', '.join(differing)}); "
+            "allowed: a new file, or one that this machine wrote"
+        )
+
+
 def load(path: str | Path) -> Results:
     """Read a results file.
 

@@ -86,8 +86,10 @@ def run(args: argparse.Namespace) -> int:
     # Imported here and not in suite: only a command line owns the screen.
     from transformers.utils import logging
 
-    from svdk.bench import figures, results, suite, tables
+    from svdk.bench import figures, machine, results, suite, tables
 
+    if args.output:
+        results.check_target(args.output, machine.describe(torch.device(options.device)))
     logging.disable_progress_bar()
     threads = torch.get_num_threads()
     if args.threads:

@@ -91,6 +91,10 @@ SAMPLERS = {
     "eager": (baselines.eager, True, {"strength": 2.0, "alpha": 0.05}),
     "race": (baselines.eager_race, True, {"strength": 2.0, "alpha": 0.05, "temperature": 1.5}),
     "multinomial": (baselines.multinomial, False, {"temperature": 1.5}),
+    "one_uniform": (baselines.one_uniform, False, {"temperature": 1.5}),
+    "top_k_top_p": (baselines.filtered, False, {"top_k": 20, "top_p": 0.9}),
+    "top_p": (baselines.filtered, False, {"top_p": 0.9}),
+    "min_p": (baselines.filtered, False, {"min_p": 0.03}),
     "exponential_race": (baselines.exponential_race, False, {"temperature": 0.8}),
     "warpers": (baselines.warpers, True, {"alpha": 0.0, "top_k": 20, "top_p": 0.9}),
     "plain_warpers": (baselines.warpers, False, {"top_k": 20, "min_p": 0.03, "temperature": 1.5}),
@@ -335,6 +339,18 @@ def test_the_command_writes_what_a_reader_needs(measured):
     }
     text = tables.micro(found)
     assert "sample  B=2 V=500 float32 zipf, cold" in text and "GB/s read" in text
+
+
+def test_the_results_of_another_machine_are_not_overwritten(measured, tmp_path, capsys):
+    path = tmp_path / "theirs.json"
+    theirs = copy.deepcopy(measured[1])
+    theirs["machine"]["cpu"] = "another"
+    bench_results.save(theirs, path)
+    before = path.read_bytes()
+    assert main(["bench", "--quick", "--output", str(path)]) == 2
+    assert "holds results of another machine (cpu 'another')" in capsys.readouterr().err
+    assert path.read_bytes() == before
+    bench_results.check_target(measured[0], measured[1]["machine"])  # its own
 
 
 def changed(found, factor, noise=0.0):
