@@ -104,26 +104,29 @@ inline const float* fetch_logits(const RowLogits& row, const void* source, int b
   return row.adjusts() ? adjust(row, begin, n, x, space) : x;
 }
 
-// Maximum and finiteness of n floats (a multiple of kPad); the sum of squares is NaN or above
+// Maximum, size and finiteness of n floats (a multiple of kPad); the sum of squares is NaN or above
 // kFloatSafe^2 when something is not finite or beyond kFloatSafe, which the slow paths handle.
 inline Block scan(const float* x, int n, int real, int ahead = 0) {
-  Vec::F top0 = Vec::load(x), top1 = top0, square0 = Vec::set(0.0f), square1 = square0;
+  Vec::F top0 = Vec::load(x), top1 = top0, low = top0;
+  Vec::F square0 = Vec::set(0.0f), square1 = square0;
   for (int i = 0; i < n; i += 2 * Vec::N) {
     __builtin_prefetch(x + i + ahead);
     const Vec::F a = Vec::load(x + i), b = Vec::load(x + i + Vec::N);
     top0 = Vec::max(top0, a);
     top1 = Vec::max(top1, b);
+    low = Vec::min(low, Vec::min(a, b));
     square0 = Vec::fma(a, a, square0);
     square1 = Vec::fma(b, b, square1);
   }
   Block block{x, Vec::top(Vec::max(top0, top1)), 0.0f, true};
   float square = Vec::sum(square0 + square1);
-  if (n != real) {  // the -inf padding spoils the sum: once a row
+  block.magnitude = std::max(std::fabs(block.top), Vec::top(Vec::set(0.0f) - low));
+  if (n != real) {  // the -inf padding spoils both: once a row
     square = 0.0f;
     for (int i = 0; i < real; ++i) square += x[i] * x[i];
+    block.magnitude = std::sqrt(square);
   }
   block.finite = square < kFloatSafe * kFloatSafe;
-  block.magnitude = std::sqrt(square);
   return block;
 }
 

@@ -42,11 +42,18 @@ struct BlockDraw {
   // Whether the rounding of the floats shows in their exponentials.
   bool rounded() const { return steered.slack * draw.inverse_temperature > 1e-3; }
   float rate() const { return draw.rate(); }
+  // Calls f(place) for what lies at most this far below the largest float, and what may, rounded.
+  template <typename F>
+  void for_each_near(double depth, const F& f) const {
+    const Vec::F from = Vec::set(below(steered.top - depth - 2.0 * steered.slack));
+    for (int i = 0; i < block.width; i += Vec::N) {
+      uint32_t hits = Vec::bits(Vec::ge(Vec::load(steered.z + i), from));
+      for (; hits; hits &= hits - 1) f(i + __builtin_ctz(hits));
+    }
+  }
   double exact_top() const {
     double top = -kInf;
-    for (int i = 0; i < block.n; ++i) {
-      if (may_draw(i)) top = std::fmax(top, exact(i));
-    }
+    for_each_near(0, [&](int i) { top = std::fmax(top, exact(i)); });
     return top;
   }
   double exact_mass(int i, double top) const {
@@ -75,7 +82,8 @@ inline MassSum mass_of(const BlockDraw& s) {
     return {s.steered.top, sum_exp(s.steered.z, s.block.width, s.steered.top, s.rate())};
   }
   MassSum mass{s.exact_top(), 0};
-  for (int i = 0; i < s.block.n; ++i) mass.sum += s.exact_mass(i, mass.max);
+  s.for_each_near(-kNoMass / s.draw.inverse_temperature,
+                  [&](int i) { mass.sum += s.exact_mass(i, mass.max); });
   return mass;
 }
 

@@ -28,6 +28,7 @@ struct Vec {
   static void store(float* p, F x) { _mm256_storeu_ps(p, x); }
   static F set(float x) { return _mm256_set1_ps(x); }
   static F max(F a, F b) { return _mm256_max_ps(a, b); }
+  static F min(F a, F b) { return _mm256_min_ps(a, b); }
   static F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
   // t less the nearest integer, and n as scale() takes it: that integer + 127 in its lowest bits.
   static F fraction(F t, F& n) {

@@ -12,6 +12,7 @@ struct Vec {
   static void store(float* p, F x) { _mm512_storeu_ps(p, x); }
   static F set(float x) { return _mm512_set1_ps(x); }
   static F max(F a, F b) { return _mm512_max_ps(a, b); }
+  static F min(F a, F b) { return _mm512_min_ps(a, b); }
   static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
   // t less its floor, and n as scale() takes it.
   static F fraction(F t, F& n) {

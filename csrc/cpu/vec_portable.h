@@ -18,6 +18,7 @@ struct Vec {
   static void store(float* p, F x) { std::memcpy(p, &x, sizeof x); }
   static F set(float x) { return F{x, x, x, x}; }
   static F max(F a, F b) { return a > b ? a : b; }
+  static F min(F a, F b) { return a < b ? a : b; }
   static F fma(F a, F b, F c) { return a * b + c; }
   // t less the nearest integer, and n as scale() takes it: that integer + 127 in its lowest bits.
   static F fraction(F t, F& n) {

@@ -27,14 +27,17 @@ from torch import Tensor
 from svdk import __version__
 from svdk.errors import ArtifactError, InputError
 from svdk.ops.configs import SteeringConfig
-from svdk.utils.checks import is_number
+from svdk.utils.checks import check_choice, is_number
 from svdk.utils.files import read_object, unfinished, write_file
 
 if TYPE_CHECKING:
     from svdk.calibration.report import Report
 
 FORMAT = "svdk-steering"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+_ADDED: dict[str, Any] = {"lever": None, "positions": [], "scale": 1.0}
+"""What format 1 did not have, which is still read, and what stood in its place."""
+LEVERS = ("none", "scale", "vector", "constant", "positions")
 JSON_NAME = "steering.json"
 TENSORS_NAME = "steering.safetensors"
 STAGED_NAME = TENSORS_NAME + ".new"
@@ -56,6 +59,9 @@ class Steering(SteeringConfig):
 
     strength: float = 1.0
     alpha: float = 0.1
+    lever: str | None = None
+    """What steers: ``none``, ``scale`` (the adapter's own, no base row), ``vector`` (static, no base row),
+    ``constant`` (one strength) or ``positions``; None: not calibrated, or by an older svdk."""
     estimator: str | None = None
     objective: str | None = None
     gain: float | None = None
@@ -85,6 +91,10 @@ class Steering(SteeringConfig):
             if isinstance(getattr(self, name), Tensor):
                 raise InputError(f"{name} was a tensor; allowed in an artifact: a number")
         super().__post_init__()
+        if isinstance(self.positions, Tensor):
+            raise InputError("positions was a tensor; allowed in an artifact: a tuple of numbers")
+        if self.lever is not None:
+            check_choice("lever", self.lever, LEVERS)
         if self.gain is not None and not is_number(self.gain):
             raise InputError(f"gain was {self.gain!r}; allowed: a number or None")
         interval = self.confidence_interval
@@ -127,18 +137,29 @@ class Steering(SteeringConfig):
     def verdict(self) -> str:
         """One sentence: what the calibration expects of this steering."""
         if self.gain is None or self.confidence_interval is None:
-            return f"strength {self.strength:.4g} ({self.direction}, alpha {self.alpha:g}); not calibrated"
+            return f"{self.setting()}; not calibrated"
         scale, unit = (
             (100.0, "points of token accuracy") if self.objective == "accuracy" else (1.0, "nats a token")
         )
         low, high = (scale * end for end in self.confidence_interval)
         expected = f"expected gain {scale * self.gain:.4g} {unit} (95 % interval {low:.4g} to {high:.4g})"
-        setting = f"{self.direction}, alpha {self.alpha:g}, strength {self.strength:.4g}"
         if self.at_bound:
             expected += "; the objective still improves at this strength, the last one measured"
         if self.helps:
-            return f"steering helps: {setting}: {expected}"
-        return f"steering does not help on this data: {setting}: {expected}"
+            return f"steering helps: {self.setting()}: {expected}"
+        return f"steering does not help on this data: {self.setting()}: {expected}"
+
+    def setting(self) -> str:
+        """What steers and how strongly, in words."""
+        if self.lever == "none":
+            return "the adapter as it is"
+        if self.lever == "scale":
+            return f"the adapter's scale times {self.scale:g}"
+        text = f"{self.direction}, alpha {self.alpha:g}, strength {self.strength:.4g}"
+        if self.positions:
+            least, most = min(self.positions), max(self.positions)
+            text += f" after {len(self.positions)} positions of their own ({least:.3g} to {most:.3g})"
+        return text
 
     def report(self) -> Report:
         """Every estimator on the calibration data, from the statistics kept; made once.
@@ -151,7 +172,8 @@ class Steering(SteeringConfig):
     def _report(self) -> Report:
         from svdk.calibration.report import CalibrationConfig, make_report, saved_statistics
 
-        return make_report(saved_statistics(self), CalibrationConfig.of(self))
+        costs = {name: value for name, value in self.metrics.items() if name.startswith("ms_rows_")}
+        return make_report(saved_statistics(self), CalibrationConfig.of(self), costs)
 
     def save(self, folder: str | Path) -> Path:
         """Write both files into ``folder`` (made if absent) and return the path of ``steering.json``.
@@ -351,18 +373,22 @@ def _read_json(path: Path) -> dict[str, Any]:
     if record.get("format") != FORMAT:
         raise ArtifactError(f"{path} is not a steering artifact (its format must be {FORMAT!r})")
     version = record.get("format_version")
-    if version != FORMAT_VERSION or isinstance(version, bool):
-        raise ArtifactError(f"{path}: format_version was {version!r}; this svdk reads {FORMAT_VERSION}")
+    if version not in (1, FORMAT_VERSION) or isinstance(version, bool):
+        raise ArtifactError(f"{path}: format_version was {version!r}; this svdk reads 1 and {FORMAT_VERSION}")
     if record.get("checksum") != _checksum(record):
         raise ArtifactError(f"{path} was changed after it was written: its checksum does not match")
     del record["checksum"], record["format"]
     keys = _KEYS | {"tensors"}
+    if version == 1 and not set(_ADDED) & set(record):
+        record |= _ADDED | {"format_version": FORMAT_VERSION}
     if set(record) != keys:
         raise ArtifactError(f"{path}: missing or unknown entries: {', '.join(sorted(set(record) ^ keys))}")
     if not isinstance(record["svdk_version"], str):
         raise ArtifactError(f"{path}: svdk_version was {record['svdk_version']!r}; allowed: a string")
     for name in ("strength", "penalty"):
         record[name] = _number(record[name])
+    if isinstance(record["positions"], list):
+        record["positions"] = tuple(record["positions"])
     if isinstance(record["confidence_interval"], list):
         record["confidence_interval"] = tuple(map(_number, record["confidence_interval"]))
     if isinstance(record["metrics"], dict):

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from svdk.calibration.artifact import Steering
+from svdk.calibration.costs import decoding_costs
 from svdk.calibration.report import CalibrationConfig, make_report, saved_statistics
 from svdk.calibration.sweep import extract_steering
 from svdk.errors import ArtifactError, DataError, InputError
@@ -29,6 +30,7 @@ def calibrate(
     alpha: float = 0.1,
     estimator: str = "optimum",
     objective: str = "nll",
+    lever: str = "constant",
     seed: int = 0,
     folds: int = 5,
     resamples: int = 2000,
@@ -57,6 +59,10 @@ def calibrate(
         estimator: ``mean`` (the paper's), ``median``, ``trimmed_mean``, ``ratio``, ``newton``, ``optimum``.
         objective: ``nll`` or ``accuracy`` (greedy tokens); what ``optimum`` and ``auto`` optimise and what
             the gain is measured in.
+        lever: ``constant`` (one strength), ``positions`` (one for each of the first output positions, shrunk
+            towards the single one), ``scale`` (the adapter's own scale, found with six more runs of it; no
+            base row in decoding), ``none``, or ``auto``: the cheapest in decoding that is not demonstrably
+            worse than the best.
         seed: of the folds and the bootstrap.
         folds: of the cross-validation, at least 2.
         resamples: of the bootstrap, at least 1.
@@ -70,7 +76,7 @@ def calibrate(
         InputError, DataError, ArtifactError, InvalidLogitsError: naming the argument, example or file.
 
     """
-    config = CalibrationConfig(direction, alpha, estimator, objective, seed, folds, resamples)
+    config = CalibrationConfig(direction, alpha, estimator, objective, seed, folds, resamples, lever)
     # Before a large model is loaded: what can be seen without it.
     if not Path(adapter, "adapter_config.json").is_file():
         raise ArtifactError(f"adapter {adapter} has no adapter_config.json; allowed: a PEFT adapter folder")
@@ -92,12 +98,27 @@ def calibrate(
             alpha=alpha,
             max_length=max_length,
             too_long=too_long,
+            scales=_scales(pair, lever),
             batch_size=batch_size,
             backend=backend,
             progress=progress,
         )
+        costs = decoding_costs(pair) if lever == "auto" else None
         origin = origin_of(pair, peft_model, adapter, tokenizer, examples)
-    return make_report(statistics, config).steering(statistics=statistics.tensors(), **origin)
+    return make_report(statistics, config, costs).steering(statistics=statistics.tensors(), **origin)
+
+
+def _scales(pair: ModelPair, lever: str) -> tuple[float, ...]:
+    """The scales of the adapter to try; none where it has none, unless they were asked for by name."""
+    if lever not in ("scale", "auto"):
+        return ()
+    from svdk.calibration.scales import SCALES
+    from svdk.models.adapter_scale import why_not_scaled
+
+    reason = why_not_scaled(pair)
+    if reason is not None and lever == "scale":
+        raise InputError(f"lever was 'scale'; allowed with this adapter: the others, because {reason}")
+    return () if reason is not None else SCALES
 
 
 def recalibrate(
@@ -107,6 +128,7 @@ def recalibrate(
     alpha: float | None = None,
     estimator: str | None = None,
     objective: str | None = None,
+    lever: str | None = None,
     seed: int = 0,
     folds: int = 5,
     resamples: int = 2000,
@@ -120,11 +142,12 @@ def recalibrate(
     statistics, saved = saved_statistics(old), CalibrationConfig.of(old)
     config = saved.override(direction=direction or old.direction, alpha=alpha)
     config = config.override(
-        estimator=estimator, objective=objective, seed=seed, folds=folds, resamples=resamples
+        estimator=estimator, objective=objective, lever=lever, seed=seed, folds=folds, resamples=resamples
     )
     names = ("peft_type", "base_model_fingerprint", "adapter_fingerprint", "tokenizer_fingerprint")
     origin = {name: getattr(old, name) for name in (*names, "vocab_size", "data_hash", "statistics")}
-    return make_report(statistics, config).steering(**origin)
+    costs = {name: value for name, value in old.metrics.items() if name.startswith("ms_rows_")}
+    return make_report(statistics, config, costs).steering(**origin)
 
 
 def origin_of(

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from svdk.calibration.kept_statistics import LIMIT, MaskedView, View
+from svdk.calibration.loss_views import LIMIT, MaskedView, View
 
 EPS = 1e-12
 TRIM = 0.1

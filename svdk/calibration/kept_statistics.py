@@ -1,38 +1,22 @@
-"""What calibration keeps of the teacher-forced logits, and the loss along mu that follows from it.
-
-Two views of one (direction, alpha) setting share an interface: :class:`MaskedView` (alpha > 0) knows the
-candidates of every token and is exact at any mu; :class:`GridView` (alpha = 0) knows value, slope and
-curvature on a grid of mu and interpolates between them. All mathematics is float64; calibration uses
-lambda = 0, scoring may ask a :class:`MaskedView` for another penalty.
-"""
+"""What calibration keeps of the teacher-forced logits, in the form in which the artifact stores it."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from svdk.calibration.loss_views import LIMIT, GridView, MaskedView, View
 from svdk.errors import ArtifactError, InputError
 
-LIMIT = 64.0
-"""Strengths beyond +-LIMIT are not searched; the paper's tasks need less than 2."""
-
-# Row i: coefficients of t^0..t^5 of the quintic Hermite basis for f0, h f0', h^2 f0'', f1, h f1', h^2 f1''.
-_HERMITE = torch.tensor(
-    [
-        [1, 0, 0, -10, 15, -6],
-        [0, 1, 0, -6, 8, -3],
-        [0, 0, 0.5, -1.5, 1.5, -0.5],
-        [0, 0, 0, 10, -15, 6],
-        [0, 0, 0, -4, 7, -3],
-        [0, 0, 0, 0.5, -1, 0.5],
-    ],
-    dtype=torch.float64,
-)
+KINDS = ("content", "template", "stop")
+"""Of labels; see :meth:`Statistics.kinds`."""
+TEMPLATE_SHARE = 0.9
+LEAST_OF_TEMPLATE = 5
+"""Completions that reach a position before anything there is called a template."""
 
 
 def default_grid(points: int = 49) -> Tensor:
@@ -46,244 +30,16 @@ def default_grid(points: int = 49) -> Tensor:
     return torch.cat([-steps[1:].flip(0), steps])
 
 
-@dataclass(frozen=True)
-class Curve:
-    """Sums over the tokens of each example at one mu, each (E,) float64."""
-
-    nll: Tensor
-    slope: Tensor
-    """d nll / d mu"""
-    curvature: Tensor
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class MaskedView:
-    """The steering vectors on C of T tokens: N candidates in ragged rows."""
-
-    example: Tensor
-    """(T,) int64: the example of each token."""
-    examples: int
-    logprob: Tensor
-    """(T,) float64: log p(y*)."""
-    row: Tensor
-    """(N,) int64: the token of each candidate, ascending."""
-    p: Tensor
-    """(N,) float64."""
-    delta: Tensor
-    """(N,) float64."""
-    label: Tensor
-    """(T,) int64: the candidate that is the label, -1 when the label lies outside C."""
-    penalty: float = 0.0
-    """lambda: what tokens outside C get in place of delta; -inf rules them out whatever mu is."""
-    limits: tuple[float, float] = (-math.inf, math.inf)
-    """Where :meth:`evaluate` is defined."""
-
-    @cached_property
-    def _rest(self) -> Tensor:
-        """(T,) probability outside C; rounding of p must not make it negative."""
-        return (1.0 - self._sum(self.p)).clamp(min=0.0)
-
-    @cached_property
-    def _label_delta(self) -> Tensor:
-        inside = self.label >= 0
-        return torch.where(inside, self.delta[self.label.clamp(min=0)], 0.0)
-
-    def _sum(self, values: Tensor) -> Tensor:
-        """(N,) -> (T,)."""
-        return torch.zeros_like(self.logprob).index_add_(0, self.row, values)
-
-    def _by_example(self, values: Tensor) -> Tensor:
-        """(T,) -> (E,)."""
-        return values.new_zeros(self.examples).index_add_(0, self.example, values)
-
-    @cached_property
-    def tokens(self) -> Tensor:
-        """(E,) float64: tokens of each example."""
-        return self._by_example(torch.ones_like(self.logprob))
-
-    @cached_property
-    def _mean(self) -> Tensor:
-        return self._sum(self.p * self.delta)
-
-    @cached_property
-    def gain(self) -> Tensor:
-        """(T,) g: minus the slope at mu = 0."""
-        return self._label_delta - self._mean
-
-    @cached_property
-    def norm2(self) -> Tensor:
-        """(T,) Gauss-Newton curvature."""
-        return self._sum(self.delta**2)
-
-    @cached_property
-    def variance(self) -> Tensor:
-        """(T,) exact curvature at mu = 0; tokens outside C enter with delta 0."""
-        mean = self._mean
-        return self._sum(self.p * (self.delta - mean[self.row]) ** 2) + self._rest * mean**2
-
-    def evaluate(self, strength: float | Tensor) -> Curve:
-        """Exact loss and derivatives at mu = ``strength``, one number or one a token (T,).
-
-        With lambda = -inf the loss of a label outside C is infinite.
-        """
-        mu = torch.as_tensor(strength, dtype=torch.float64).expand_as(self.logprob)
-        shifted = mu[self.row] * self.delta
-        barred = self.penalty == -math.inf
-        shift = torch.full_like(mu, -math.inf) if barred else mu * self.penalty
-        lift = 0.0 if barred else self.penalty
-        top = shift.scatter_reduce(0, self.row, shifted, "amax")
-        weight = self.p * (shifted - top[self.row]).exp()
-        outside = self._rest * (shift - top).exp()
-        total = self._sum(weight) + outside
-        log_partition = top + total.log()
-        weight, outside = weight / total[self.row], outside / total
-        mean = self._sum(weight * self.delta) + outside * lift
-        spread = self._sum(weight * (self.delta - mean[self.row]) ** 2) + outside * (lift - mean) ** 2
-        inside = self.label >= 0
-        nll = log_partition - self.logprob - torch.where(inside, mu * self._label_delta, shift)
-        label_slope = torch.where(inside, self._label_delta, lift)
-        return Curve(self._by_example(nll), self._by_example(mean - label_slope), self._by_example(spread))
-
-    @cached_property
-    def _spans(self) -> tuple[Tensor, Tensor]:
-        """(T,) ends of the interval of mu in which the label is the greedy token; empty when low > high.
-
-        Each rival asks for ``a + mu b >= 0``, linear in mu; a rival with a lower id also wins ties.
-        """
-        low = torch.full_like(self.logprob, -math.inf)
-        high = torch.full_like(self.logprob, math.inf)
-        inside = self.label >= 0
-        high[~inside] = -math.inf
-        low[~inside] = math.inf
-        at = self.label[self.row]
-        rival = (at >= 0) & (at != torch.arange(len(self.row)))
-        row, at = self.row[rival], at[rival]
-        a = self.p[at].log() - self.p[rival].log()
-        b = self.delta[at] - self.delta[rival]
-        wins_ties = rival.nonzero()[:, 0] < at
-        bound = -a / torch.where(b == 0, 1.0, b)
-        towards = torch.where(b > 0, bound.new_tensor(math.inf), -math.inf)
-        bound = torch.where(wins_ties, torch.nextafter(bound, towards), bound)
-        low.scatter_reduce_(0, row, torch.where(b > 0, bound, -math.inf), "amax")
-        high.scatter_reduce_(0, row, torch.where(b < 0, bound, math.inf), "amin")
-        beaten = (b == 0) & ((a < 0) | ((a == 0) & wins_ties))
-        high.scatter_reduce_(0, row, torch.where(beaten, -math.inf, low.new_tensor(math.inf)), "amin")
-        return low, high
-
-    def correct(self, strength: float | Tensor) -> Tensor:
-        """(E,) float64: tokens whose label is the greedy token (penalty -inf) at mu = ``strength``.
-
-        ``strength`` is one number or one a token (T,).
-        """
-        low, high = self._spans
-        return self._by_example(((low <= strength) & (strength <= high)).double())
-
-    def best_accuracy(self, keep: Tensor) -> float:
-        """A mu with the most correct tokens among the examples ``keep`` (E,) bool.
-
-        The accuracy is a step function: the middle of the best step is taken, on ties the one nearest to 0.
-        """
-        low, high = (ends[keep[self.example]] for ends in self._spans)
-        low, high = low[low <= high].sort().values, high[low <= high].sort().values
-        points = torch.cat([low, high]).unique()
-        points = points[points.abs() <= LIMIT]
-        if not len(points):
-            return 0.0
-        points = torch.cat([points[:1] - 1, points, points[-1:] + 1])
-        mu = torch.cat([points.new_zeros(1), (points[1:] + points[:-1]) / 2])
-        count = torch.searchsorted(low, mu, right=True) - torch.searchsorted(high, mu)
-        mu = mu[count == count.max()]
-        return float(mu[mu.abs().argmin()])
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class GridView:
-    """Loss curves of E examples on a grid of M strengths, with per-token moments at mu = 0.
-
-    Between grid points the loss is the quintic Hermite polynomial of the exact values, slopes and
-    curvatures at both ends; the accuracy, a step function, is interpolated linearly.
-    """
-
-    example: Tensor
-    """(T,) int64"""
-    tokens: Tensor
-    """(E,) float64"""
-    gain: Tensor
-    norm2: Tensor
-    variance: Tensor
-    """(T,) float64 each"""
-    grid: Tensor
-    """(M,) float64, ascending, with 0 in it"""
-    nll: Tensor
-    slope: Tensor
-    curvature: Tensor
-    """(E, M) float64 each: sums over the tokens of an example"""
-    counts: Tensor
-    """(E, M) float64: correct greedy tokens"""
-
-    @property
-    def examples(self) -> int:
-        """The number of examples, E."""
-        return len(self.tokens)
-
-    @property
-    def limits(self) -> tuple[float, float]:
-        """The first and last grid point: nothing is known beyond."""
-        return float(self.grid[0]), float(self.grid[-1])
-
-    def _locate(self, strength: float) -> tuple[int, float, float]:
-        """The grid interval, its width and the place in it (0..1)."""
-        low, high = self.limits
-        if not low <= strength <= high:
-            raise ValueError(f"strength was {strength}; the grid covers {low} to {high}")
-        left = int(torch.searchsorted(self.grid, strength, right=True)) - 1
-        left = min(left, len(self.grid) - 2)
-        width = float(self.grid[left + 1] - self.grid[left])
-        return left, width, (strength - float(self.grid[left])) / width
-
-    def evaluate(self, strength: float) -> Curve:
-        """Loss and derivatives at mu = ``strength``, which must lie on the grid's range."""
-        left, width, t = self._locate(strength)
-        ends = torch.stack(
-            [
-                column[:, side] * width**order
-                for side in (left, left + 1)
-                for order, column in enumerate((self.nll, self.slope, self.curvature))
-            ],
-            dim=1,
-        )  # (E, 6)
-        k = torch.arange(6, dtype=torch.float64)
-        power = torch.tensor([t], dtype=torch.float64) ** k
-        first = k * torch.cat([power.new_zeros(1), power[:-1]])
-        second = k * (k - 1) * torch.cat([power.new_zeros(2), power[:-2]])
-        return Curve(
-            ends @ (_HERMITE @ power),
-            ends @ (_HERMITE @ first) / width,
-            ends @ (_HERMITE @ second) / width**2,
-        )
-
-    def correct(self, strength: float) -> Tensor:
-        """(E,) float64: correct greedy tokens, linear between grid points."""
-        left, _, t = self._locate(strength)
-        return (1 - t) * self.counts[:, left] + t * self.counts[:, left + 1]
-
-    def best_accuracy(self, keep: Tensor) -> float:
-        """The grid point with the most correct tokens among ``keep`` (E,) bool; on ties nearest to 0."""
-        total = self.counts[keep].sum(0)
-        best = self.grid[total == total.max()]
-        return float(best[best.abs().argmin()])
-
-
-View = MaskedView | GridView
-
-
 @dataclass(frozen=True, eq=False, repr=False)
 class GridSums:
-    """Storage of a :class:`GridView`: moments (3, T) float32, curves (3, E, M), counts (E, M) int32."""
+    """Storage of a :class:`GridView`: moments (3, T), curves (3, T, M) float32, hits (T, M) bool.
+
+    Artifacts of format 1 have sums over each example instead: curves (3, E, M), hits (E, M) int32.
+    """
 
     moments: Tensor
     curves: Tensor
-    counts: Tensor
+    hits: Tensor
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -310,11 +66,63 @@ class Statistics:
     """(M,) float64"""
     full: Mapping[str, GridSums] = field(default_factory=dict)
     """alpha = 0, by direction."""
+    position: Tensor | None = None
+    """(T,) int32: which token of its completion each is, from 0 on; None in artifacts of format 1."""
+    label_ids: Tensor | None = None
+    """(T,) int32: the labels; None in artifacts of format 1."""
+    stop_ids: Tensor | None = None
+    """(S,) int64: the tokens that end a completion; None in artifacts of format 1."""
+    scales: Tensor | None = None
+    """(S,) float64, ascending, 1 among them; None when the adapter's scale was not tried."""
+    scale_nll: Tensor | None = None
+    """(T, S) float32: loss of the label at each scale of the adapter, unsteered."""
+    scale_hits: Tensor | None = None
+    """(T, S) bool: whether the label is the greedy token there."""
 
     @property
     def examples(self) -> int:
         """The number of examples, E."""
         return len(self.tokens)
+
+    def examples_of_tokens(self) -> Tensor:
+        """(T,) int64: the example of each token."""
+        return torch.repeat_interleave(torch.arange(self.examples), self.tokens)
+
+    def positions(self) -> Tensor:
+        """(T,) int64: which token of its completion each is; ``InputError`` where that was not kept."""
+        if self.position is None:
+            raise InputError(
+                "these statistics are of an older svdk, without output positions; needed for levers: the "
+                "calibration once more"
+            )
+        return self.position.long()
+
+    def scale_curves(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Scales (S,), losses and hits (T, S), float64; ``InputError`` where they were not tried."""
+        if self.scales is None:
+            raise InputError(
+                "the adapter's scale was not tried; allowed: lever='scale' or 'auto' from the start, with an "
+                "adapter that has a scale"
+            )
+        return self.scales, _there(self.scale_nll).double(), _there(self.scale_hits).double()
+
+    def kinds(self) -> Tensor:
+        """(T,) int64, places in :data:`KINDS`: what each label is.
+
+        Stop tokens end a completion; a template token is the one that stands at its position in nearly all
+        completions that reach it.
+        """
+        position, ids = self.positions(), _there(self.label_ids).long()
+        kinds = torch.zeros_like(position)
+        for at in range(int(position.max()) + 1 if len(position) else 0):
+            here = position == at
+            if int(here.sum()) >= LEAST_OF_TEMPLATE:
+                common = ids[here].mode().values
+                same = here & (ids == common)
+                if int(same.sum()) >= TEMPLATE_SHARE * int(here.sum()):
+                    kinds[same] = 1
+        kinds[torch.isin(ids, _there(self.stop_ids))] = 2
+        return kinds
 
     def settings(self) -> list[tuple[str, float]]:
         """The (direction, alpha) settings that can be evaluated."""
@@ -329,13 +137,14 @@ class Statistics:
         if (direction, alpha) not in self.settings():
             have = ", ".join(f"({name}, alpha {mask:g})" for name, mask in self.settings())
             raise InputError(f"setting was ({direction}, alpha {alpha:g}); these statistics hold: {have}")
-        example = torch.repeat_interleave(torch.arange(self.examples), self.tokens)
+        example = self.examples_of_tokens()
         if alpha == 0.0 and direction in self.full:
             sums = self.full[direction]
             tokens, (gain, norm2, variance) = self.tokens.double(), sums.moments.double()
-            grid, (nll, slope, curvature) = _there(self.grid), sums.curves
-            counts = sums.counts.double()
-            return GridView(example, tokens, gain, norm2, variance, grid, nll, slope, curvature, counts)
+            (nll, slope, curvature), hits = sums.curves.double(), sums.hits.double()
+            owner = example if len(hits) == len(example) else torch.arange(self.examples)
+            moments, curves = (gain, norm2, variance), (nll, slope, curvature)
+            return GridView(example, tokens, *moments, _there(self.grid), owner, *curves, hits)
         sizes, at = _there(self.sizes).long(), _there(self.label)
         p, delta = _there(self.p).double(), _there(self.ratio).double()
         if direction == "kl_gradient":
@@ -347,12 +156,13 @@ class Statistics:
 
     def tensors(self) -> dict[str, Tensor]:
         """Flat tensors by name, for the artifact."""
-        names = ("tokens", "logprob_warm", "logprob_base", "sizes", "p", "ratio", "label", "grid")
+        names = ["tokens", "logprob_warm", "logprob_base", "sizes", "p", "ratio", "label", "grid"]
+        names += ["position", "label_ids", "stop_ids", "scales", "scale_nll", "scale_hits"]
         out = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         out["excluded"] = torch.tensor(self.excluded)
         out["alpha"] = torch.tensor(self.alpha, dtype=torch.float64)
         for direction, sums in self.full.items():
-            for name in ("moments", "curves", "counts"):
+            for name in ("moments", "curves", "hits"):
                 out[f"full.{direction}.{name}"] = getattr(sums, name)
         return out
 
@@ -364,8 +174,9 @@ class Statistics:
             full = {}
             for direction in ("kl_gradient", "log_ratio", "vector"):
                 if f"full.{direction}.curves" in parts:
+                    hits = "hits" if f"full.{direction}.hits" in parts else "counts"  # of format 1
                     full[direction] = GridSums(
-                        *(parts.pop(f"full.{direction}.{name}") for name in ("moments", "curves", "counts"))
+                        *(parts.pop(f"full.{direction}.{name}") for name in ("moments", "curves", hits))
                     )
             excluded, alpha = int(parts.pop("excluded")), float(parts.pop("alpha"))
             result = cls(excluded=excluded, alpha=alpha, full=full, **parts)
@@ -391,12 +202,25 @@ class Statistics:
                 return f"p and ratio must have shape ({candidates},)"
             if bool(((sizes < 0) | (label < -1) | (label >= sizes)).any()):
                 return "a label points outside its candidates"
+        for name in ("position", "label_ids"):
+            x = getattr(self, name)
+            if x is not None and (x.shape != (tokens,) or bool((x < 0).any())):
+                return f"{name} must be non-negative, of shape ({tokens},)"
+        if self.scales is not None:
+            scales, shape = self.scales, (tokens, len(self.scales))
+            if _there(self.scale_nll).shape != shape or _there(self.scale_hits).shape != shape:
+                return f"scale curves must have shape {shape}"
+            if bool((scales.diff() <= 0).any()) or not bool((scales == 1).any()):
+                return "the scales must ascend through 1"
+        if self.stop_ids is not None and self.stop_ids.dim() != 1:
+            return "stop_ids must be a list"
         if self.full:
             grid = _there(self.grid)
             points = len(grid)
             for sums in self.full.values():
-                shapes = tuple(tuple(x.shape) for x in (sums.moments, sums.curves, sums.counts))
-                if shapes != ((3, tokens), (3, examples, points), (examples, points)):
+                shapes = tuple(tuple(x.shape) for x in (sums.moments, sums.curves, sums.hits))
+                fits = [((3, tokens), (3, rows, points), (rows, points)) for rows in (tokens, examples)]
+                if shapes not in fits:
                     return f"grid sums had shapes {shapes}"
             if points < 3 or bool((grid.diff() <= 0).any()) or not bool((grid == 0).any()):
                 return "the grid must ascend through 0"

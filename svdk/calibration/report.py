@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from svdk.calibration import levers
 from svdk.calibration.artifact import Steering
 from svdk.calibration.estimators import (
     ESTIMATORS,
@@ -21,11 +22,15 @@ from svdk.calibration.estimators import (
     per_token_optimum,
     select,
 )
-from svdk.calibration.kept_statistics import Statistics, View
-from svdk.errors import ArtifactError
+from svdk.calibration.kept_statistics import Statistics
+from svdk.calibration.levers import Fitted, LeverRow
+from svdk.calibration.loss_views import View
+from svdk.errors import ArtifactError, InputError
 from svdk.utils.bootstrap import bootstrap
 from svdk.utils.checks import check_choice, check_count, check_number
 
+CHOICES = (*levers.COSTS, "auto")
+"""Of a calibration's lever."""
 DIRECTIONS = ("kl_gradient", "log_ratio")
 NO_STATISTICS = "this steering holds no calibration statistics; needed: one made by calibrate"
 
@@ -46,13 +51,20 @@ class CalibrationConfig:
     seed: int = 0
     folds: int = 5
     resamples: int = 2000
+    lever: str = "constant"
 
     def __post_init__(self) -> None:
         """Check every field."""
+        check_choice("lever", self.lever, CHOICES)
         check_choice("direction", self.direction, (*DIRECTIONS, "auto"))
         check_number("alpha", self.alpha, "[0, 1]")
         check_choice("estimator", self.estimator, ESTIMATORS)
         check_choice("objective", self.objective, OBJECTIVES)
+        if self.lever != "constant" and self.estimator != "optimum":
+            raise InputError(
+                f"estimator was {self.estimator!r} with lever {self.lever!r}; allowed: 'optimum' (the others "
+                "give one strength)"
+            )
         for name, least in (("seed", 0), ("folds", 2), ("resamples", 1)):
             check_count(name, getattr(self, name), least)
 
@@ -64,7 +76,9 @@ class CalibrationConfig:
         m = steering.metrics
         direction = "auto" if m.get("settings", 1) > 1 else steering.direction
         seed, folds = int(m.get("seed", 0)), int(m.get("folds", 5))
-        return cls(direction, steering.alpha, steering.estimator, steering.objective, seed, folds)
+        lever = "auto" if m.get("levers", 1) > 1 else steering.lever or "constant"
+        alpha = m.get("alpha", steering.alpha)  # that was asked for, where the lever has none
+        return cls(direction, alpha, steering.estimator, steering.objective, seed, folds, lever=lever)
 
     def override(self, **changes: Any) -> CalibrationConfig:
         """A copy with ``changes``; those that are None stay as they are."""
@@ -106,6 +120,12 @@ class Report:
     """The chosen estimator in every setting that was compared."""
     metrics: Mapping[str, float]
     view: View
+    lever: LeverRow | None = None
+    """What was chosen; None where statistics of an older svdk cannot tell levers apart."""
+    levers: tuple[LeverRow, ...] = ()
+    """All that these statistics can judge, the cheapest first."""
+    why: str = ""
+    """Why this lever, in a sentence."""
 
     @property
     def chosen(self) -> EstimatorRow:
@@ -115,15 +135,22 @@ class Report:
     def steering(self, **origin: Any) -> Steering:
         """The result; ``origin`` are the fields of :class:`svdk.Steering` that say what it was made from."""
         row = self.chosen
+        one = Fitted("constant", (self.direction, self.alpha), row.strength)
+        if self.lever is not None and self.lever.fitted.lever != "constant":  # of which there are estimators
+            one = self.lever.fitted
+        direction, alpha = one.setting or (self.direction, 0.0)
         steering = Steering(
-            strength=row.strength,
-            direction=self.direction,
-            alpha=self.alpha,
+            strength=one.strength,
+            direction=direction,
+            alpha=alpha,
+            lever=one.lever,
+            positions=one.positions,
+            scale=one.scale,
             estimator=self.estimator,
             objective=self.objective,
             gain=self.gain,
             confidence_interval=self.interval,
-            at_bound=row.at_bound,
+            at_bound=row.at_bound and one.lever == "constant",
             metrics=self.metrics,
             **origin,
         )
@@ -152,6 +179,14 @@ class Report:
         lines += ["", "estimators:", head, *map(self._line, self.rows)]
         if any(row.at_bound for row in (*self.rows, *self.settings)):
             lines.append(">  at or beyond the end of the range that was measured")
+        if self.lever is not None:
+
+            def ms(rows: int) -> float | None:
+                return m.get(f"ms_rows_{rows}")
+
+            lines += ["", "levers:", levers.table(self.levers, self.lever, unit, ms)]
+            if self.why:
+                lines.append(self.why)
         return "\n".join(lines)
 
     def _line(self, row: EstimatorRow) -> str:
@@ -176,8 +211,13 @@ def saved_statistics(steering: Steering) -> Statistics:
     return Statistics.from_tensors(steering.statistics)
 
 
-def make_report(statistics: Statistics, config: CalibrationConfig) -> Report:
-    """Fit and judge every estimator on ``statistics``; direction ``auto`` compares all they hold."""
+def make_report(
+    statistics: Statistics, config: CalibrationConfig, costs: Mapping[str, float] | None = None
+) -> Report:
+    """Fit and judge every estimator and lever on ``statistics``; direction ``auto`` compares all they hold.
+
+    ``costs``: measured milliseconds a token, ``ms_rows_1`` and ``ms_rows_2``, for the table.
+    """
     estimator, objective, seed, folds = config.estimator, config.objective, config.seed, config.folds
     auto = config.direction == "auto"
     settings = statistics.settings() if auto else [(config.direction, float(config.alpha))]
@@ -203,8 +243,34 @@ def make_report(statistics: Statistics, config: CalibrationConfig) -> Report:
     compared = tuple(row(setting, estimator) for setting in settings)
     strength = next(r.strength for r in rows if r.estimator == estimator)
     metrics = metrics_of(statistics, view, strength)
-    metrics |= {"seed": seed, "folds": folds, "settings": len(settings)}
-    return Report(*best, estimator, objective, gain, interval, rows, compared, metrics, view)
+    metrics |= {"seed": seed, "folds": folds, "settings": len(settings), "alpha": float(config.alpha)}
+    metrics |= costs or {}
+    found = Report(*best, estimator, objective, gain, interval, rows, compared, metrics, view)
+    return _with_levers(found, statistics, views, config)
+
+
+def _with_levers(
+    report: Report, statistics: Statistics, views: Mapping[Setting, View], config: CalibrationConfig
+) -> Report:
+    """``report`` with the levers beside each other, and its gain that of the one that was chosen."""
+    if config.estimator != "optimum" or (statistics.position is None and config.lever == "constant"):
+        return report
+    judge = levers.Judge(statistics, views, config.objective, config.folds, config.seed, config.resamples)
+    names = [name for name in levers.COSTS if name != "scale" or statistics.scales is not None]
+    if config.lever != "auto":  # the others cost time
+        names = [name for name in levers.COSTS if name in ("none", "constant", config.lever)]
+    rows = tuple(map(judge.row, names))
+    if config.lever == "auto":
+        tokens = statistics.tokens.double()
+        chosen, why = levers.cheapest(rows, tokens, resamples=config.resamples, seed=config.seed)
+    else:
+        chosen, why = next(row for row in rows if row.fitted.lever == config.lever), ""
+    metrics = dict(report.metrics) | {f"gain_{name}": x for name, x in chosen.kinds.items()}
+    metrics["levers"] = len(rows) if config.lever == "auto" else 1
+    found = dataclasses.replace(report, metrics=metrics, lever=chosen, levers=rows, why=why)
+    if chosen.fitted.lever == "constant":  # judged with its estimator, above
+        return found
+    return dataclasses.replace(found, gain=chosen.gain, interval=chosen.interval)
 
 
 def metrics_of(statistics: Statistics, view: View, strength: float) -> dict[str, float]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,7 @@ from svdk.errors import DataError, InputError, InvalidLogitsError
 from svdk.ops.api import extract, steered_logprob
 from svdk.ops.results import Status
 from svdk.utils.checks import check_choice, check_count, check_number
-from svdk.utils.tokens import pad
+from svdk.utils.tokens import eos_ids, pad
 from svdk.warmstart.data import Encoded, Example, encode_all, load_examples
 
 if TYPE_CHECKING:
@@ -41,6 +41,7 @@ def extract_steering(
     too_long: str = "error",
     batch_size: int = 8,
     grid: Tensor | None = None,
+    scales: Sequence[float] = (),
     backend: str = "auto",
     progress: bool = False,
 ) -> Statistics:
@@ -56,6 +57,7 @@ def extract_steering(
         too_long: ``error`` or ``skip``.
         batch_size: examples in one forward pass (fewer when their logits would need too much memory).
         grid: (M,) ascending strengths with 0 among them, for alpha = 0.
+        scales: of the adapter, to try beside its own: one more run of the warm model each.
         backend: of the ops.
         progress: show a progress bar on standard error.
 
@@ -77,7 +79,12 @@ def extract_steering(
     parts = [Part() for _ in encoded]
     for index, warm, base, labels, rows in labelled_rows(pair, encoded, batch_size, "calibration", progress):
         add_rows(parts[index], sweep, warm, base, labels, rows, f"calibration example {index}")
-    return assemble(sweep, parts)
+    statistics = assemble(sweep, parts, eos_ids(pair.module, tokenizer))
+    if not scales:
+        return statistics
+    from svdk.calibration.scales import with_scales
+
+    return with_scales(pair, encoded, statistics, scales, batch_size, backend, progress)
 
 
 def check_grid(grid: Tensor) -> Tensor:
@@ -111,9 +118,10 @@ class Part:
     sizes: list[Tensor] = field(default_factory=list)
     entries: list[Tensor] = field(default_factory=list)  # (2, n): p, ratio
     labels: list[Tensor] = field(default_factory=list)
+    places: list[Tensor] = field(default_factory=list)  # (2, t): position, label
     moments: dict[str, list[Tensor]] = field(default_factory=dict)  # (3, t)
-    curves: dict[str, Tensor] = field(default_factory=dict)  # (3, M): sums
-    counts: dict[str, Tensor] = field(default_factory=dict)  # (M,): sums
+    curves: dict[str, list[Tensor]] = field(default_factory=dict)  # (3, t, M)
+    hits: dict[str, list[Tensor]] = field(default_factory=dict)  # (t, M)
 
 
 def _batches(encoded: list[Encoded], batch_size: int, vocab: int) -> Iterator[list[int]]:
@@ -140,6 +148,21 @@ def labelled_rows(
     Yields for each example its number, the warm and base logits (R, V) of its batch, its labels (t,) and
     their rows (t,). ``title`` names the progress bar.
     """
+    for index, (warm, base), labels, rows in rows_of(
+        pair, encoded, batch_size, pair.teacher_forced, title, progress
+    ):
+        yield index, warm, base, labels, rows
+
+
+def rows_of(
+    pair: ModelPair,
+    encoded: list[Encoded],
+    batch_size: int,
+    forward: Callable[[Tensor, Tensor, int], tuple[Tensor, ...]],
+    title: str,
+    progress: bool,
+) -> Iterator[tuple[int, tuple[Tensor, ...], Tensor, Tensor]]:
+    """As :func:`labelled_rows`, with the logits (B, keep, V) each of any ``forward(ids, mask, keep)``."""
     from tqdm.auto import tqdm  # here: importing it costs more than the rest of this module
 
     with tqdm(total=len(encoded), desc=title, unit="example", disable=not progress) as bar:
@@ -147,12 +170,11 @@ def labelled_rows(
             # The last token is a label only.
             ids, mask = pad([encoded[i].input_ids[:-1] for i in members], device=pair.device)
             keep = max(encoded[i].label_count for i in members)
-            warm, base = pair.teacher_forced(ids, mask, keep)
-            warm, base = warm.flatten(0, 1), base.flatten(0, 1)
+            views = tuple(logits.flatten(0, 1) for logits in forward(ids, mask, keep))
             for row, index in enumerate(members):
                 count, end = encoded[index].label_count, (row + 1) * keep
-                labels = torch.tensor(encoded[index].input_ids[-count:], device=warm.device)
-                yield index, warm, base, labels, torch.arange(end - count, end, device=warm.device)
+                labels = torch.tensor(encoded[index].input_ids[-count:], device=ids.device)
+                yield index, views, labels, torch.arange(end - count, end, device=ids.device)
             bar.update(len(members))
 
 
@@ -172,9 +194,8 @@ def add_rows(
     """
     chunk = max(1, MAX_OP // warm.shape[1])
     for start in range(0, len(labels), chunk):
-        places = rows[start : start + chunk]
-        where = {"warm_rows": places, "base_rows": places}
-        _add_chunk(part, sweep, warm, base, labels[start : start + chunk], where, name)
+        some, chosen = rows[start : start + chunk], labels[start : start + chunk]
+        _add_chunk(part, sweep, warm, base, chosen, {"warm_rows": some, "base_rows": some}, start, name)
 
 
 def _add_chunk(
@@ -184,8 +205,10 @@ def _add_chunk(
     base: Tensor,
     labels: Tensor,
     where: dict[str, Any],
+    start: int,
     name: str,
 ) -> None:
+    """Tokens from the ``start``-th of an example on; ``where``: their rows in both operands."""
     setting: dict[str, Any] = {"direction": "log_ratio", "alpha": sweep.alpha, "backend": sweep.backend}
     info = steered_logprob(warm, base, labels, strength=0.0, **setting, **where)
     check_rows(info.status, name)
@@ -193,6 +216,8 @@ def _add_chunk(
     possible = torch.isfinite(info.logprob_warm)
     part.excluded += int((~possible).sum())
     where = {name: rows[possible] for name, rows in where.items()}
+    places = torch.stack([torch.arange(start, start + len(labels), device=labels.device), labels])
+    part.places.append(places[:, possible].int().cpu())
     labels = labels[possible]
     part.logprobs.append(torch.stack([info.logprob_warm, info.logprob_base])[:, possible].cpu())
     if not len(labels):
@@ -217,10 +242,9 @@ def _add_chunk(
         info = steered_logprob(warm, labels=labels, strengths=strengths, **steering)
         moments = torch.stack([info.gain, info.norm2, info.variance]).cpu()
         part.moments.setdefault(direction, []).append(moments)
-        curves = torch.stack([-info.logprob, -info.slope, info.curvature]).double().sum(1).cpu()
-        right = (info.greedy == labels[:, None]).sum(0).cpu()
-        part.curves[direction] = part.curves.get(direction, 0) + curves
-        part.counts[direction] = part.counts.get(direction, 0) + right
+        curves = torch.stack([-info.logprob, -info.slope, info.curvature]).cpu()
+        part.curves.setdefault(direction, []).append(curves)
+        part.hits.setdefault(direction, []).append((info.greedy == labels[:, None]).cpu())
 
 
 def check_rows(status: Tensor, name: str) -> None:
@@ -233,11 +257,17 @@ def check_rows(status: Tensor, name: str) -> None:
         )
 
 
-def assemble(sweep: Sweep, parts: list[Part]) -> Statistics:
-    """All examples in their order; one of which no label was possible keeps its place with 0 tokens."""
+def assemble(sweep: Sweep, parts: list[Part], stop_ids: Sequence[int] = ()) -> Statistics:
+    """All examples in their order; one of which no label was possible keeps its place with 0 tokens.
+
+    ``stop_ids``: the tokens that end a completion.
+    """
 
     def joined(name: str, dim: int = 0) -> Tensor:
         return torch.cat([tensor for part in parts for tensor in getattr(part, name)], dim=dim)
+
+    def by_direction(name: str, direction: str, dim: int) -> Tensor:
+        return torch.cat([x for part in parts for x in getattr(part, name).get(direction, ())], dim=dim)
 
     tokens = torch.tensor([sum(x.shape[1] for x in part.logprobs) for part in parts])
     excluded = sum(part.excluded for part in parts)
@@ -248,16 +278,17 @@ def assemble(sweep: Sweep, parts: list[Part]) -> Statistics:
     if sweep.alpha > 0:
         p, ratio = joined("entries", 1)
         masked = {"sizes": joined("sizes"), "p": p, "ratio": ratio, "label": joined("labels")}
-    none = torch.zeros(3, len(sweep.grid), dtype=torch.float64)
     full = {
         direction: GridSums(
-            torch.cat([x for part in parts for x in part.moments.get(direction, ())], dim=1),
-            torch.stack([part.curves.get(direction, none) for part in parts], dim=1),
-            torch.stack([part.counts.get(direction, none[0].long()) for part in parts]).int(),
+            by_direction("moments", direction, 1),
+            by_direction("curves", direction, 1),
+            by_direction("hits", direction, 0),
         )
         for direction in sweep.full
     }
+    position, label_ids = joined("places", 1)
+    named = {"position": position, "label_ids": label_ids, "stop_ids": torch.tensor(list(stop_ids)).long()}
     grid = {"grid": sweep.grid.float().double()} if full else {}  # the ops saw it in float32
     return Statistics(
-        tokens, logprob_warm, logprob_base, excluded, alpha=sweep.alpha, full=full, **masked, **grid
+        tokens, logprob_warm, logprob_base, excluded, alpha=sweep.alpha, full=full, **masked, **grid, **named
     )

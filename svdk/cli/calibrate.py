@@ -9,6 +9,7 @@ DIRECTIONS = ("kl_gradient", "log_ratio", "auto")
 ESTIMATORS = ("mean", "median", "trimmed_mean", "ratio", "newton", "optimum")
 OBJECTIVES = ("nll", "accuracy")
 BACKENDS = ("auto", "cuda", "triton", "cpu", "reference")
+LEVERS = ("constant", "positions", "scale", "none", "auto")
 PLOT_NAME = "steering.png"
 
 
@@ -33,6 +34,12 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--alpha", type=float, help="confidence mask in [0, 1] (default: 0.1)")
     parser.add_argument("--estimator", choices=ESTIMATORS, help="default: optimum; mean is the paper's")
     parser.add_argument("--objective", choices=OBJECTIVES, help="what to optimise (default: nll)")
+    parser.add_argument(
+        "--lever",
+        choices=LEVERS,
+        help="what to turn: one strength, one an output position, or the adapter's own scale, which needs no "
+        "base model; auto: the cheapest that is not demonstrably worse than the best (default: constant)",
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the folds and the bootstrap (default: 0)")
     parser.add_argument("--folds", type=int, default=5, help="of the cross-validation (default: 5)")
     parser.add_argument("--max-length", type=int, default=512, help="tokens an example (default: 512)")
@@ -67,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
         check_matplotlib()
     from svdk.calibration.calibrate import calibrate, recalibrate
 
-    chosen = {name: getattr(args, name) for name in ("direction", "alpha", "estimator", "objective")}
+    chosen = {name: getattr(args, name) for name in ("direction", "alpha", "estimator", "objective", "lever")}
     chosen = {name: value for name, value in chosen.items() if value is not None}
     chosen |= {"seed": args.seed, "folds": args.folds}
     if args.reuse:

@@ -92,6 +92,13 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     steering.add_argument("--direction", help="kl_gradient or log_ratio")
     steering.add_argument("--alpha", type=float, help="confidence mask, in [0, 1]")
     steering.add_argument("--penalty", type=float, help="lambda outside the mask: a number or -inf")
+    steering.add_argument(
+        "--strength-scale",
+        type=float,
+        default=1.0,
+        metavar="X",
+        help="a dial: all of that times X; 0 is the adapter as it is, 1 as calibrated (default)",
+    )
     parser.set_defaults(run=run)
 
 
@@ -118,6 +125,7 @@ def run(args: argparse.Namespace) -> int:
     names = ("temperature", "top_k", "top_p", "min_p", "seed", "strength", "strength_mode")
     options: dict[str, Any] = {name: getattr(args, name) for name in names}
     options |= {"direction": args.direction, "alpha": args.alpha, "penalty": args.penalty}
+    options |= {"strength_scale": args.strength_scale}
     options |= {"steering": steering, "backend": args.backend, "do_sample": args.temperature != 0}
     # Bad values and warnings come before the first answer, not in the middle.
     make_sampler(pair, 1, **options)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import argparse
 import platform
+from pathlib import Path
+
+JSON_NAME = "steering.json"
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
@@ -12,7 +15,8 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         "info",
         help="show versions, backends and the decoding path",
         description="Versions and backends of this installation; with --model and --adapter, also whether "
-        "both models of a decoding step share one forward pass, and why not if they do not.",
+        "both models of a decoding step share one forward pass, and why not if they do not; with a "
+        "calibrated adapter, what steers it.",
     )
     parser.add_argument("--model", help="hub name, folder, .gguf file, or smollm2-135m")
     parser.add_argument("--adapter", help="adapter folder")
@@ -28,9 +32,10 @@ def run(args: argparse.Namespace) -> int:
     from svdk.ops import backends
     from svdk.ops.philox import CONTRACT
 
-    if bool(args.model) != bool(args.adapter):
-        missing = "--adapter" if args.model else "--model"
-        raise InputError(f"{missing} was absent; allowed: --model and --adapter together, or neither")
+    if args.model and not args.adapter:
+        raise InputError("--adapter was absent; allowed: --model and --adapter, --adapter alone, or neither")
+    if args.adapter and not args.model and not (Path(args.adapter) / JSON_NAME).exists():
+        raise InputError(f"--adapter was {args.adapter} without --model; allowed: a calibrated adapter")
     cuda = torch.version.cuda or "none"
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
     versions = {"svdk": svdk.__version__, "Python": platform.python_version()}
@@ -43,9 +48,22 @@ def run(args: argparse.Namespace) -> int:
         status["cpu"] += f" ({_C.cpu_arch()})"
     _table("versions", versions)
     _table("backends", status)
+    if args.adapter and (Path(args.adapter) / JSON_NAME).exists():
+        _table("steering", _steering(args.adapter))
     if args.model:
         _table("decoding", _decoding(args.model, args.adapter))
     return 0
+
+
+def _steering(adapter: str) -> dict[str, str]:
+    from svdk.calibration.artifact import Steering
+
+    steering = Steering.load(adapter)
+    rows = {"lever": steering.lever or "one strength"}
+    if steering.positions:
+        listed = " ".join(f"{x:.3g}" for x in steering.positions)
+        rows["positions"] = f"{listed}, then {steering.strength:.3g}"
+    return rows | {"verdict": steering.verdict()}
 
 
 def _decoding(model_name: str, adapter: str) -> dict[str, str]:

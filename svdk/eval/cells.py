@@ -26,7 +26,8 @@ from svdk.calibration.estimators import (
     out_of_fold,
     per_token_optimum,
 )
-from svdk.calibration.kept_statistics import MaskedView, Statistics, View
+from svdk.calibration.kept_statistics import Statistics
+from svdk.calibration.loss_views import MaskedView, View
 from svdk.calibration.report import saved_statistics
 from svdk.eval.answers import kept_answers
 from svdk.eval.generation import score_answers

@@ -6,6 +6,7 @@ runs it for all three systems.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from svdk.calibration.sweep import MAX_OP
 from svdk.errors import InputError, InvalidLogitsError
 from svdk.generation.generate import decode
 from svdk.generation.sampler import FIELDS, Sampler, make_sampler
+from svdk.models.adapter_scale import adapter_scale
 from svdk.models.loading import load_adapter, load_model
 from svdk.models.pair import ModelPair
 from svdk.utils.checks import check_choice
@@ -58,6 +60,7 @@ class SteeredLM(HFLM):
         steering: a :class:`svdk.Steering`; default: the artifact in the folder ``adapter``.
         strength, strength_mode, direction, alpha, penalty: override its fields one by one; with
             ``strength`` an artifact is not needed. ``penalty`` applies to generation.
+        strength_scale: as in :func:`svdk.generate`.
         scoring_penalty: lambda outside the confidence set in scoring: finite, or -inf.
         dtype, device: of a model that is loaded here, as in :func:`svdk.load_model`.
         ops_backend: of the ops, as ``backend`` in :func:`svdk.steered_sample`.
@@ -85,6 +88,7 @@ class SteeredLM(HFLM):
         direction: str | None = None,
         alpha: float | None = None,
         penalty: float | None = None,
+        strength_scale: float = 1.0,
         scoring_penalty: float = 0.0,
         dtype: str | torch.dtype | None = None,
         device: str | None = None,
@@ -113,9 +117,11 @@ class SteeredLM(HFLM):
             "strength_mode": strength_mode,
             "direction": direction,
             "alpha": alpha,
+            "strength_scale": strength_scale,
         }
         self._generation: dict[str, Any] = {"view": system, "backend": ops_backend, "check": True}
         self._sampler: Sampler | None = None
+        self._starts: dict[tuple[int, ...], int | None] | None = None
         if system == STEERED:
             if steering is None:
                 steering = _artifact(adapter, strength, model, tokenizer)
@@ -141,15 +147,17 @@ class SteeredLM(HFLM):
         if attn_mask is not None or labels is not None:
             raise InputError("attn_mask or labels was given; allowed: None (decoder-only models)")
         inps = inps.to(self.pair.device)
-        length = inps.shape[1]
-        if self._sampler is not None and BASE in self._sampler.views:
-            warm, base = self.pair.teacher_forced(inps, None, length)
-            return self._steered(self._sampler, warm, base)
-        with self.pair.evaluating():
+        length, sampler = inps.shape[1], self._sampler
+        if sampler is not None and BASE in sampler.views:
+            with adapter_scale(self.pair, sampler.steering.scale):
+                warm, base = self.pair.teacher_forced(inps, None, length)
+            return self._steered(self._at_positions(sampler, inps), warm, base)
+        scale = 1.0 if sampler is None else sampler.steering.scale
+        with self.pair.evaluating(), adapter_scale(self.pair, scale):
             view = self.pair.base if self.system == BASE else self.pair.warm
             logits = view(inps, keep=length)
-        if self._sampler is not None:
-            return self._steered(self._sampler, logits, None)
+        if sampler is not None and sampler.steering.steers:
+            return self._steered(self._at_positions(sampler, inps), logits, None)
         logits = logits.float()
         highest = logits.amax(-1)  # NaN goes through a maximum
         if not bool(torch.isfinite(highest).all()):
@@ -158,6 +166,41 @@ class SteeredLM(HFLM):
                 f"rows {rows}: the logits held NaN or +inf; allowed: finite values and -inf"
             )
         return logits
+
+    def _loglikelihood_tokens(self, requests: list[Any], *args: Any, **kwargs: Any) -> Any:
+        """As lm-eval's, and :meth:`_model_call` learns where in a row its continuation begins."""
+        starts: dict[tuple[int, ...], int | None] = {}
+        for _, context, continuation in requests:
+            row = tuple((context + continuation)[-(self.max_length + 1) :][:-1])
+            start = len(row) - len(continuation)
+            starts[row] = start if starts.get(row, start) == start else None
+        self._starts = starts
+        try:
+            return super()._loglikelihood_tokens(requests, *args, **kwargs)
+        finally:
+            self._starts = None
+
+    def _detect_batch_size(self, *args: Any, **kwargs: Any) -> int:
+        """As lm-eval's, whose rows are no requests."""
+        starts, self._starts = self._starts, None
+        try:
+            return super()._detect_batch_size(*args, **kwargs)
+        finally:
+            self._starts = starts
+
+    def _at_positions(self, sampler: Sampler, inps: Tensor) -> Sampler:
+        """With the strength of each output position for each of the tokens (B, T), one after the other."""
+        steering, starts = sampler.steering, self._starts
+        if not len(steering.positions) or starts is None:
+            return sampler
+        strengths = [steering.strength_at(step) for step in range(len(steering.positions) + 1)]
+        table = torch.tensor(strengths, device=inps.device)
+        lengths = sorted({len(row) for row in starts}, reverse=True)
+        firsts = [_start_of(row, starts, lengths) for row in inps.tolist()]
+        # Of the context nothing is read: any strength will do.
+        steps = torch.arange(inps.shape[1]) - torch.tensor(firsts)[:, None]
+        mu = table[steps.clamp(0, len(strengths) - 1).to(inps.device)].flatten()
+        return dataclasses.replace(sampler, steering=steering.override(strength=mu, positions=()))
 
     def _steered(self, sampler: Sampler, warm: Tensor, base: Tensor | None) -> Tensor:
         """Steered logits float32 (B, T, V), some positions at a time: the op's own memory stays small."""
@@ -168,7 +211,10 @@ class SteeredLM(HFLM):
         step = max(1, MAX_OP // shape[-1])
         for start in range(0, len(warm), step):
             span = slice(start, start + step)
-            out[span] = sampler.steered(warm[span], None if base is None else base[span])
+            part = sampler
+            if isinstance(mu := sampler.steering.strength, Tensor):
+                part = dataclasses.replace(sampler, steering=sampler.steering.override(strength=mu[span]))
+            out[span] = part.steered(warm[span], None if base is None else base[span])
         return out.view(shape)
 
     def _model_generate(
@@ -202,10 +248,28 @@ class SteeredLM(HFLM):
             return info
         generating = make_sampler(self.pair, 1, **self._generation)
         steering = {name: getattr(self._sampler.steering, name) for name in FIELDS}
+        steering["positions"] = list(steering["positions"])
         del steering["penalty"]
         steering["scoring_penalty"] = _finite(self._sampler.steering.penalty)
         steering["generation_penalty"] = _finite(generating.steering.penalty)
         return info | {"steering": steering}
+
+
+def _start_of(row: list[int], starts: dict[tuple[int, ...], int | None], lengths: list[int]) -> int:
+    """Where the continuation begins in a right-padded row of ids, counted in logits.
+
+    ``lengths``: those of the rows in ``starts``, longest first.
+    """
+    for length in lengths:
+        known = tuple(row[:length])
+        if known in starts and not any(row[length:]):
+            if (start := starts[known]) is None:
+                break
+            return start
+    raise InputError(
+        "two requests had the same tokens and different continuations; allowed with strengths by position: "
+        "contexts and continuations that are told apart by their tokens"
+    )
 
 
 def _finite(penalty: float) -> float | None:

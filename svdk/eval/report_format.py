@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from svdk.bench.tables import markdown
-from svdk.calibration.kept_statistics import LIMIT
+from svdk.calibration.loss_views import LIMIT
 from svdk.eval.compare import Difference, family
 from svdk.eval.report_cells import LIKELIHOOD, Cell, Setting, usual_penalty
 

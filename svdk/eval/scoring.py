@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from svdk.calibration.kept_statistics import MaskedView, Statistics, View, default_grid
+from svdk.calibration.kept_statistics import Statistics, default_grid
+from svdk.calibration.loss_views import MaskedView, View
 from svdk.calibration.sweep import DIRECTIONS, MAX_FORWARD, Part, Sweep, add_rows, assemble, check_grid
 from svdk.errors import ArtifactError, DataError
 from svdk.eval.base_cache import BaseCache

@@ -60,6 +60,7 @@ def generate(
     alpha: float | Tensor | None = None,
     penalty: float | None = None,
     vector: Tensor | None = None,
+    strength_scale: float = 1.0,
     seed: int | Tensor | None = None,
     streamer: BaseStreamer | None = None,
     text_streamer: BaseStreamer | None = None,
@@ -94,14 +95,17 @@ def generate(
         logits_processor: as prepared by transformers.
         stopping_criteria: as prepared by transformers.
         generation_config: as prepared by transformers.
-        steering: a calibrated artifact or a :class:`svdk.SteeringConfig`; the next six override its fields.
-            With ``row_adapters`` also one artifact an adapter, by name.
+        steering: a calibrated artifact or a :class:`svdk.SteeringConfig`; the next six override its fields
+            (``strength`` its strengths by position, too). With ``row_adapters`` also one artifact an
+            adapter, by name.
         strength: mu (default 1), or the budget in nats for ``strength_mode="kl_budget"``; (B,) allowed.
         strength_mode: "constant" or "kl_budget".
         direction: "kl_gradient" (default), "log_ratio" or "vector".
         alpha: confidence threshold in [0, 1] (default 0.1); (B,) allowed.
         penalty: lambda outside the confidence set: finite, or -inf (default).
         vector: a fixed steering vector (V,) in logits; the base model is not run.
+        strength_scale: a dial: all strengths are multiplied by it, and so is what an adapter's calibrated
+            scale adds to 1. 0 is the warm start, 1 as calibrated.
         seed: an integer (spread over the rows as in :func:`svdk.steered_sample`), a (B,) tensor (a row's
             tokens then do not depend on the batch around it), or None: from torch's global generator.
         streamer: gets the prompt, then each token; it is ended also where an error is raised.
@@ -136,6 +140,7 @@ def generate(
         alpha,
         penalty,
         vector,
+        strength_scale,
         seed,
         check=check,
         backend=backend,
@@ -281,9 +286,9 @@ def decode(
         row_adapters: an adapter's name for each row, as in :func:`generate`.
         verify_forward: check the paired forward at the first step.
         options: ``steering``, ``strength``, ``strength_mode``, ``direction``, ``alpha``, ``penalty``,
-            ``vector``, ``seed``, ``check``, ``backend`` as in :func:`generate`; ``do_sample``,
-            ``temperature``, ``top_k``, ``top_p``, ``min_p`` as in transformers, but without its
-            default ``top_k=50``; ``view="warm"`` or ``"base"`` (default "steered") for one model's
+            ``vector``, ``strength_scale``, ``seed``, ``check``, ``backend`` as in :func:`generate`;
+            ``do_sample``, ``temperature``, ``top_k``, ``top_p``, ``min_p`` as in transformers, but without
+            its default ``top_k=50``; ``view="warm"`` or ``"base"`` (default "steered") for one model's
             own answer with the same filters and uniforms.
 
     Raises:

@@ -36,8 +36,8 @@ class SteeringLogitsProcessor(LogitsProcessor):
     Args:
         model: the PEFT model that generates.
         steering: a calibrated artifact or a :class:`svdk.SteeringConfig`; the next six override its fields.
-        strength, strength_mode, direction, alpha, penalty, vector: as in :func:`svdk.generate`, numbers
-            only (a (V,) tensor for ``vector``).
+        strength, strength_mode, direction, alpha, penalty, vector, strength_scale: as in
+            :func:`svdk.generate`, numbers only (a (V,) tensor for ``vector``).
         attention_mask: (B, T) of the prompts. Needed only in a decoding loop of your own: inside
             ``generate``, its mask is used. Without either, prompts that may be padded are refused.
         check: raise on NaN or infinite logits; False lets such a row come out as NaN.
@@ -60,6 +60,7 @@ class SteeringLogitsProcessor(LogitsProcessor):
         alpha: float | None = None,
         penalty: float | None = None,
         vector: Tensor | None = None,
+        strength_scale: float = 1.0,
         attention_mask: Tensor | None = None,
         check: bool = True,
         backend: str = "auto",
@@ -68,9 +69,23 @@ class SteeringLogitsProcessor(LogitsProcessor):
         self._pair = pair_of(model)
         _check_own_generate(self._pair)
         given = SteeringOptions(
-            steering, strength, strength_mode, direction, alpha, penalty, vector, check=check, backend=backend
+            steering,
+            strength,
+            strength_mode,
+            direction,
+            alpha,
+            penalty,
+            vector,
+            strength_scale,
+            check=check,
+            backend=backend,
         )
         self._sampler = build_sampler(self._pair, 1, given)
+        if (scale := self._sampler.steering.scale) != 1:
+            raise InputError(
+                f"scale of the steering was {scale:g}; allowed with SteeringLogitsProcessor: 1, inside "
+                "svdk.adapter_scale (the model's own forward is not in its hands)"
+            )
         self._given_mask = attention_mask
         self._eos = _token_ids(self._pair, "eos_token_id")
         self._pad = _token_ids(self._pair, "pad_token_id")
@@ -78,6 +93,7 @@ class SteeringLogitsProcessor(LogitsProcessor):
 
     def reset(self) -> None:
         """Forget the last call of ``generate``."""
+        self._start = self._length = -1  # of the prompts, and of the rows at the last step
         self._cache: ViewCache | None = None
         self._ids: Tensor | None = None
         self._mask: Tensor | None = None
@@ -88,8 +104,11 @@ class SteeringLogitsProcessor(LogitsProcessor):
         base = None
         if "base" in self._sampler.views:
             base = self._base(input_ids.to(self._pair.device)).to(scores.device, torch.float32)
-        sampler = self._sampler
-        return sampler.steered(scores.float(), base).log_softmax(-1)
+        length = input_ids.shape[1]
+        if length != self._length + 1:
+            self._start = length
+        self._length = length
+        return self._sampler.steered(scores.float(), base, length - self._start).log_softmax(-1)
 
     def _base(self, ids: Tensor) -> Tensor:
         """Base logits (N, V) at the last position."""

@@ -13,6 +13,7 @@ from transformers.generation import GenerateDecoderOnlyOutput, LogitsProcessorLi
 from svdk.errors import BackendError, InputError, first_line
 from svdk.generation.processors import process
 from svdk.generation.sampler import Sampler
+from svdk.models.adapter_scale import adapter_scale
 from svdk.models.pair import ModelPair
 from svdk.models.paired_forward import FORWARDS, PairedForward, choose_forward, say_two_passes
 from svdk.models.stream import ViewCache
@@ -76,7 +77,6 @@ def run(
     if ends and call.pad_token_id is None:
         raise InputError("pad_token_id was None; allowed with an EOS criterion: the id that fills ended rows")
     unfinished = torch.ones(batch, dtype=torch.bool, device=input_ids.device)
-    step_forward = choose_step(pair, sampler, paths, input_ids)
     cache: Any = None  # one for both views, or one each
     scores: list[Tensor] = []
     logits: list[Tensor] = []
@@ -84,7 +84,8 @@ def run(
     pending, step = input_ids, 0
     if call.streamer is not None:
         call.streamer.put(input_ids.cpu())
-    with pair.evaluating():
+    with pair.evaluating(), adapter_scale(pair, sampler.steering.scale):
+        step_forward = choose_step(pair, sampler, paths, input_ids)
         if call.use_cache:
             cache = step_forward.new_cache(call.cache_implementation, call.max_length)
         while True:

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 VIEWS = {STEERED: (WARM, BASE), WARM: (WARM,), BASE: (BASE,)}
 UNSTEERED = SteeringConfig(strength=0.0, alpha=0.0)
+WITHOUT_BASE = ("none", "scale")
+# Levers that leave the logits of the adapter as they are.
 FIELDS = tuple(entry.name for entry in dataclasses.fields(SteeringConfig))
 
 
@@ -38,6 +40,8 @@ class SteeringOptions:
     penalty: float | None = None
     vector: Tensor | None = None
     """(V,) or (B, V)"""
+    strength_scale: float = 1.0
+    """All of that times this: 0 is the warm start, 1 as calibrated."""
     seed: int | Tensor | None = None
     view: str = STEERED
     """Or "warm" or "base", to sample plainly from one model with the same filters and uniforms."""
@@ -74,10 +78,23 @@ class SteeringOptions:
             merged[name] = values.pop()
         if merged["direction"] == "vector" and self.direction is None:
             raise InputError("direction of the artifacts was vector; allowed with row_adapters: the others")
+        if any(artifact.scale != 1 for artifact in artifacts):
+            raise InputError("scale of the artifacts was not 1; allowed with row_adapters: levers that steer")
         for name in ("strength", "alpha"):
             merged[name] = torch.tensor([getattr(artifact, name) for artifact in artifacts]).to(pair.device)
-        kept = {name: getattr(self, name) for name in FIELDS if getattr(self, name) is not None}
-        return dataclasses.replace(self, steering=None, **merged | kept)
+        longest = max(len(artifact.positions) for artifact in artifacts)
+        if longest:
+            rows = [[artifact.strength_at(step) for step in range(longest)] for artifact in artifacts]
+            merged["positions"] = torch.tensor(rows).to(pair.device)
+        overrides = self.given()
+        if "strength" in overrides:
+            merged.pop("positions", None)
+        return dataclasses.replace(self, steering=SteeringConfig(**merged | overrides))
+
+    def given(self) -> dict[str, Any]:
+        """What overrides ``steering``, by name."""
+        found = {name: getattr(self, name, None) for name in FIELDS}
+        return {name: value for name, value in found.items() if value is not None}
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,21 +114,24 @@ class Sampler:
     def draw(
         self, warm: Tensor, base: Tensor | None, step: int, return_info: bool
     ) -> tuple[Tensor, SampleInfo | None]:
-        """Tokens (B,) from logits (B, V), with diagnostics if asked for."""
-        steering = self.steering.values()
+        """The tokens (B,) of output position ``step`` from logits (B, V), with diagnostics if asked for."""
+        steering = self.steering.values(step)
         rows = arguments.operands(warm, base, self.vector, steering["direction"])
         values = steering | self.sampling.values() | {"offset": step}
         return api.sample(rows, values, check=self.check, return_info=return_info, backend=self.backend)
 
-    def steered(self, warm: Tensor, base: Tensor | None) -> Tensor:
-        """Steered logits float32 (B, V), before temperature and filters; NaN on invalid rows."""
+    def steered(self, warm: Tensor, base: Tensor | None, step: int | None = None) -> Tensor:
+        """Steered logits float32 (B, V), before temperature and filters; NaN on invalid rows.
+
+        ``step``: their output position; None: one beyond the listed ones.
+        """
         return api.steered_logits(
             warm,
             base,
             vector=self.vector,
             check=self.check,
             backend=self.backend,
-            **self.steering.values(),
+            **self.steering.values(step),
         )
 
     def scores(self, warm: Tensor, base: Tensor | None, info: SampleInfo) -> Tensor:
@@ -121,7 +141,7 @@ class Sampler:
         """
         invalid = (info.status & int(Status.INVALID)) != 0
         mu = torch.where(invalid, 0.0, info.strength)  # of any strength mode
-        used = self.steering.override(strength=mu, strength_mode="constant")
+        used = self.steering.override(strength=mu, strength_mode="constant", positions=())
         z = dataclasses.replace(self, steering=used, check=False).steered(warm, base)
         z = torch.where(invalid[:, None], 0.0, z)
         row = torch.ones(warm.shape[0], dtype=torch.float64, device=warm.device)
@@ -193,14 +213,20 @@ def _steering(
             "steering held one artifact an adapter; allowed: row_adapters beside it, or one artifact"
         )
     _check_fit(config, pair)
-    changes = {name: getattr(given, name) for name in FIELDS}
+    changes = given.given()
+    if "strength" in changes or changes.get("strength_mode") == "kl_budget":
+        changes["positions"] = ()  # those belong to the strength that was calibrated
     vector = given.vector
     if vector is not None:
         if given.direction not in (None, "vector"):
             raise InputError(f"direction was {given.direction!r} with a vector; allowed: 'vector'")
         changes["direction"] = "vector"
     merged = config.override(**changes)
-    a_row = {name: _spread(getattr(merged, name), copies, rows) for name in ("strength", "alpha")}
+    by = arguments.float_value("strength_scale", given.strength_scale, "a finite number")
+    if not math.isfinite(by):
+        raise InputError(f"strength_scale was {by}; allowed: a finite number")
+    merged = merged if by == 1 else merged.scaled(by)
+    a_row = {n: _spread(getattr(merged, n), copies, rows) for n in ("strength", "alpha", "positions")}
     merged = merged.override(**a_row)
     if merged.direction == "vector":
         vector = getattr(config, "vector", None) if vector is None else vector
@@ -214,8 +240,12 @@ def _steering(
     arguments.penalty_value(merged.penalty)
     backends.resolve(given.backend, like)
     arguments.choice("view", given.view, tuple(VIEWS))
+    if isinstance(merged.positions, Tensor) and merged.positions.shape[0] != rows:
+        raise InputError(f"positions had shape {tuple(merged.positions.shape)}; allowed: ({rows}, P)")
     if given.view != STEERED:
         return UNSTEERED, None, VIEWS[given.view]
+    if getattr(config, "lever", None) in WITHOUT_BASE and not merged.steers:
+        return UNSTEERED.override(scale=merged.scale), None, VIEWS[WARM]
     return merged, vector, VIEWS[STEERED if vector is None else WARM]
 
 
@@ -245,5 +275,5 @@ def _check_fit(steering: SteeringConfig, pair: ModelPair) -> None:
 
 
 def _spread(value: Any, copies: int, rows: int) -> Any:
-    per_prompt = isinstance(value, Tensor) and value.dim() == 1 and value.shape[0] * copies == rows
-    return value.repeat_interleave(copies) if per_prompt else value
+    per_prompt = isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] * copies == rows
+    return value.repeat_interleave(copies, 0) if per_prompt else value

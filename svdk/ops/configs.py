@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from svdk.errors import InputError
-from svdk.ops.arguments import choice
+from svdk.ops.arguments import choice, shape
 from svdk.utils.checks import fail, is_number
 
 DIRECTIONS = ("kl_gradient", "log_ratio", "vector")
@@ -36,6 +36,11 @@ class SteeringConfig:
     """lambda: finite, or -inf (tokens outside C are never drawn)."""
     strength_mode: str = "constant"
     """``"constant"`` or ``"kl_budget"``."""
+    positions: tuple[float, ...] | Tensor = ()
+    """Strengths of the first output positions, in place of ``strength``, which all later ones have; (B, P)
+    for one list a row. With ``"constant"`` only."""
+    scale: float = 1.0
+    """The adapter's own scale times this, while it decodes (LoRA and its kin); 1 leaves it alone."""
 
     def __post_init__(self) -> None:
         """Check every field; ``InputError`` names the first bad one."""
@@ -50,12 +55,57 @@ class SteeringConfig:
             raise fail("alpha", repr(alpha), "a number in [0, 1]")
         if not is_number(penalty) or not penalty < math.inf:
             raise fail("penalty", repr(penalty), "a finite number or -inf")
+        if not is_number(self.scale) or not math.isfinite(self.scale):
+            raise fail("scale", repr(self.scale), "a finite number")
+        self._check_positions()
 
-    def values(self) -> dict[str, Any]:
-        """The fields as arguments of the ops; a fixed vector takes the place of a direction there."""
+    def _check_positions(self) -> None:
+        positions = self.positions
+        if isinstance(positions, Tensor):
+            if positions.dim() != 2 or not positions.is_floating_point():
+                raise fail("positions", shape(positions), "numbers, or a float tensor (B, P)")
+        elif not isinstance(positions, tuple) or not all(
+            is_number(x) and math.isfinite(x) for x in positions
+        ):
+            raise fail("positions", repr(positions), "a tuple of finite numbers")
+        if len(positions) and self.strength_mode != "constant":
+            raise InputError("positions was given with strength_mode 'kl_budget'; allowed: 'constant'")
+
+    def values(self, step: int | None = None) -> dict[str, Any]:
+        """The fields as arguments of the ops, at an output position; None: at one beyond ``positions``.
+
+        A fixed vector takes the place of a direction there.
+        """
         direction = "kl_gradient" if self.direction == "vector" else self.direction
-        names = {name: getattr(self, name) for name in ("strength", "strength_mode", "alpha", "penalty")}
-        return names | {"direction": direction}
+        names = {name: getattr(self, name) for name in ("strength_mode", "alpha", "penalty")}
+        return names | {"strength": self.strength_at(step), "direction": direction}
+
+    def strength_at(self, step: int | None) -> float | Tensor:
+        """The strength at an output position, counted from 0 on."""
+        positions = self.positions
+        if isinstance(positions, Tensor):
+            return self.strength if step is None or step >= positions.shape[1] else positions[:, step]
+        return self.strength if step is None or step >= len(positions) else positions[step]
+
+    @property
+    def steers(self) -> bool:
+        """Whether any row may come out other than it went in."""
+        at_rest = all(not isinstance(x, Tensor) and x == 0 for x in (self.strength, self.alpha))
+        positions = self.positions
+        return not at_rest or isinstance(positions, Tensor) or any(positions)
+
+    def scaled(self, by: float) -> SteeringConfig:
+        """A plain config with all strengths times ``by``, and the adapter's scale moved likewise from 1.
+
+        A dial: 0 is the warm start, 1 what was calibrated. (A KL budget goes with the square of a strength.)
+        """
+        squared = self.strength_mode == "kl_budget"
+        positions = self.positions
+        return self.override(
+            strength=self.strength * (by * by if squared else by),
+            positions=positions * by if isinstance(positions, Tensor) else tuple(x * by for x in positions),
+            scale=1 + by * (self.scale - 1),
+        )
 
     def override(self, **changes: Any) -> SteeringConfig:
         """A plain config with ``changes``; those that are None stay as they are."""

@@ -36,7 +36,11 @@ def problem(truth: float = 1.3, seed: int = 0, per_example: int = 25):
 
 
 def statistics_of(warm, base, labels, alpha=0.1):
-    """What extraction keeps, built through the ops in one go."""
+    return statistics_of_rows(warm, base, labels, EXAMPLES, alpha)
+
+
+def statistics_of_rows(warm, base, labels, examples, alpha=0.1):
+    """What extraction keeps, built through the ops in one go; the examples are of one length."""
     grid = default_grid().float().double()
     info = steered_logprob(warm, base, labels, strength=0.0, alpha=alpha, backend="reference")
     batch = extract(warm, base, direction="log_ratio", alpha=alpha, backend="reference")
@@ -45,20 +49,20 @@ def statistics_of(warm, base, labels, alpha=0.1):
         next((i for i, t in enumerate(batch.row(r)[0].tolist()) if t == labels[r]), -1)
         for r in range(len(labels))
     ]
-    tokens = torch.full((EXAMPLES,), len(labels) // EXAMPLES)
+    tokens = torch.full((examples,), len(labels) // examples)
     full = {}
     for direction in ("kl_gradient", "log_ratio"):
         f = steered_logprob(
             warm, base, labels, strengths=grid.float(), direction=direction, alpha=0.0, backend="reference"
         )
-        curves = torch.stack([-f.logprob, -f.slope, f.curvature]).double()
-        counts = (f.greedy == labels[:, None]).view(EXAMPLES, -1, len(grid)).sum(1).int()
-        full[direction] = GridSums(
-            torch.stack([f.gain, f.norm2, f.variance]), curves.view(3, EXAMPLES, -1, len(grid)).sum(2), counts
-        )
+        curves = torch.stack([-f.logprob, -f.slope, f.curvature])
+        moments = torch.stack([f.gain, f.norm2, f.variance])
+        full[direction] = GridSums(moments, curves, f.greedy == labels[:, None])
+    position = torch.arange(len(labels)) % (len(labels) // examples)
     return Statistics(
         tokens, info.logprob_warm, info.logprob_base, alpha=alpha, sizes=sizes.int(), p=batch.p,
         ratio=batch.delta, label=torch.tensor(place).int(), grid=grid, full=full,
+        position=position.int(), label_ids=labels.int(), stop_ids=torch.tensor([0]),
     )  # fmt: skip
 
 
@@ -169,7 +173,7 @@ def test_strength_is_kept_on_the_grid(data):
     view = data[3].view("kl_gradient", 0.0)
     narrow = type(view)(
         **{**vars(view), "grid": view.grid[23:26], "nll": view.nll[:, 23:26], "slope": view.slope[:, 23:26],
-           "curvature": view.curvature[:, 23:26], "counts": view.counts[:, 23:26]}
+           "curvature": view.curvature[:, 23:26], "hits": view.hits[:, 23:26]}
     )  # fmt: skip
     found = fit(narrow, "ratio")
     assert found.raw > narrow.limits[1] and found.strength == narrow.limits[1] and found.at_bound

@@ -1,0 +1,175 @@
+"""Which lever: nothing, the adapter's own scale, one strength, or one a position. No model.
+
+All are fitted on the same statistics and judged out of fold on the same examples, so that their gains are
+paired; what a lever costs in decoding is the number of rows that a step runs for each sequence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from svdk.calibration.estimators import Setting, fit, select, split_folds
+from svdk.calibration.kept_statistics import KINDS, Statistics
+from svdk.calibration.loss_views import View
+from svdk.calibration.positions import fit_positions
+from svdk.utils.bootstrap import bootstrap
+
+COSTS = {"none": 1, "scale": 1, "constant": 2, "positions": 2}
+"""Rows a step by lever, the cheapest (and, of two equal ones, the simplest) first."""
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """One lever, fitted on some examples."""
+
+    lever: str
+    setting: Setting | None = None
+    """(direction, alpha) of those that steer."""
+    strength: float = 0.0
+    positions: tuple[float, ...] = ()
+    scale: float = 1.0
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class LeverRow:
+    """A lever on all examples, and what it gains out of fold."""
+
+    fitted: Fitted
+    gain: float
+    """In the objective over the warm start: nats a token, or share of tokens."""
+    interval: tuple[float, float]
+    kinds: Mapping[str, float]
+    """The gain in nats a token that comes from content, template and stop tokens; they add up."""
+    examples: Tensor
+    """(E,) float64: the gain of each example, summed over its tokens."""
+
+    @property
+    def rows(self) -> int:
+        """That a step runs for each sequence."""
+        return COSTS[self.fitted.lever]
+
+    def summary(self) -> str:
+        """What was fitted, briefly."""
+        one = self.fitted
+        if one.lever == "scale":
+            return f"scale {one.scale:g}"
+        if one.setting is None:
+            return ""
+        text = f"{one.setting[0]}, alpha {one.setting[1]:g}, mu {one.strength:.3g}"
+        if one.positions:
+            text += f", {len(one.positions)} positions {min(one.positions):.2g} to {max(one.positions):.2g}"
+        return text
+
+
+@dataclass(frozen=True)
+class Judge:
+    """What every lever is fitted on and judged by."""
+
+    statistics: Statistics
+    views: Mapping[Setting, View]
+    objective: str
+    folds: int
+    seed: int
+    resamples: int
+
+    def fit(self, lever: str, keep: Tensor) -> Fitted:
+        """A lever on the examples ``keep`` (E,) bool; the setting is chosen with the single strength."""
+        if lever == "none":
+            return Fitted(lever)
+        if lever == "scale":
+            return Fitted(lever, scale=self._best_scale(keep))
+        setting = select(self.views, "optimum", self.objective, keep, self.folds, self.seed)
+        view = self.views[setting]
+        if lever == "constant":
+            return Fitted(lever, setting, fit(view, "optimum", self.objective, keep).strength)
+        found = fit_positions(view, self.statistics.positions(), keep, folds=self.folds, seed=self.seed)
+        return Fitted(lever, setting, found.strength, found.positions)
+
+    def _best_scale(self, keep: Tensor) -> float:
+        scales, nll, hits = self.statistics.scale_curves()
+        use = keep[self.statistics.examples_of_tokens()]
+        total = nll[use].sum(0) if self.objective == "nll" else -hits[use].sum(0)
+        return _nearest(scales, total)
+
+    def gains(self, one: Fitted) -> tuple[Tensor, Tensor]:
+        """NLL saved and tokens more right than unsteered, (T,) float64 each, of all tokens."""
+        if one.lever == "scale":
+            scales, nll, hits = self.statistics.scale_curves()
+            at, warm = (int((scales == s).nonzero()[0]) for s in (one.scale, 1.0))
+            return nll[:, warm] - nll[:, at], hits[:, at] - hits[:, warm]
+        if one.setting is None:
+            nothing = torch.zeros(len(self.statistics.logprob_warm), dtype=torch.float64)
+            return nothing, nothing
+        view = self.views[one.setting]
+        mu = _table(one)[self.statistics.positions().clamp(max=len(one.positions))]
+        before, after = view.at_tokens(0.0).nll, view.at_tokens(mu).nll
+        return before - after, view.correct_tokens(mu) - view.correct_tokens(0.0)
+
+    def row(self, lever: str) -> LeverRow:
+        """A lever fitted on everything, with its gain on examples that it was not fitted on."""
+        statistics = self.statistics
+        example = statistics.examples_of_tokens()
+        fold = split_folds(statistics.examples, self.folds, self.seed)
+        nll, correct = torch.zeros(2, len(example), dtype=torch.float64)
+        for k in range(min(self.folds, statistics.examples)):
+            held_out = (fold == k)[example]
+            saved, right = self.gains(self.fit(lever, fold != k))
+            nll[held_out], correct[held_out] = saved[held_out], right[held_out]
+        judged = nll if self.objective == "nll" else correct
+        sums = torch.zeros(statistics.examples, dtype=torch.float64).index_add_(0, example, judged)
+        tokens = statistics.tokens.double()
+        gain, interval = bootstrap(sums, tokens, resamples=self.resamples, seed=self.seed)
+        kinds, total = statistics.kinds(), max(1, len(example))
+        parts = {name: float(nll[kinds == i].sum()) / total for i, name in enumerate(KINDS)}
+        everything = torch.ones(statistics.examples, dtype=torch.bool)
+        return LeverRow(self.fit(lever, everything), gain, interval, parts, sums)
+
+
+def _table(one: Fitted) -> Tensor:
+    return torch.tensor([*one.positions, one.strength], dtype=torch.float64)
+
+
+def _nearest(scales: Tensor, total: Tensor) -> float:
+    """Of the scales with the least ``total`` the one nearest to 1."""
+    best = scales[total == total.min()]
+    return float(best[(best - 1).abs().argmin()])
+
+
+def cheapest(rows: Sequence[LeverRow], tokens: Tensor, *, resamples: int, seed: int) -> tuple[LeverRow, str]:
+    """The cheapest lever that is not demonstrably worse than the best, and why, in a sentence.
+
+    Demonstrably: the 95 % interval of the paired difference, over examples, lies above 0. ``rows`` in the
+    order of :data:`COSTS`; ``tokens`` (E,).
+    """
+    best = max(rows, key=lambda row: row.gain)
+    for row in rows:
+        if row is best:
+            break
+        gap, (low, high) = bootstrap(best.examples - row.examples, tokens, resamples=resamples, seed=seed)
+        if low <= 0:
+            why = (
+                f"{row.fitted.lever} is the cheapest that is not demonstrably worse than the best, "
+                f"{best.fitted.lever} (ahead by {gap:.4f}, 95 % interval {low:.4f} to {high:.4f})"
+            )
+            return row, why
+    return best, f"{best.fitted.lever} is demonstrably better than everything cheaper"
+
+
+def table(rows: Sequence[LeverRow], chosen: LeverRow, unit: str, ms: Callable[[int], float | None]) -> str:
+    """The levers as text; ``ms``: measured milliseconds a token by rows a step."""
+    head = f"{'lever':<10} {'rows':>4} {'ms/token':>8}  {f'out-of-fold gain, {unit}':<38}"
+    lines = [head + " of it content, template, stop (nats)  fitted"]
+    for row in rows:
+        low, high = row.interval
+        cost = ms(row.rows)
+        gain = f"{row.gain:+.4f} ({low:+.4f} to {high:+.4f})"
+        kinds = "  ".join(f"{row.kinds[name]:+.4f}" for name in KINDS)
+        lines.append(
+            f"{row.fitted.lever:<10} {row.rows:>4} {'-' if cost is None else f'{cost:.2f}':>8}  {gain:<38} "
+            f"{kinds:<38} {row.summary()}{'  <- chosen' if row is chosen else ''}"
+        )
+    return "\n".join(lines)
