@@ -33,6 +33,7 @@ _EXPORTS = {
     "SteeringLogitsProcessor": "svdk.generation.logits_processor",
     "patch_transformers": "svdk.generation.patch",
     "ModelPair": "svdk.models.pair",
+    "adapter_scale": "svdk.models.adapter_scale",
     "load_model": "svdk.models.loading",
     "load_adapter": "svdk.models.loading",
     "SvdkError": "svdk.errors",

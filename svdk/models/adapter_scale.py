@@ -10,11 +10,12 @@ from typing import Any
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 from svdk.errors import InputError
+from svdk.models.pair import ModelPair
 from svdk.utils.checks import is_number
 
 
-def why_not_scaled(pair: Any) -> str | None:
-    """None where the adapter of a :class:`svdk.ModelPair` has a scale; else why it has none."""
+def why_not_scaled(pair: ModelPair) -> str | None:
+    """None where the adapter has a scale; else why it has none."""
     layers = [layer for layer in pair.layers.values() if isinstance(layer, BaseTunerLayer)]
     if layers and all(_scales(layer) for layer in layers):
         return None
@@ -22,8 +23,8 @@ def why_not_scaled(pair: Any) -> str | None:
 
 
 @contextmanager
-def adapter_scale(pair: Any, scale: float) -> Iterator[None]:
-    """The adapter of a :class:`svdk.ModelPair` times ``scale`` inside; bit for bit as before afterwards.
+def adapter_scale(model: Any, scale: float) -> Iterator[None]:
+    """The adapter of a PEFT model (or :class:`svdk.ModelPair`) times ``scale`` inside; afterwards as before.
 
     With LoRA ``W x + s B A x`` becomes ``W x + scale s B A x``: 0 is the base model, 1 changes nothing. To
     first order in the adapter this is log-ratio steering with strength ``scale - 1``, without a base row.
@@ -37,6 +38,7 @@ def adapter_scale(pair: Any, scale: float) -> Iterator[None]:
     if scale == 1:
         yield
         return
+    pair = model if isinstance(model, ModelPair) else ModelPair(model)
     reason = why_not_scaled(pair)
     if reason is not None:
         raise InputError(f"scale was {scale}; allowed: 1, because {reason}")

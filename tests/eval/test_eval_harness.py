@@ -116,6 +116,25 @@ def test_scores_are_those_of_the_op(peft_type, name, tiny_tokenizer):
         assert found == pytest.approx(float(expected.logprob.double().sum()), abs=1e-4)
 
 
+def test_scores_by_position_count_from_the_continuation(tiny_tokenizer):
+    steering = Steering(strength=1.0, positions=(3.0, -2.0), lever="positions")
+    lm = SteeredLM(tiny.tiny_peft("lora"), tokenizer=tiny_tokenizer, batch_size=5, steering=steering)
+    for (prompt, tail), (found, _) in zip(PAIRS, scores(lm), strict=True):
+        before, ids = lm.tok_encode(prompt), lm.tok_encode(prompt + tail)
+        count = len(ids) - len(before)
+        warm, base = (v[0] for v in lm.pair.teacher_forced(torch.tensor([ids[:-1]]), None, count))
+        mu = torch.tensor([steering.strength_at(i) for i in range(count)])
+        expected = ops.steered_logprob(warm, base, torch.tensor(ids[-count:]), strength=mu)
+        assert found == pytest.approx(float(expected.logprob.double().sum()), abs=1e-4)
+
+
+def test_equal_rows_with_different_continuations_are_not_guessed(tiny_tokenizer):
+    steering = Steering(strength=1.0, positions=(3.0,), lever="positions")
+    lm = SteeredLM(tiny.tiny_peft("lora"), tokenizer=tiny_tokenizer, steering=steering, logits_cache=False)
+    with pytest.raises(InputError, match="two requests had the same tokens"):
+        scores(lm, [("abc", "def"), ("ab", "cdef")])
+
+
 @pytest.mark.parametrize("system", ["base", "warm"])
 def test_unsteered_systems_are_lm_evals_own(system, tiny_tokenizer):
     lm = SteeredLM(tiny.tiny_peft("lora"), tokenizer=tiny_tokenizer, system=system, batch_size=3)
