@@ -16,8 +16,10 @@ ALONE = tuple(name for name in FILTERS if name != "plain")
 def filters(found: dict[str, Any]) -> list[str]:
     """Every filter beside plain sampling of the same shape, and the best that PyTorch offers for each."""
     points = [(p, rows) for p, rows in tables.points(found["micro"]) if p["setting"] in FILTERS]
-    if not any(point["setting"] in ALONE for point, _ in points):
+    filtered = {_shape(point) for point, _ in points if point["setting"] in ALONE}
+    if not filtered:
         return []
+    points = [(point, rows) for point, rows in points if _shape(point) in filtered]
     plain = {_shape(p): tables.best_of_ours(rows) for p, rows in points if p["setting"] == "plain"}
     lines = []
     for point, rows in sorted(points, key=lambda x: (*_shape(x[0]), FILTERS.index(x[0]["setting"]))):

@@ -1,7 +1,7 @@
-"""Write the tables and figures of a results file into README.md.
+"""Write the tables and figures of results files into README.md or another page.
 
-``python -m svdk.bench.readme_tables bench/results/NAME.json [--readme README.md]`` replaces what stands
-between the lines ``<!-- bench:begin -->`` and ``<!-- bench:end -->``; the figures go beside the results file.
+``python -m svdk.bench.readme_tables bench/results/NAME.json ... [--readme README.md]`` replaces what stands
+between the lines ``<!-- bench:begin -->`` and ``<!-- bench:end -->``; figures go beside the results files.
 """
 
 from __future__ import annotations
@@ -31,31 +31,34 @@ Row = dict[str, Any]
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; 2 on an input error."""
     parser = argparse.ArgumentParser(prog="python -m svdk.bench.readme_tables", description=__doc__)
-    parser.add_argument("results", type=Path)
+    parser.add_argument("results", type=Path, nargs="+", help="one after the other on the page")
     parser.add_argument("--readme", type=Path, default=Path("README.md"))
     args = parser.parse_args(arguments)
     try:
-        update(args.readme, args.results)
+        update(args.readme, *args.results)
     except (InputError, OSError) as error:
         print(f"readme_tables: error: {error}", file=sys.stderr)
         return 2
     return 0
 
 
-def update(readme: Path, source: Path) -> None:
-    """Replace the part between the markers, atomically, and draw the figures.
+def update(readme: Path, *sources: Path) -> None:
+    """Replace the part between the markers, atomically, and draw the figures of all ``sources``.
 
     Raises:
         InputError: no results file, or a README without the two markers in this order.
     """
-    found = results.load(source)
     text = readme.read_text(encoding="utf-8")
     if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
         raise InputError(f"{readme} had no {BEGIN} ... {END}; allowed: each of the two lines once, in order")
-    pictures = figures.draw(found, source.parent, f"{source.stem}-")
-    links = [Path(os.path.relpath(path, readme.parent)).as_posix() for path in pictures]
     before, after = text.split(BEGIN)[0], text.split(END)[1]
-    body = section(found, Path(os.path.relpath(source, readme.parent)).as_posix(), links)
+    parts = []
+    for source in sources:
+        found = results.load(source)
+        pictures = figures.draw(found, source.parent, f"{source.stem}-")
+        links = [Path(os.path.relpath(path, readme.parent)).as_posix() for path in pictures]
+        parts.append(section(found, Path(os.path.relpath(source, readme.parent)).as_posix(), links))
+    body = "\n\n".join(parts)
     write_file(readme, f"{before}{BEGIN}\n{body}\n{END}{after}")
 
 
