@@ -379,10 +379,12 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise ArtifactError(f"{path} was changed after it was written: its checksum does not match")
     del record["checksum"], record["format"]
     keys = _KEYS | {"tensors"}
-    if version == 1 and not set(_ADDED) & set(record):
-        record |= _ADDED | {"format_version": FORMAT_VERSION}
+    if version == 1:
+        keys -= set(_ADDED)
     if set(record) != keys:
         raise ArtifactError(f"{path}: missing or unknown entries: {', '.join(sorted(set(record) ^ keys))}")
+    if version == 1:
+        record |= _ADDED | {"format_version": FORMAT_VERSION}
     if not isinstance(record["svdk_version"], str):
         raise ArtifactError(f"{path}: svdk_version was {record['svdk_version']!r}; allowed: a string")
     for name in ("strength", "penalty"):

@@ -185,7 +185,11 @@ def test_edited_json_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format_version": 2}, "format_version was 2; this svdk reads 1"),
+        ({"format_version": 3}, "format_version was 3; this svdk reads 1 and 2"),
+        ({"lever": "magic"}, "lever was 'magic'"),
+        ({"positions": [1.0, "nan"]}, "positions was"),
+        ({"positions": 3.0}, "positions was"),
+        ({"scale": "inf"}, "scale was 'inf'"),
         ({"format_version": True}, "format_version was True"),
         ({"strength": "inf"}, "strength was inf"),
         ({"strength": None}, "strength was None"),
@@ -203,6 +207,26 @@ def test_well_sealed_nonsense_is_refused(tmp_path, change, message):
     (tmp_path / JSON_NAME).write_text(reseal(record))
     with pytest.raises(ArtifactError, match=message):
         Steering.load(tmp_path)
+
+
+def test_format_1_is_still_read(tmp_path):
+    example().save(tmp_path)
+    record = json.loads((tmp_path / JSON_NAME).read_text())
+    for name in ("lever", "positions", "scale"):
+        del record[name]
+    (tmp_path / JSON_NAME).write_text(reseal(record | {"format_version": 1}))
+    old = Steering.load(tmp_path)
+    assert (old.lever, old.positions, old.scale) == (None, (), 1.0)
+    assert old.strength == example().strength and old.format_version == 2
+    old.save(tmp_path)
+    assert json.loads((tmp_path / JSON_NAME).read_text())["format_version"] == 2
+
+
+def test_levers_survive_the_files(tmp_path):
+    given = Steering(strength=1.5, positions=(2.0, -0.5), lever="positions", scale=1.25)
+    given.save(tmp_path)
+    found = Steering.load(tmp_path)
+    assert (found.lever, found.positions, found.scale) == ("positions", (2.0, -0.5), 1.25)
 
 
 class Crash(BaseException):
