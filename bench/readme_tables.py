@@ -55,11 +55,18 @@ def update(readme: Path, *sources: Path) -> None:
     parts = []
     for source in sources:
         found = results.load(source)
-        pictures = figures.draw(found, source.parent, f"{source.stem}-")
+        pictures = figures.draw(found, source.parent, f"{source.stem}-") if _shown(found) else []
         links = [Path(os.path.relpath(path, readme.parent)).as_posix() for path in pictures]
         parts.append(section(found, Path(os.path.relpath(source, readme.parent)).as_posix(), links))
     body = "\n\n".join(parts)
     write_file(readme, f"{before}{BEGIN}\n{body}\n{END}{after}")
+
+
+def _shown(found: results.Results) -> bool:
+    """Whether figures say more of these results than their tables: not of filters, nor of a busy machine."""
+    return any(row["setting"] == "sample" for row in found["micro"]) and not any(
+        row.get("busy") for row in found["micro"]
+    )
 
 
 def section(found: results.Results, source: str, links: Iterable[str] = ()) -> str:

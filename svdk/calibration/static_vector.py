@@ -25,6 +25,7 @@ from svdk.models.pair import ModelPair
 from svdk.ops.api import extract
 from svdk.utils.bootstrap import bootstrap
 from svdk.utils.checks import check_choice, check_count, check_number
+from svdk.utils.tokens import eos_ids
 from svdk.warmstart.data import CALIBRATION_FILE, Encoded, Example, encode_all, load_examples
 
 if TYPE_CHECKING:
@@ -144,10 +145,11 @@ def static_steering(
         vectors = [_unit(v) for v in _average(rows, groups, direction, alpha, weighting, backend)]
         sweeps = [Sweep(0.0, ("vector",), default_grid(), backend, v.to(pair.device)) for v in vectors]
         parts = [[Part() for _ in encoded] for _ in sweeps]
+        stop_ids = eos_ids(pair.module, tokenizer)
         for index, warm, base, labels, places in rows:
             for sweep, found in zip(sweeps, parts, strict=True):
                 add_rows(found[index], sweep, warm, base, labels, places, f"calibration example {index}")
-        statistics = [assemble(sweep, found) for sweep, found in zip(sweeps, parts, strict=True)]
+        statistics = [assemble(sweep, found, stop_ids) for sweep, found in zip(sweeps, parts, strict=True)]
         origin = origin_of(pair, peft_model, adapter, tokenizer, examples)
     views = [one.view("vector", 0.0) for one in statistics]
     gains = _out_of_fold(views[:-1], groups[:-1], estimator, objective)
@@ -158,6 +160,7 @@ def static_steering(
         strength=best.strength,
         direction="vector",
         alpha=0.0,
+        lever="vector",
         estimator=estimator,
         objective=objective,
         gain=gain,
@@ -199,8 +202,9 @@ def logit_bias(
         InputError: a steering without a static vector, or a bad ``top``.
 
     """
-    if steering.vector is None or steering.strength_mode != "constant":
+    if steering.vector is None or steering.strength_mode != "constant" or len(steering.positions):
         have = f"{steering.direction}, strength mode {steering.strength_mode}"
+        have += f", {len(steering.positions)} strengths by position" if len(steering.positions) else ""
         raise InputError(f"steering had direction {have}; allowed: direction vector, constant strength")
     check_count("top", top)
     bias = steering.strength * steering.vector.double().cpu()

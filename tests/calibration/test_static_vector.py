@@ -249,6 +249,9 @@ def test_bad_arguments(folder, tiny_tokenizer):
             static_steering(model, folder, ROWS, tokenizer=tiny_tokenizer, **arguments)
     with pytest.raises(DataError, match="held 1 usable example; allowed: at least 2"):
         static_steering(model, folder, ROWS[:1], tokenizer=tiny_tokenizer)
+    listed = Steering(direction="vector", vector=torch.ones(4), positions=(1.0,))
+    with pytest.raises(InputError, match="1 strengths by position; allowed: direction vector"):
+        logit_bias(listed)
     with pytest.raises(InputError, match=r"steering had direction kl_gradient.*allowed: direction vector"):
         logit_bias(Steering(strength=1.0))
     with pytest.raises(InputError, match="top was 0"):
