@@ -77,7 +77,7 @@ class CalibrationConfig:
         direction = "auto" if m.get("settings", 1) > 1 else steering.direction
         seed, folds = int(m.get("seed", 0)), int(m.get("folds", 5))
         lever = "auto" if m.get("levers", 1) > 1 else steering.lever or "constant"
-        alpha = m.get("alpha", steering.alpha)  # that was asked for, where the lever has none
+        alpha = m.get("alpha", steering.alpha)  # of the statistics, where the lever has none
         return cls(direction, alpha, steering.estimator, steering.objective, seed, folds, lever=lever)
 
     def override(self, **changes: Any) -> CalibrationConfig:
@@ -243,7 +243,7 @@ def make_report(
     compared = tuple(row(setting, estimator) for setting in settings)
     strength = next(r.strength for r in rows if r.estimator == estimator)
     metrics = metrics_of(statistics, view, strength)
-    metrics |= {"seed": seed, "folds": folds, "settings": len(settings), "alpha": float(config.alpha)}
+    metrics |= {"seed": seed, "folds": folds, "settings": len(settings), "alpha": best[1]}
     metrics |= costs or {}
     found = Report(*best, estimator, objective, gain, interval, rows, compared, metrics, view)
     return _with_levers(found, statistics, views, config)

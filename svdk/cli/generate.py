@@ -97,7 +97,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         type=float,
         default=1.0,
         metavar="X",
-        help="a dial: all of that times X; 0 is the adapter as it is, 1 as calibrated (default)",
+        help="a dial: all strengths times X; 1 is as calibrated (default), 0 the adapter, behind its mask",
     )
     parser.set_defaults(run=run)
 

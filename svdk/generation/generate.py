@@ -105,7 +105,7 @@ def generate(
         penalty: lambda outside the confidence set: finite, or -inf (default).
         vector: a fixed steering vector (V,) in logits; the base model is not run.
         strength_scale: a dial: all strengths are multiplied by it, and so is what an adapter's calibrated
-            scale adds to 1. 0 is the warm start, 1 as calibrated.
+            scale adds to 1. 1 is as calibrated, 0 the warm start, behind the mask where there is one.
         seed: an integer (spread over the rows as in :func:`svdk.steered_sample`), a (B,) tensor (a row's
             tokens then do not depend on the batch around it), or None: from torch's global generator.
         streamer: gets the prompt, then each token; it is ended also where an error is raised.

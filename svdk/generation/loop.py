@@ -82,10 +82,10 @@ def run(
     logits: list[Tensor] = []
     infos: list[SampleInfo] = []
     pending, step = input_ids, 0
-    if call.streamer is not None:
-        call.streamer.put(input_ids.cpu())
     with pair.evaluating(), adapter_scale(pair, sampler.steering.scale):
         step_forward = choose_step(pair, sampler, paths, input_ids)
+        if call.streamer is not None:
+            call.streamer.put(input_ids.cpu())
         if call.use_cache:
             cache = step_forward.new_cache(call.cache_implementation, call.max_length)
         while True:

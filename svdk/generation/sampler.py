@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 VIEWS = {STEERED: (WARM, BASE), WARM: (WARM,), BASE: (BASE,)}
 UNSTEERED = SteeringConfig(strength=0.0, alpha=0.0)
 WITHOUT_BASE = ("none", "scale")
-# Levers that leave the logits of the adapter as they are.
+"""Levers that leave the logits of the adapter as they are."""
 FIELDS = tuple(entry.name for entry in dataclasses.fields(SteeringConfig))
 
 
@@ -41,7 +41,7 @@ class SteeringOptions:
     vector: Tensor | None = None
     """(V,) or (B, V)"""
     strength_scale: float = 1.0
-    """All of that times this: 0 is the warm start, 1 as calibrated."""
+    """All strengths times this: 1 as calibrated, 0 the warm start, behind its mask where there is one."""
     seed: int | Tensor | None = None
     view: str = STEERED
     """Or "warm" or "base", to sample plainly from one model with the same filters and uniforms."""

@@ -97,7 +97,8 @@ class SteeringConfig:
     def scaled(self, by: float) -> SteeringConfig:
         """A plain config with all strengths times ``by``, and the adapter's scale moved likewise from 1.
 
-        A dial: 0 is the warm start, 1 what was calibrated. (A KL budget goes with the square of a strength.)
+        A dial: 1 is what was calibrated, 0 the warm start (behind the mask, with alpha above 0). A KL budget
+        goes with the square of a strength.
         """
         squared = self.strength_mode == "kl_budget"
         positions = self.positions
