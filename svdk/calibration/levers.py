@@ -15,7 +15,7 @@ from torch import Tensor
 from svdk.calibration.estimators import Setting, fit, select, split_folds
 from svdk.calibration.kept_statistics import KINDS, Statistics
 from svdk.calibration.loss_views import View
-from svdk.calibration.positions import fit_positions
+from svdk.calibration.positions import fit_positions, strengths_at
 from svdk.utils.bootstrap import bootstrap
 
 COSTS = {"none": 1, "scale": 1, "constant": 2, "positions": 2}
@@ -105,7 +105,7 @@ class Judge:
             nothing = torch.zeros(len(self.statistics.logprob_warm), dtype=torch.float64)
             return nothing, nothing
         view = self.views[one.setting]
-        mu = _table(one)[self.statistics.positions().clamp(max=len(one.positions))]
+        mu = strengths_at(self.statistics.positions(), one.positions, one.strength)
         before, after = view.at_tokens(0.0).nll, view.at_tokens(mu).nll
         return before - after, view.correct_tokens(mu) - view.correct_tokens(0.0)
 
@@ -127,10 +127,6 @@ class Judge:
         parts = {name: float(nll[kinds == i].sum()) / total for i, name in enumerate(KINDS)}
         everything = torch.ones(statistics.examples, dtype=torch.bool)
         return LeverRow(self.fit(lever, everything), gain, interval, parts, sums)
-
-
-def _table(one: Fitted) -> Tensor:
-    return torch.tensor([*one.positions, one.strength], dtype=torch.float64)
 
 
 def _nearest(scales: Tensor, total: Tensor) -> float:

@@ -7,6 +7,7 @@ is chosen by cross-validation over examples; 0 is among the widths, which is the
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,6 +27,12 @@ FARTHEST = 8.0
 """How far from the single strength a position's may be."""
 
 
+def strengths_at(position: Tensor, positions: Sequence[float], strength: float) -> Tensor:
+    """Mu float64 of tokens at ``position`` (T,): the listed one, beyond the list the single one."""
+    table = torch.tensor([*positions, strength], dtype=torch.float64)
+    return table[position.long().clamp(max=len(positions))]
+
+
 @dataclass(frozen=True)
 class PositionFit:
     """Strengths of the first output positions, and of all that come later."""
@@ -37,8 +44,7 @@ class PositionFit:
 
     def of(self, position: Tensor) -> Tensor:
         """Mu float64 of tokens at ``position`` (T,)."""
-        table = torch.tensor([*self.positions, self.strength], dtype=torch.float64)
-        return table[position.long().clamp(max=len(self.positions))]
+        return strengths_at(position, self.positions, self.strength)
 
 
 def fit_positions(

@@ -6,8 +6,6 @@ import argparse
 import platform
 from pathlib import Path
 
-JSON_NAME = "steering.json"
-
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
     """Register ``info`` and its options."""
@@ -28,6 +26,7 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     import svdk
+    from svdk.calibration.artifact import JSON_NAME
     from svdk.errors import InputError
     from svdk.ops import backends
     from svdk.ops.philox import CONTRACT

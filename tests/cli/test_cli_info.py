@@ -6,6 +6,7 @@ import pytest
 from peft import LoraConfig, get_peft_model
 
 import svdk
+from svdk.calibration.artifact import Steering
 from svdk.cli import main
 from svdk.models import paired_forward
 from svdk.ops import backends
@@ -43,3 +44,12 @@ def test_two_pass_path_says_why(tiny_folder, tmp_path, capsys, monkeypatch):
 def test_half_a_question(capsys):
     assert main(["info", "--model", "x"]) == 2
     assert "--adapter was absent" in capsys.readouterr().err
+
+
+def test_what_steers_a_calibrated_adapter(tmp_path, capsys):
+    Steering(strength=1.5, positions=(2.0, -0.5), lever="positions").save(tmp_path)
+    assert main(["info", "--adapter", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert "2 -0.5, then 1.5" in out and "not calibrated" in out
+    assert main(["info", "--adapter", str(tmp_path / "other")]) == 2
+    assert "without --model; allowed: a calibrated adapter" in capsys.readouterr().err

@@ -56,16 +56,6 @@ def slow_rows(peft_model, plain, rows, seeds=None, filters=None, **steering):
     return torch.stack(found)
 
 
-@pytest.fixture(scope="module")
-def lora():
-    return tiny.tiny_peft("lora")
-
-
-@pytest.fixture(scope="module")
-def plain():
-    return tiny.tiny_model()
-
-
 @pytest.mark.parametrize("arch", ["llama", "gpt2"])
 @pytest.mark.parametrize("kind", tiny.PEFT_TYPES)
 def test_greedy_and_sampling_equal_the_slow_loop(kind, arch):

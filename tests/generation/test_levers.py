@@ -41,16 +41,6 @@ def slow_positions(peft_model, plain, rows, positions=POSITIONS, strength=STRENG
     return torch.stack(found, 1)
 
 
-@pytest.fixture(scope="module")
-def lora():
-    return tiny.tiny_peft("lora")
-
-
-@pytest.fixture(scope="module")
-def plain():
-    return tiny.tiny_model()
-
-
 @pytest.mark.parametrize(
     "options",
     [{}, {"forward": "two_pass"}, {"cache_implementation": "static"}, {"use_cache": False}],

@@ -47,16 +47,6 @@ class SlowSteering(LogitsProcessor):
         return steered
 
 
-@pytest.fixture(scope="module")
-def lora():
-    return tiny.tiny_peft("lora")
-
-
-@pytest.fixture(scope="module")
-def plain():
-    return tiny.tiny_model()
-
-
 def run(model, processor, ids, mask, **options):
     torch.manual_seed(0)
     options = {"max_new_tokens": STEPS, "return_dict_in_generate": True, "output_scores": True} | options

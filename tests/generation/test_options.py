@@ -34,11 +34,6 @@ STEPS = 8
 STEERED = {"strength": 2.0, "max_new_tokens": STEPS, "eos_token_id": None}
 
 
-@pytest.fixture(scope="module")
-def lora():
-    return tiny.tiny_peft("lora")
-
-
 def through_model(model, ids, **options):
     return model.generate(input_ids=ids, custom_generate=svdk.generate, **STEERED | options)
 
