@@ -28,12 +28,12 @@ from svdk.calibration.estimators import (
 )
 from svdk.calibration.kept_statistics import Statistics
 from svdk.calibration.loss_views import MaskedView, View
+from svdk.calibration.option_statistics import OptionStatistics
 from svdk.calibration.report import saved_statistics
 from svdk.eval.answers import kept_answers
 from svdk.eval.generation import score_answers
 from svdk.eval.metrics import score
 from svdk.eval.runner import STATIC, Place, load_statistics, places, questions_hash, task_of
-from svdk.eval.scoring import OptionStatistics
 from svdk.eval.spec import Run, Study
 from svdk.eval.systems import System, scoring_systems
 from svdk.eval.tasks import Question, Task

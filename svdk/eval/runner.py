@@ -23,15 +23,15 @@ from svdk.calibration.artifact import Steering
 from svdk.calibration.calibrate import calibrate
 from svdk.calibration.estimators import ESTIMATORS, OBJECTIVES, fit
 from svdk.calibration.kept_statistics import default_grid
+from svdk.calibration.option_statistics import OptionStatistics, score_options
 from svdk.calibration.report import saved_statistics
 from svdk.calibration.static_vector import static_steering
 from svdk.errors import ArtifactError, DataError
 from svdk.eval.answers import answered, run_answers
-from svdk.eval.base_cache import BaseCache
-from svdk.eval.scoring import OptionStatistics, score_options
 from svdk.eval.spec import Run, Study
 from svdk.eval.tasks import Question, Task, load_task
 from svdk.models.adapter_files import WARMSTART_FILE
+from svdk.models.base_cache import BaseCache
 from svdk.models.fingerprints import adapter_fingerprint
 from svdk.models.loading import detach, load_adapter, load_model
 from svdk.models.pair import ModelPair

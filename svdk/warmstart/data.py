@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 CALIBRATION_FILE = "calibration.jsonl"
 """What a warm start holds out and leaves beside the adapter."""
-COLUMNS = "'prompt' and 'completion', or 'messages'"
+COLUMNS = "'prompt' and 'completion', or 'messages', or 'prompt', 'options' and 'label'"
 PROMPT_COLUMNS = "'prompt' or 'messages'"
 NO_CHAT = (
     "messages were not a chat; allowed: a list of at least two objects with the strings 'role' and "
@@ -39,6 +40,8 @@ class Example:
 
     prompt: str
     completion: str
+    options: tuple[str, ...] = ()
+    """What the completion was chosen among, itself included; empty where the answer is free."""
 
 
 @dataclass
@@ -65,6 +68,8 @@ def load_examples(
     ``content``, and what else the chat template reads (``tool_calls`` may stand for the content of a turn by
     the assistant). Chats need a tokenizer with a chat template, which also gets the columns ``tools`` and
     ``documents`` (lists of objects, or a JSON string of one) and the variables in ``chat_template_kwargs``.
+    A choice has ``options``, a list of texts, and ``label``, one of them or its place from 0 on, in the place
+    of the completion (or beside it).
 
     Columns that are ignored, and what the chat template leaves out, are named in one warning. Raises
     :class:`DataError` naming the file, the line and what is wrong with it.
@@ -129,7 +134,8 @@ class Columns:
 
 def save_examples(examples: Iterable[Example], path: str | Path) -> None:
     """Write examples as JSONL, atomically."""
-    write_file(path, "".join(json.dumps(asdict(e), ensure_ascii=False) + "\n" for e in examples))
+    rows = ({name: value for name, value in asdict(e).items() if value != ()} for e in examples)
+    write_file(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
@@ -264,14 +270,18 @@ def check_text(where: str, value: Any, *, blank: bool = False) -> str:
 
 def _example(row: Any, where: str, tokenizer: PreTrainedTokenizerBase | None, columns: Columns) -> Example:
     given = _given(row, where, COLUMNS)
+    if {"options", "label"} <= given:
+        return _choice(row, given, where, tokenizer, columns)
     pair = {"prompt", "completion"} <= (set(row) if "messages" not in given else given)
     used = ["prompt", "completion"] if pair else ["messages"]
+    options: tuple[str, ...] = ()
     if not pair and "messages" not in row:
         raise DataError(f"{where}: columns were {_list(row)}; needed: {COLUMNS}")
     chats = [name for name in used if not pair or _is_list(row[name])]
     if not chats:
         prompt, completion = row["prompt"], row["completion"]
-        columns.add(row, used)
+        options = _options_beside(row, completion)
+        columns.add(row, [*used, "options"] if options else used)
     elif chats != used:
         kinds = " and ".join(f"{name} was of type {type(row[name]).__name__}" for name in used)
         raise DataError(f"{where}: {kinds}; allowed: two strings, or two lists of chat turns")
@@ -285,7 +295,64 @@ def _example(row: Any, where: str, tokenizer: PreTrainedTokenizerBase | None, co
             raise DataError(f"{where}: {NO_ANSWER}")
         prompt, completion = chat.answered(tokenizer, answers)
         columns.add(row, [*used, *OPTIONS], chat.left_out(tokenizer))
-    return Example(check_text(f"{where}: prompt", prompt), check_text(f"{where}: completion", completion))
+    prompt, completion = (
+        check_text(f"{where}: prompt", prompt),
+        check_text(f"{where}: completion", completion),
+    )
+    return Example(prompt, completion, options)
+
+
+def _options_beside(row: Mapping[str, Any], completion: Any) -> tuple[str, ...]:
+    """The options of a row whose completion is one of them; else nothing: another column of this name."""
+    options: Any = row.get("options")
+    if not _is_list(options) or completion not in options or not all(isinstance(x, str) for x in options):
+        return ()
+    return tuple(options) if len(set(options)) == len(options) > 1 else ()
+
+
+def _choice(
+    row: Any, given: set[str], where: str, tokenizer: PreTrainedTokenizerBase | None, columns: Columns
+) -> Example:
+    """A row with options and the label of the right one; in chats each option is an answer's content."""
+    options, label = row["options"], row["label"]
+    if (
+        not _is_list(options)
+        or len(options) < 2
+        or not all(isinstance(x, str) and x.strip() for x in options)
+    ):
+        raise DataError(f"{where}: options was {_quote(str(options))}; allowed: a list of at least two texts")
+    if len(set(options)) < len(options):
+        raise DataError(f"{where}: options held {_quote(str(options))}; allowed: different texts")
+    options = [check_text(f"{where}: options[{i}]", text) for i, text in enumerate(options)]
+    if isinstance(label, str) and label in options:
+        label = options.index(label)
+    if isinstance(label, bool) or not isinstance(label, int) or not 0 <= label < len(options):
+        raise DataError(
+            f"{where}: label was {label!r}; allowed: one of the options, or its place, 0 to "
+            f"{len(options) - 1}"
+        )
+    if isinstance(row.get("completion"), str) and row["completion"] != options[label]:
+        raise DataError(
+            f"{where}: completion was {_quote(row['completion'])} with label {label}; allowed: the option "
+            f"{_quote(options[label])}"
+        )
+    used = "messages" if "messages" in given else "prompt"
+    if used not in given:
+        raise DataError(f"{where}: columns were {_list(row)}; needed: {COLUMNS}")
+    if not _is_list(row[used]):
+        columns.add(row, [used, "options", "label", "completion"])
+        return Example(check_text(f"{where}: prompt", row[used]), options[label], tuple(options))
+    chat = read_chat(row, [used], where)
+    if chat.turns[-1]["role"] == "assistant":
+        raise DataError(f"{where}: the last turn of {used} was by 'assistant'; allowed: one that it answers")
+    answers = [
+        dataclasses.replace(chat, turns=[*chat.turns, {"role": "assistant", "content": text}])
+        for text in options
+    ]
+    texts = [answer.answered(tokenizer) for answer in answers]
+    columns.add(row, [used, *OPTIONS, "options", "label"], answers[label].left_out(tokenizer))
+    prompt, completion = texts[label]
+    return Example(prompt, completion, tuple(text for _, text in texts))
 
 
 def _prompt(row: Any, where: str, columns: Columns) -> str | Chat:

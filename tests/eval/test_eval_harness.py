@@ -21,8 +21,8 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
+from svdk.calibration.option_statistics import score_options
 from svdk.eval.harness import SYSTEMS, TASK_FOLDER, SteeredLM, evaluate_harness
-from svdk.eval.scoring import score_options
 from svdk.eval.tasks import load_task
 
 PAIRS = [("abc", " def"), ("a longer context", " x"), ("q", " hello you"), ("zz", " d"), ("zz", " q")]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from svdk.calibration.kept_statistics import Statistics, default_grid
 from svdk.calibration.loss_views import MaskedView, View
 from svdk.calibration.sweep import DIRECTIONS, MAX_FORWARD, Part, Sweep, add_rows, assemble, check_grid
 from svdk.errors import ArtifactError, DataError
-from svdk.eval.base_cache import BaseCache
+from svdk.models.base_cache import BaseCache
 from svdk.models.pair import ModelPair
 from svdk.models.stream import ViewCache
 from svdk.utils.tokens import pad
@@ -23,7 +23,33 @@ from svdk.warmstart.data import Example, encode_continuation, encode_prompt
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from svdk.eval.tasks import Question
+BOTH = ("warm", "base")
+
+
+class Scored(Protocol):
+    """What of a question is scored."""
+
+    @property
+    def id(self) -> str:
+        """For error messages."""
+
+    @property
+    def prompt(self) -> str:
+        """As the model sees it."""
+
+    @property
+    def options(self) -> tuple[str, ...]:
+        """Continuations, exactly as scored after the prompt."""
+
+
+@dataclass(frozen=True)
+class EncodedQuestion:
+    """Token ids of a prompt and its options."""
+
+    name: str
+    """For error messages."""
+    prompt: list[int]
+    options: list[list[int]]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -78,7 +104,7 @@ class OptionStatistics:
 def score_options(
     model: ModelPair,
     tokenizer: PreTrainedTokenizerBase,
-    questions: Sequence[Question],
+    questions: Sequence[Scored],
     *,
     alpha: float = 0.1,
     directions: Sequence[str] = DIRECTIONS,
@@ -115,47 +141,88 @@ def score_options(
     full = (*directions, *(("vector",) if vector is not None else ()))
     grid = default_grid(25) if grid is None else check_grid(grid)
     sweep = Sweep(alpha, full, grid, "auto", None if vector is None else vector.to(model.device))
-    encoded = [_encode(tokenizer, question) for question in questions]
-    base_cache = base_cache or BaseCache()
-    base_cache.bind(model, hashlib.sha256(repr((batch_size, encoded)).encode()).hexdigest())
-    parts: list[list[Part]] = [[] for _ in questions]
+    encoded = [encode_question(tokenizer, f"question {q.id}", q.prompt, q.options) for q in questions]
+    runs = OptionRuns(model, encoded, batch_size=batch_size, base_cache=base_cache, progress=progress)
+    return runs.statistics(sweep)
 
-    from tqdm.auto import tqdm  # here: importing it costs more than the rest of this module
 
-    with tqdm(total=len(questions), desc="scoring", unit="question", disable=not progress) as bar:
-        for members in _batches(encoded, batch_size):
-            names = [f"question {questions[i].id}" for i in members]
-            found = _run(model, sweep, base_cache, members, encoded, names)
-            for index, part in zip(members, found, strict=True):
-                parts[index] = part
-            bar.update(len(members))
-    flat = [part for question in parts for part in question]
-    return OptionStatistics(
-        assemble(sweep, flat),
-        torch.tensor([len(question) for question in parts]),
-        torch.tensor([part.excluded > 0 for part in flat]),
-    )
+def encode_question(
+    tokenizer: PreTrainedTokenizerBase, name: str, prompt: str, options: Sequence[str]
+) -> EncodedQuestion:
+    """Token ids of one question; ``DataError`` where the prompt or an option has none."""
+    ids = encode_prompt(tokenizer, prompt)
+    found = [encode_continuation(tokenizer, Example(prompt, text), ids) for text in options]
+    if not ids or not all(found):
+        raise DataError(f"{name} had an empty prompt or option; allowed: at least 1 token")
+    return EncodedQuestion(name, ids, found)
 
 
 @dataclass(frozen=True)
-class _Encoded:
-    prompt: list[int]
-    options: list[list[int]]
+class OptionRuns:
+    """Forward passes over the options of questions, each prompt read once for all of its options."""
+
+    pair: ModelPair
+    questions: Sequence[EncodedQuestion]
+    batch_size: int = 16
+    """Questions whose prompts share a forward pass."""
+    base_cache: BaseCache | None = None
+    progress: bool = False
+
+    def statistics(self, sweep: Sweep) -> OptionStatistics:
+        """What any strength needs."""
+        parts = [[Part() for _ in one.options] for one in self.questions]
+        for question, option, (warm, base), labels, rows in self.rows():
+            name = self.questions[question].name
+            add_rows(parts[question][option], sweep, warm, base, labels, rows, name)
+        flat = [part for question in parts for part in question]
+        return OptionStatistics(
+            assemble(sweep, flat),
+            torch.tensor([len(question) for question in parts]),
+            torch.tensor([part.excluded > 0 for part in flat]),
+        )
+
+    def rows(
+        self, views: Sequence[str] = BOTH, title: str = "scoring"
+    ) -> Iterator[tuple[int, int, tuple[Tensor, ...], Tensor, Tensor]]:
+        """Question and option number, the logits (R, V) of each view, labels (t,) and their rows (t,)."""
+        if self.base_cache is not None:
+            asked = [(one.prompt, one.options) for one in self.questions]
+            self.base_cache.bind(
+                self.pair, hashlib.sha256(repr((self.batch_size, asked)).encode()).hexdigest()
+            )
+
+        from tqdm.auto import tqdm  # here: importing it costs more than the rest of this module
+
+        with tqdm(total=len(self.questions), desc=title, unit="question", disable=not self.progress) as bar:
+            for members in _batches(self.questions, self.batch_size):
+                for member, option, logits, labels, rows in self._batch(members, views):
+                    yield members[member], option, logits, labels, rows
+                bar.update(len(members))
+
+    def _batch(
+        self, members: list[int], views: Sequence[str]
+    ) -> Iterator[tuple[int, int, tuple[Tensor, ...], Tensor, Tensor]]:
+        """Some questions: prompts first, then every option on a copy of its prompt's cache."""
+        pair, questions = self.pair, [self.questions[i] for i in members]
+        options = [(owner, place) for owner, one in enumerate(questions) for place in range(len(one.options))]
+        tokens = [questions[owner].options[place] for owner, place in options]
+        caches = {"base": self.base_cache}
+        with pair.evaluating():
+            models = [_View(pair, name, questions, caches.get(name), members[0]) for name in views]
+            for number, group in enumerate(_groups(list(map(len, tokens)), pair.vocab_size)):
+                owners = torch.tensor([options[i][0] for i in group], device=pair.device)
+                logits = [view.rows(number, owners, [tokens[i][:-1] for i in group]) for view in models]
+                longest = logits[0].shape[1]
+                flat = tuple(x.flatten(0, 1) for x in logits)
+                for place, index in enumerate(group):
+                    start, labels = place * longest, torch.tensor(tokens[index], device=pair.device)
+                    rows = torch.arange(start, start + len(labels), device=pair.device)
+                    yield *options[index], flat, labels, rows
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, question: Question) -> _Encoded:
-    prompt = encode_prompt(tokenizer, question.prompt)
-    options = [
-        encode_continuation(tokenizer, Example(question.prompt, text), prompt) for text in question.options
-    ]
-    if not prompt or not all(options):
-        raise DataError(f"question {question.id} had an empty prompt or option; allowed: at least 1 token")
-    return _Encoded(prompt, options)
-
-
-def _batches(encoded: list[_Encoded], batch_size: int) -> Iterator[list[int]]:
+def _batches(questions: Sequence[EncodedQuestion], batch_size: int) -> Iterator[list[int]]:
     """Question numbers, longest prompts first: little padding, and the largest memory need shows at once."""
-    order = sorted(range(len(encoded)), key=lambda i: len(encoded[i].prompt), reverse=True)
+    order = sorted(range(len(questions)), key=lambda i: len(questions[i].prompt), reverse=True)
     for start in range(0, len(order), batch_size):
         yield order[start : start + batch_size]
 
@@ -179,36 +246,6 @@ def _groups(lengths: list[int], vocab: int) -> Iterator[list[int]]:
         yield members
 
 
-def _run(
-    pair: ModelPair,
-    sweep: Sweep,
-    base_cache: BaseCache,
-    members: list[int],
-    encoded: list[_Encoded],
-    names: list[str],
-) -> list[list[Part]]:
-    """The options of some questions: prompts first, then every option on a copy of its prompt's cache."""
-    questions = [encoded[i] for i in members]
-    options = [(owner, tokens) for owner, one in enumerate(questions) for tokens in one.options]
-    parts = [Part() for _ in options]
-    with pair.evaluating():
-        warm_view = _View(pair, "warm", questions)
-        base_view = _View(pair, "base", questions, base_cache, members[0])
-        for number, group in enumerate(_groups([len(tokens) for _, tokens in options], pair.vocab_size)):
-            owners = torch.tensor([options[i][0] for i in group], device=pair.device)
-            tails = [options[i][1][:-1] for i in group]
-            warm, base = (view.rows(number, owners, tails) for view in (warm_view, base_view))
-            longest = warm.shape[1]
-            warm, base = warm.flatten(0, 1), base.flatten(0, 1)
-            for place, index in enumerate(group):
-                owner, tokens = options[index]
-                rows = torch.arange(place * longest, place * longest + len(tokens), device=pair.device)
-                labels = torch.tensor(tokens, device=pair.device)
-                add_rows(parts[index], sweep, warm, base, labels, rows, names[owner])
-    found = iter(parts)
-    return [[next(found) for _ in one.options] for one in questions]
-
-
 class _View:
     """One of the two models on a batch of prompts; the prompts run when a row of them is first needed."""
 
@@ -216,7 +253,7 @@ class _View:
         self,
         pair: ModelPair,
         view: str,
-        questions: list[_Encoded],
+        questions: list[EncodedQuestion],
         cache: BaseCache | None = None,
         batch: int = 0,
     ) -> None:

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from svdk import steered_logprob
+from svdk.calibration.option_statistics import OptionStatistics, score_options
 from svdk.errors import ArtifactError, DataError, InputError
-from svdk.eval.base_cache import BaseCache
 from svdk.eval.question import Question
-from svdk.eval.scoring import OptionStatistics, score_options
+from svdk.models.base_cache import BaseCache
 from svdk.models.pair import ModelPair
 from svdk.warmstart.data import encode_prompt
 from tests.helpers.tiny import PEFT_TYPES, VOCAB_SIZE
