@@ -71,8 +71,8 @@ MUTANTS = (
     Mutant(
         "tail_off_by_one",
         "cuda/sweep.cuh",
-        "end - at < N ? end - at : N);",
-        "end - at < N ? end - at - 1 : N);",
+        "left < N ? left : N);",
+        "left < N ? left - 1 : N);",
     ),
     Mutant("joined_loads_off_by_a_word", "cuda/read.cuh", "if (shift & 4) {", "if (shift & 2) {"),
     Mutant(
@@ -88,6 +88,16 @@ MUTANTS = (
         "top + 0.5f * log_alpha -",
     ),
     Mutant("an_overflow_goes_unnoticed", "cuda/sweep.cuh", "overflow = true;", "overflow = false;"),
+    Mutant(
+        "powers_keep_the_rounding_of_their_shift",
+        "cuda/sweep.cuh",
+        "keep_w = exp2_approx(-rest_w)",
+        "keep_w = 0.99f",
+    ),
+    Mutant(
+        "the_cross_term_keeps_it", "cuda/sweep.cuh", "excess = to_nats * (rest_b - rest_w)", "excess = 0.01f"
+    ),
+    Mutant("masked_vectors_are_not_counted", "cuda/sweep.cuh", "warm_masked += N;", "warm_masked += 1;"),
     Mutant("cross_term_stays_behind_the_maximum", "common.h", "cross + usable * (", "cross + 0 * ("),
     Mutant("a_slice_is_entered_too_far", "cuda/draw_sweep.cuh", "(target - before) / mass", "target / mass"),
     Mutant(

@@ -14,7 +14,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks) probe_first_sweep(Sample
   const double log_alpha = s.parameters.log_alpha;  // as in open_row, where it may be read again
   const bool collect = log_alpha > -DBL_MAX || cta.vocab <= kCapacity;
   clear_part(s);
-  first_sweep(cta, row, static_cast<float>(log_alpha), collect);
+  first_sweep(cta, row, s.parameters.fast_log_alpha, collect);
   __syncthreads();
   if (threadIdx.x == 0) a.rows.parts[blockIdx.x] = s.part;
 }
