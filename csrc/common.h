@@ -174,6 +174,7 @@ struct Filter {
   float floor;
   int last_tie;
   SVDK_HD static Filter none() { return {-kFloatInf, kMaxId}; }
+  SVDK_HD bool filters() const { return floor > -kFloatInf; }
   SVDK_HD bool keeps(float z, int id) const { return z > floor || (z == floor && id <= last_tie); }
 };
 

@@ -14,7 +14,7 @@
 
 namespace svdk::cuda {
 
-constexpr int kMaxSlices = 16;
+constexpr int kMaxSlices = 20;  // of 8,192 tokens: vocabularies up to 160k
 constexpr int kSliceTokens = SVDK_SLICE_TOKENS;
 
 struct BFloat16 {

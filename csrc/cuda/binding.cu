@@ -105,17 +105,20 @@ void launch(const char* name, void (*kernel)(Args), int64_t grid, int split, boo
             const Place& place, Args args) {
   if (grid == 0) return;
   STD_TORCH_CHECK(grid <= 0x7fffffff, "svdk::", name, ": too many rows");
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim.x = static_cast<unsigned>(split);
-  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+  cudaLaunchAttribute attributes[2] = {};
+  attributes[0].id = cudaLaunchAttributeClusterDimension;
+  attributes[0].val.clusterDim.x = static_cast<unsigned>(split);
+  attributes[0].val.clusterDim.y = attributes[0].val.clusterDim.z = 1;
+  // Two CTAs of a row on one processor would share what the row was split for.
+  attributes[1].id = cudaLaunchAttributeClusterSchedulingPolicyPreference;
+  attributes[1].val.clusterSchedulingPolicyPreference = cudaClusterSchedulingPolicySpread;
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(static_cast<unsigned>(grid));
   config.blockDim = dim3(kThreads);
   config.stream = place.stream;
   if (clusters) {
-    config.attrs = &attribute;
-    config.numAttrs = 1;
+    config.attrs = attributes;
+    config.numAttrs = 2;
   }
   void* arguments[] = {&args};
   check(cudaLaunchKernelExC(&config, reinterpret_cast<const void*>(kernel), arguments), name);

@@ -24,13 +24,22 @@ struct Draw {
 
 // The steered logits of a vector that may be drawn, -inf for the others.
 template <int S, int N>
-SVDK_DEVICE float drawable(const FastConstants& c, const Filter& filter, int at, int n,
+SVDK_DEVICE float drawable(const FastConstants& c, const Filter& filter, int at,
                            const float (&w)[N], const float (&y)[N], float (&z)[N]) {
   float top = -kFloatInf;
   SVDK_UNROLL
   for (int e = 0; e < N; ++e) {
     z[e] = c.template steered_logit<S>(w[e], S == kNone ? 0.0f : y[e]);
-    if (e >= n || !filter.keeps(z[e], at + e)) z[e] = -kFloatInf;
+  }
+  // Past the end of the row logits are read as -inf, and so they stay.
+  if (filter.filters()) {
+    SVDK_UNROLL
+    for (int e = 0; e < N; ++e) {
+      if (!filter.keeps(z[e], at + e)) z[e] = -kFloatInf;
+    }
+  }
+  SVDK_UNROLL
+  for (int e = 0; e < N; ++e) {
     top = fmaxf(top, z[e]);
   }
   return top;
@@ -66,7 +75,7 @@ SVDK_DEVICE void draw_row(Cta& cta, const Operands<T, S>& row, const Constants& 
               if (e < n) exceptional.look_at<S>(w[e], S == kNone ? 0.0f : y[e]);
             }
           }
-          const float top = drawable<S>(c, filter, at, n, w, y, z);
+          const float top = drawable<S>(c, filter, at, w, y, z);
           if (top == -kFloatInf) return;
           if (greedy) {
             if (top < max) return;  // ties go to the lower id, which may be another thread's
@@ -158,7 +167,7 @@ SVDK_DEVICE int token_at(Cta& cta, const Operands<T, S>& row, const Constants& c
     for (int e = 0; e < N; ++e) m[e] = 0.0f;
     if (at >= stop) return 0.0;
     read_vector(row, at, w, y);
-    drawable<S>(c, draw.filter, at, stop - at < N ? stop - at : N, w, y, z);
+    drawable<S>(c, draw.filter, at, w, y, z);
     double sum = 0;
     SVDK_UNROLL
     for (int e = 0; e < N; ++e) {

@@ -47,6 +47,18 @@ SVDK_DEVICE float half_to_float(uint16_t x) {
   return y;
 }
 
+// The larger of each half; a NaN loses.
+SVDK_DEVICE uint32_t max_bfloat16x2(uint32_t a, uint32_t b) {
+  uint32_t y;
+  asm("max.bf16x2 %0, %1, %2;" : "=r"(y) : "r"(a), "r"(b));
+  return y;
+}
+SVDK_DEVICE uint32_t max_halfx2(uint32_t a, uint32_t b) {
+  uint32_t y;
+  asm("max.f16x2 %0, %1, %2;" : "=r"(y) : "r"(a), "r"(b));
+  return y;
+}
+
 // Largest value over the warp.
 SVDK_DEVICE uint32_t warp_max(uint32_t x) { return __reduce_max_sync(0xffffffffu, x); }
 
@@ -101,7 +113,7 @@ SVDK_DEVICE int thread_id() { return static_cast<int>(threadIdx.x); }
 SVDK_DEVICE int lane_id() { return static_cast<int>(threadIdx.x & 31); }
 SVDK_DEVICE int warp_id() { return static_cast<int>(threadIdx.x >> 5); }
 
-constexpr float kLog2e = 1.44269504088896341f;
+constexpr float kLog2e = 1.44269504088896341f, kLn2 = 0.693147180559945309f;
 SVDK_DEVICE float fast_exp(float x) { return exp2_approx(x * kLog2e); }
 
 // The arithmetic of the formulas in csrc/common.h: in double but for exponentials and logarithms.

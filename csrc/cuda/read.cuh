@@ -59,6 +59,22 @@ SVDK_DEVICE float decode<Half>(uint32_t bits) {
   return half_to_float(static_cast<uint16_t>(bits));
 }
 
+// The larger values of two words, place by place.
+template <typename T>
+SVDK_DEVICE uint32_t max_word(uint32_t a, uint32_t b);
+template <>
+SVDK_DEVICE uint32_t max_word<float>(uint32_t a, uint32_t b) {
+  return bits_of(fmaxf(float_of(a), float_of(b)));
+}
+template <>
+SVDK_DEVICE uint32_t max_word<BFloat16>(uint32_t a, uint32_t b) {
+  return max_bfloat16x2(a, b);
+}
+template <>
+SVDK_DEVICE uint32_t max_word<Half>(uint32_t a, uint32_t b) {
+  return max_halfx2(a, b);
+}
+
 // The nearest value of a type, into memory.
 SVDK_DEVICE void encode(float x, float* to) { *to = x; }
 SVDK_DEVICE void encode(float x, BFloat16* to) { to->bits = float_to_bfloat16(x); }
@@ -123,6 +139,26 @@ struct Lanes {
     SVDK_UNROLL
     for (int i = 0; i < kLoads; ++i) words[i] = fetch16(s, at + i * kPer);
   }
+  // Likewise, of an aligned row in which all of them exist.
+  SVDK_DEVICE void fetch_whole(const Stream<T>& s, int at) {
+    SVDK_UNROLL
+    for (int i = 0; i < kLoads; ++i) words[i] = load16(s.row + at + i * kPer);
+  }
+  SVDK_DEVICE void clear() {
+    constexpr uint32_t none = Traits<T>::kMinusInf * (sizeof(T) == 4 ? 1u : 0x10001u);
+    SVDK_UNROLL
+    for (int i = 0; i < kLoads; ++i) words[i] = {none, none, none, none};
+  }
+  SVDK_DEVICE bool all_masked() const {
+    constexpr uint32_t none = Traits<T>::kMinusInf * (sizeof(T) == 4 ? 1u : 0x10001u);
+    uint32_t differs = 0;
+    SVDK_UNROLL
+    for (int i = 0; i < kLoads; ++i) {
+      differs |= (words[i].x ^ none) | (words[i].y ^ none);
+      differs |= (words[i].z ^ none) | (words[i].w ^ none);
+    }
+    return differs == 0;
+  }
   SVDK_DEVICE void unpack(float (&out)[N]) const {
     SVDK_UNROLL
     for (int i = 0; i < kLoads; ++i) {
@@ -151,9 +187,25 @@ struct Lanes<Adjusted<T>, N> {
   SVDK_DEVICE void fetch(const Stream<Adjusted<T>>& s, int at) {
     static_assert(32 % N == 0, "the bits of a vector are in one word");
     logits.fetch(s.logits, at);
+    rest(s, at);
+  }
+  SVDK_DEVICE void fetch_whole(const Stream<Adjusted<T>>& s, int at) {
+    logits.fetch_whole(s.logits, at);
+    rest(s, at);
+  }
+  SVDK_DEVICE void rest(const Stream<Adjusted<T>>& s, int at) {
     allowed = s.allowed_from(at);
     bias = s.bias ? s.bias + at : nullptr;
     n = s.logits.vocab - at;
+  }
+  SVDK_DEVICE void clear() {
+    logits.clear();
+    bias = nullptr;
+    allowed = n = 0;
+  }
+  SVDK_DEVICE bool all_masked() const {
+    return (allowed & static_cast<uint32_t>((uint64_t{1} << N) - 1)) == 0 ||
+           (!bias && logits.all_masked());
   }
   SVDK_DEVICE void unpack(float (&out)[N]) const {
     logits.unpack(out);
@@ -169,6 +221,34 @@ struct Lanes<Adjusted<T>, N> {
     }
   }
 };
+
+// The largest value of some vectors, which are `x` as floats; -inf if there is none. Values of 16
+// bits are compared two at a time.
+template <typename T, int N, int U>
+SVDK_DEVICE float top_of(const Lanes<T, N> (&lanes)[U], const float (&)[U][N]) {
+  uint32_t top = lanes[0].words[0].x;
+  SVDK_UNROLL
+  for (int u = 0; u < U; ++u) {
+    SVDK_UNROLL
+    for (int i = 0; i < Lanes<T, N>::kLoads; ++i) {
+      const uint4 words = lanes[u].words[i];
+      top = max_word<T>(max_word<T>(top, words.x), max_word<T>(words.y, words.z));
+      top = max_word<T>(top, words.w);
+    }
+  }
+  if (sizeof(T) == 4) return fmaxf(decode<T>(top), -kFloatInf);
+  return fmaxf(decode<T>(top & 0xffffu), fmaxf(decode<T>(top >> 16), -kFloatInf));
+}
+template <typename T, int N, int U>
+SVDK_DEVICE float top_of(const Lanes<Adjusted<T>, N> (&)[U], const float (&x)[U][N]) {
+  float top = -kFloatInf;
+  SVDK_UNROLL
+  for (int u = 0; u < U; ++u) {
+    SVDK_UNROLL
+    for (int e = 0; e < N; ++e) top = fmaxf(top, x[u][e]);
+  }
+  return top;
+}
 
 // Vectors in flight; adjusting them takes the registers of the second.
 template <typename T>
@@ -190,6 +270,15 @@ struct Operands<T, kVectorRow> {
   Stream<T> warm;
   Stream<float> other;
 };
+
+template <typename T>
+SVDK_DEVICE bool is_aligned(const Stream<T>& s) {
+  return s.shift == 0;
+}
+template <typename T>
+SVDK_DEVICE bool is_aligned(const Stream<Adjusted<T>>& s) {
+  return s.logits.shift == 0;
+}
 
 template <typename T, int S>
 SVDK_DEVICE Operands<T, kNone> warm_only(const Operands<T, S>& row) {
@@ -250,6 +339,35 @@ SVDK_DEVICE void read_vector(const Operands<T, S>& row, int at, float (&w)[N], f
   }
 }
 
+// This thread's vectors of an iteration: U of each operand, all loads issued before the first is
+// used. Those past the end are -inf. True if there are none such, in any thread.
+template <int U, typename T, int S, typename Lane, typename OtherLane>
+SVDK_DEVICE bool fetch_vectors(const Operands<T, S>& row, int from, int end, Lane (&w)[U],
+                               OtherLane (&other)[U]) {
+  constexpr int N = Operands<T, S>::N;
+  const bool whole = from + U * kThreads * N <= end;
+  const int first = from + thread_id() * N;
+  // The same in all threads: no load waits for a branch of its own.
+  if (whole && is_aligned(row.warm) && (S == kNone || is_aligned(row.other))) {
+    SVDK_UNROLL
+    for (int u = 0; u < U; ++u) {
+      w[u].fetch_whole(row.warm, first + u * kThreads * N);
+      if constexpr (S != kNone) other[u].fetch_whole(row.other, first + u * kThreads * N);
+    }
+    return true;
+  }
+  SVDK_UNROLL
+  for (int u = 0; u < U; ++u) {
+    const int at = first + u * kThreads * N;
+    w[u].clear();
+    if constexpr (S != kNone) other[u].clear();
+    if (at >= end) continue;
+    w[u].fetch(row.warm, at);
+    if constexpr (S != kNone) other[u].fetch(row.other, at);
+  }
+  return whole;
+}
+
 // The tokens of [begin, end) that are this thread's, vector by vector: f(at, n, w, other) where n
 // of the N tokens exist. `begin` is a multiple of N. U vectors are loaded before the first is used;
 // one is enough for sweeps that are rare or find the row in L2.
@@ -261,17 +379,11 @@ SVDK_DEVICE void for_vectors(const Operands<T, S>& row, int begin, int end, cons
   for (int from = begin; from < end; from += U * kThreads * N) {
     Lanes<T, N> w[U];
     Lanes<Other, N> o[U];
+    const bool whole = fetch_vectors<U>(row, from, end, w, o);
     SVDK_UNROLL
     for (int u = 0; u < U; ++u) {
       const int at = from + (u * kThreads + thread_id()) * N;
-      if (at >= end) continue;
-      w[u].fetch(row.warm, at);
-      if (S != kNone) o[u].fetch(row.other, at);
-    }
-    SVDK_UNROLL
-    for (int u = 0; u < U; ++u) {
-      const int at = from + (u * kThreads + thread_id()) * N;
-      if (at >= end) continue;
+      if (!whole && at >= end) continue;
       float x[N], y[N];
       w[u].unpack(x);
       if (S != kNone) o[u].unpack(y);

@@ -13,6 +13,7 @@ namespace svdk::cuda {
 
 struct RowParameters : Parameters {
   double log_alpha;
+  float fast_log_alpha;  // for the first sweep, in whose loop a double would be converted each time
   bool valid;
 };
 
@@ -25,6 +26,7 @@ SVDK_DEVICE RowParameters parameters_of(const BatchArgs& a, int row) {
     p.alpha = 0;
     p.log_alpha = -kInf;
   }
+  p.fast_log_alpha = static_cast<float>(p.log_alpha);
   p.valid = valid_parameters(p, a.vocab);
   return p;
 }

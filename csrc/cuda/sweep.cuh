@@ -10,39 +10,63 @@
 
 namespace svdk::cuda {
 
-template <int S, int N>
-SVDK_DEVICE void add_vector(RunningSums& o, Exceptional& exceptional, const float (&w)[N],
-                            const float (&b)[N], int n) {
-  float top_w = w[0], top_b = S == kBase ? b[0] : -kFloatInf;
-  SVDK_UNROLL
-  for (int e = 1; e < N; ++e) {
-    top_w = fmaxf(top_w, w[e]);
-    if (S == kBase) top_b = fmaxf(top_b, b[e]);
+// Exponents of 2 relative to the running maxima, made by one FMA a logit: w log2(e) - shift. A
+// shift is rounded, so the powers are 2^rest times what they should be.
+struct Powers {
+  float shift_w, shift_b;
+  float keep_w, keep_b;  // 2^-rest
+  float to_nats, excess;
+
+  SVDK_DEVICE void set(float max_w, float max_b) {
+    shift_w = shift(max_w);
+    shift_b = shift(max_b);
+    const float rest_w = fmaf(max_w, kLog2e, -shift_w), rest_b = fmaf(max_b, kLog2e, -shift_b);
+    keep_w = exp2_approx(-rest_w);
+    keep_b = exp2_approx(-rest_b);
+    to_nats = keep_w * kLn2;
+    excess = to_nats * (rest_b - rest_w);
   }
-  if (top_w > o.max_w || top_b > o.max_b) o.rescale(fmaxf(o.max_w, top_w), fmaxf(o.max_b, top_b));
-  // The cross term (or the probe) is finite exactly when nothing in the vector is exceptional.
+  // NaN, and so a look at each token, where so much is rounded that a power could leave the range.
+  SVDK_DEVICE static float shift(float max) {
+    return fabsf(max) < 0x1p20f ? max * kLog2e : static_cast<float>(kNaN);
+  }
+};
+
+// The sums of some vectors that are all there, if nothing in them is exceptional: the cross term
+// (or the probe) is finite exactly then.
+template <int S, int U, int N>
+SVDK_DEVICE bool add_vectors(RunningSums& o, const Powers& powers, const float (&w)[U][N],
+                             const float (&b)[U][N]) {
   float z = 0.0f, y = 0.0f, c = 0.0f;
   SVDK_UNROLL
-  for (int e = 0; e < N; ++e) {
-    const float dw = w[e] - o.max_w, ew = fast_exp(dw);
-    z += ew;
-    if (S == kBase) {
-      const float db = b[e] - o.max_b;
-      y += fast_exp(db);
-      c = fmaf(ew, dw - db, c);
-    } else {
-      c = nonfinite_probe<S>(w[e], b[e], c);
+  for (int u = 0; u < U; ++u) {
+    SVDK_UNROLL
+    for (int e = 0; e < N; ++e) {
+      const float dw = fmaf(w[u][e], kLog2e, -powers.shift_w), ew = exp2_approx(dw);
+      z += ew;
+      if (S == kBase) {
+        const float db = fmaf(b[u][e], kLog2e, -powers.shift_b);
+        y += exp2_approx(db);
+        c = fmaf(ew, dw - db, c);
+      } else {
+        c = nonfinite_probe<S>(w[u][e], b[u][e], c);
+      }
     }
   }
-  if (n == N && is_finite(c)) {
-    o.z_w += z;
-    if (S == kBase) {
-      o.usable += z;
-      o.z_b += y;
-      o.cross += c;
-    }
-    return;
+  if (!is_finite(S == kBase ? c : c + z)) return false;
+  o.z_w = fmaf(z, powers.keep_w, o.z_w);
+  if (S == kBase) {
+    o.usable = fmaf(z, powers.keep_w, o.usable);
+    o.z_b = fmaf(y, powers.keep_b, o.z_b);
+    o.cross = fmaf(z, powers.excess, fmaf(c, powers.to_nats, o.cross));
   }
+  return true;
+}
+
+// Likewise of the first n tokens of a vector, whatever they are.
+template <int S, int N>
+SVDK_DEVICE void add_tokens(RunningSums& o, Exceptional& exceptional, const float (&w)[N],
+                            const float (&b)[N], int n) {
   SVDK_UNROLL
   for (int e = 0; e < N; ++e) {
     if (e >= n) continue;
@@ -74,61 +98,88 @@ SVDK_DEVICE float candidate_from(float top, float log_alpha) {
   return fmaxf(from, -FLT_MAX);
 }
 
+// What candidates are measured against: the largest value that the CTA has met so far.
+struct Threshold {
+  float seen, bound;
+  uint32_t key;  // of the running maximum that the bound is of
+
+  SVDK_DEVICE void clear() {
+    seen = -kFloatInf;
+    bound = kFloatInf;
+    key = 0;  // of no float
+  }
+  SVDK_DEVICE void raise(RowShared& s, float high, float log_alpha) {
+    if (high > seen) {
+      seen = high;
+      atomicMax(&s.running, ordered_key(high));
+    }
+    const uint32_t now = read_shared(&s.running);
+    if (now == key) return;
+    key = now;
+    seen = fmaxf(seen, key_value(now));
+    bound = candidate_from(seen, log_alpha);
+  }
+};
+
 // Step 2, for the slices of this CTA: their sums, and with `collect` the candidates within
 // log_alpha of the running maximum, in no order. Ends without a barrier.
 template <typename T, int S>
 SVDK_DEVICE void first_sweep(Cta& cta, const Operands<T, S>& row, float log_alpha, bool collect) {
-  constexpr int N = Operands<T, S>::N, U = Operands<T, S>::kUnroll;
+  constexpr int N = Operands<T, S>::N, U = Operands<T, S>::kUnroll, kStep = U * kThreads * N;
   using Other = typename Operands<T, S>::Other;
   RowShared& s = cta.s;
   RunningSums o;
+  Powers powers;
+  Threshold threshold;
+  threshold.clear();
   Exceptional exceptional{0, 0};
-  float seen = -kFloatInf;
+  const int start = cta.begin(cta.first_slice());
   SVDK_ROLLED
   for (int slice = cta.first_slice(); slice < cta.last_slice(); ++slice) {
     o.clear();
+    powers.set(o.max_w, o.max_b);
     const int end = cta.end(slice);
     SVDK_ROLLED
-    for (int from = cta.begin(slice); from < end; from += U * kThreads * N) {
+    for (int from = cta.begin(slice); from < end; from += kStep) {
       Lanes<T, N> w[U];
       Lanes<Other, N> other[U];
+      const bool whole = fetch_vectors<U>(row, from, end, w, other);
+      float x[U][N], y[U][N];
       SVDK_UNROLL
       for (int u = 0; u < U; ++u) {
-        const int at = from + (u * kThreads + thread_id()) * N;
-        if (at >= end) continue;
-        w[u].fetch(row.warm, at);
-        if (S != kNone) other[u].fetch(row.other, at);
+        w[u].unpack(x[u]);
+        if (S != kNone) other[u].unpack(y[u]);
       }
-      SVDK_UNROLL
-      for (int u = 0; u < U; ++u) {
-        const int at = from + (u * kThreads + thread_id()) * N;
-        const bool here = at < end;
-        float x[N], y[N];
-        float top = -kFloatInf;
-        if (here) {
-          w[u].unpack(x);
-          if (S != kNone) other[u].unpack(y);
+      const float top_w = top_of(w, x), top_b = S == kBase ? top_of(other, y) : -kFloatInf;
+      if (collect) {
+        // One maximum over the warp at the very start: alone, a thread's own lets too many in.
+        threshold.raise(s, from == start ? warp_reduce(top_w, Max()) : top_w, log_alpha);
+        if (top_w >= threshold.bound && read_shared(&s.part.count) <= kCapacity) {
           SVDK_UNROLL
-          for (int e = 0; e < N; ++e) top = fmaxf(top, x[e]);
-        }
-        if (collect) {
-          // One maximum over the warp at the very start: alone, a thread's own lets too many in.
-          const bool first = u == 0 && from == cta.begin(cta.first_slice());
-          const float high = first ? warp_reduce(top, Max()) : top;
-          if (high > seen) {
-            seen = high;
-            atomicMax(&s.running, ordered_key(high));
-          }
-          seen = fmaxf(seen, key_value(read_shared(&s.running)));
-          const float bound = candidate_from(seen, log_alpha);
-          if (here && top >= bound && read_shared(&s.part.count) <= kCapacity) {
+          for (int u = 0; u < U; ++u) {
+            const int at = from + (u * kThreads + thread_id()) * N;
             SVDK_UNROLL
             for (int e = 0; e < N; ++e) {
-              if (x[e] >= bound) s.part.add(at + e, x[e], S == kNone ? 0.0f : y[e]);
+              if (x[u][e] >= threshold.bound) {
+                s.part.add(at + e, x[u][e], S == kNone ? 0.0f : y[u][e]);
+              }
             }
           }
         }
-        if (here) add_vector<S>(o, exceptional, x, y, end - at < N ? end - at : N);
+      }
+      if (top_w > o.max_w || top_b > o.max_b) {
+        o.rescale(fmaxf(o.max_w, top_w), fmaxf(o.max_b, top_b));
+        powers.set(o.max_w, o.max_b);
+      }
+      if (whole && add_vectors<S>(o, powers, x, y)) continue;
+      SVDK_UNROLL
+      for (int u = 0; u < U; ++u) {
+        const int at = from + (u * kThreads + thread_id()) * N, left = end - at;
+        if (left >= N && w[u].all_masked() && (S == kNone || other[u].all_masked())) {
+          exceptional.warm_masked += N;  // as most of a row that a grammar masks
+        } else if (left > 0) {
+          add_tokens<S>(o, exceptional, x[u], y[u], left < N ? left : N);
+        }
       }
     }
     close_slice(s, o, slice);
@@ -273,7 +324,7 @@ SVDK_DEVICE bool open_row(Cta& cta, const BatchArgs& a, const Operands<T, S>& ro
   const bool masks = log_alpha > -DBL_MAX;
   const bool collect = masks || cta.vocab <= kCapacity;
   clear_part(s);
-  first_sweep(cta, row, static_cast<float>(log_alpha), collect);
+  first_sweep(cta, row, s.parameters.fast_log_alpha, collect);
   Parts parts;
   if (!publish(cta, a, parts)) return false;
   int total = -1;

@@ -17,13 +17,17 @@ namespace svdk::cuda {
 // Candidates that a CTA keeps; a row with more of them is swept again.
 constexpr int kCapacity = SVDK_CAPACITY;
 
+// Slices are cut in whole iterations of the sweeps: the last of a slice would otherwise read
+// little, and take as long as the others.
+constexpr int kSliceStep = kSliceTokens < 16 * kThreads ? 64 : 16 * kThreads;
+
 // How a row is cut: always the same way, so that sums do not depend on how many CTAs share them.
 struct Slices {
   int count, length;
   SVDK_DEVICE explicit Slices(int vocab) {
     count = (vocab + kSliceTokens - 1) / kSliceTokens;
     if (count > kMaxSlices) count = kMaxSlices;
-    length = ((vocab + count - 1) / count + 63) / 64 * 64;
+    length = ((vocab + count - 1) / count + kSliceStep - 1) / kSliceStep * kSliceStep;
     count = (vocab + length - 1) / length;
   }
 };

@@ -71,8 +71,8 @@ MUTANTS = (
     Mutant(
         "tail_off_by_one",
         "cuda/sweep.cuh",
-        "end - at < N ? end - at : N);",
-        "end - at < N ? end - at - 1 : N);",
+        "left < N ? left : N);",
+        "left < N ? left - 1 : N);",
     ),
     Mutant("joined_loads_off_by_a_word", "cuda/read.cuh", "if (shift & 4) {", "if (shift & 2) {"),
     Mutant(
@@ -105,6 +105,19 @@ MUTANTS = (
         "(rank + 1) * (slices.count - 1) / size;",
     ),
 )
+WHOLE = (
+    Mutant(
+        "powers_keep_the_rounding_of_their_shift",
+        "cuda/sweep.cuh",
+        "keep_w = exp2_approx(-rest_w)",
+        "keep_w = 0.99f",
+    ),
+    Mutant(
+        "the_cross_term_keeps_it", "cuda/sweep.cuh", "excess = to_nats * (rest_b - rest_w)", "excess = 0.05f"
+    ),
+    Mutant("masked_vectors_are_not_counted", "cuda/sweep.cuh", "warm_masked += N;", "warm_masked += 1;"),
+)
+"""Of the way that whole iterations of a sweep take, which short slices do not have."""
 CASES = ("default", "kl_budget", "kl_budget_everywhere", "plain", "plain_top_p", "cold_top_p")
 SEVERAL_WARPS = oc.Case("several_warps", {"alpha": 0.01, "top_p": 0.9, "temperature": 1.5})
 """About 45 candidates where there is room for 64: more than one warp has some."""
@@ -184,3 +197,37 @@ def test_the_sources_as_they_are_pass(expected, tmp_path):
 def test_a_planted_bug_is_noticed(mutant, expected, tmp_path):
     library = cuda_shim.build(mutated(tmp_path, mutant), **SMALL)
     assert not is_right(library, expected)
+
+
+def whole_expectations():
+    """Calls with whole iterations, some of whose vectors a grammar masks."""
+    expected = []
+    warm, base = oc.logits(1, 8192, seed=2, scale=3.0)
+    masked = warm.clone()
+    masked[:, 1000:3000] = -oc.INF
+    for operands in ((warm, base), (masked, base.where(masked.isfinite(), masked))):
+        for case in oc.CASES:
+            if case.name in ("default", "kl_budget_everywhere", "plain"):
+                args, kwargs = oc.operands(case, *operands)
+                kwargs = kwargs | {"seed": 3, "return_info": True}
+                expected.append((args, kwargs, svdk.steered_sample(*args, **kwargs, backend="reference")))
+    return expected
+
+
+def whole_is_right(library) -> bool:
+    for args, kwargs, (token, info) in whole_expectations():
+        got, floats, ints = cuda_shim.Shim(library).steered_sample(*oc.flat_arguments(args, kwargs))
+        want = torch.stack([info.strength, info.kl, info.logprob_steered, info.logprob_warm])
+        close = torch.allclose(floats[:4].nan_to_num(7), want.nan_to_num(7), rtol=1e-3, atol=1e-3)
+        if not (torch.equal(got, token) and close and torch.equal(ints[0], info.candidates)):
+            return False
+    return True
+
+
+def test_whole_iterations_as_they_are_pass():
+    assert whole_is_right(cuda_shim.build(SHIM_SAMPLE_ONLY=1))
+
+
+@pytest.mark.parametrize("mutant", WHOLE, ids=lambda m: m.name)
+def test_a_bug_planted_in_whole_iterations_is_noticed(mutant, tmp_path):
+    assert not whole_is_right(cuda_shim.build(mutated(tmp_path, mutant), SHIM_SAMPLE_ONLY=1))

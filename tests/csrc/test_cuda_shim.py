@@ -186,6 +186,15 @@ def test_a_uniform_of_one_draws_the_last_token_with_mass(tmp_path, monkeypatch):
     oc.assert_the_last_with_mass(monkeypatch, "shim")
 
 
+@CASE
+@pytest.mark.parametrize("dtype", oc.DTYPES, ids=str)
+def test_whole_iterations_equal_the_reference(case, dtype, monkeypatch):
+    """Short slices have none: with the kernels' own constants."""
+    install(monkeypatch, cuda_shim.Shim(cuda_shim.build(), cuda_shim.CLUSTER, 2, 4))
+    monkeypatch.setattr(oc, "vocabs", lambda _: (12400,))
+    test_ops.test_sample_equals_reference("shim", case, dtype)
+
+
 FULL_SIZE = ("default", "kl_everywhere", "plain", "plain_top_k", "plain_wide_top_k", "top_p_penalty")
 
 

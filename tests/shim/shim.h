@@ -115,6 +115,23 @@ inline float half_to_float(uint16_t x) {
       sign | (exponent == 31 ? 0x7f800000u : (exponent + 112) << 23) | (fraction << 13);
   return shim::unpack<float>(bits);
 }
+inline float bfloat16_to_float(uint16_t x) {
+  return shim::unpack<float>(static_cast<uint64_t>(x) << 16);
+}
+template <typename F>
+uint32_t max_of_halves(uint32_t a, uint32_t b, const F& value) {
+  uint32_t y = 0;
+  for (int shift = 0; shift < 32; shift += 16) {
+    const uint16_t p = static_cast<uint16_t>(a >> shift), q = static_cast<uint16_t>(b >> shift);
+    const bool first = value(q) != value(q) || value(p) >= value(q);
+    y |= static_cast<uint32_t>(first ? p : q) << shift;
+  }
+  return y;
+}
+inline uint32_t max_bfloat16x2(uint32_t a, uint32_t b) {
+  return max_of_halves(a, b, bfloat16_to_float);
+}
+inline uint32_t max_halfx2(uint32_t a, uint32_t b) { return max_of_halves(a, b, half_to_float); }
 inline uint32_t warp_max_at(uint32_t x, int line) {
   uint64_t all[32];
   shim::exchange(x, all, line);
