@@ -30,6 +30,7 @@ _EXPORTS = {
     "static_steering": "svdk.calibration.static_vector",
     "logit_bias": "svdk.calibration.static_vector",
     "generate": "svdk.generation.generate",
+    "choose": "svdk.generation.choose",
     "SteeringLogitsProcessor": "svdk.generation.logits_processor",
     "patch_transformers": "svdk.generation.patch",
     "ModelPair": "svdk.models.pair",

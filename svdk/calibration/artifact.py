@@ -35,9 +35,11 @@ if TYPE_CHECKING:
 
 FORMAT = "svdk-steering"
 FORMAT_VERSION = 2
-_ADDED: dict[str, Any] = {"lever": None, "positions": [], "scale": 1.0}
+_LATER: dict[str, Any] = {"options": [], "bias": []}
+"""What the first artifacts of format 2 did not have."""
+_ADDED: dict[str, Any] = {"lever": None, "positions": [], "scale": 1.0} | _LATER
 """What format 1 did not have, which is still read, and what stood in its place."""
-LEVERS = ("none", "scale", "vector", "constant", "positions")
+LEVERS = ("none", "bias", "scale", "vector", "constant", "positions")
 JSON_NAME = "steering.json"
 TENSORS_NAME = "steering.safetensors"
 STAGED_NAME = TENSORS_NAME + ".new"
@@ -60,12 +62,18 @@ class Steering(SteeringConfig):
     strength: float = 1.0
     alpha: float = 0.1
     lever: str | None = None
-    """What steers: ``none``, ``scale`` (the adapter's own, no base row), ``vector`` (static, no base row),
-    ``constant`` (one strength) or ``positions``; None: not calibrated, or by an older svdk."""
+    """What steers: ``none``, ``bias`` (of :func:`svdk.choose` alone), ``scale`` (the adapter's own, no base
+    row), ``vector`` (static, no base row), ``constant`` (one strength) or ``positions``; None: not
+    calibrated, or by an older svdk."""
+    options: tuple[str, ...] = ()
+    """With lever ``bias``: the texts that it is about, as they are scored."""
+    bias: tuple[float, ...] = ()
+    """What is added to the log-probability of each of ``options``, in nats."""
     estimator: str | None = None
     objective: str | None = None
     gain: float | None = None
-    """Expected gain over the warm start: nats a token (``nll``) or fraction of tokens (``accuracy``)."""
+    """Expected gain over the warm start: nats a token (``nll``), nats a choice (``choice``) or fraction of
+    tokens (``accuracy``)."""
     confidence_interval: tuple[float, float] | None = None
     """95 % bootstrap interval of ``gain`` over examples."""
     at_bound: bool = False
@@ -95,6 +103,7 @@ class Steering(SteeringConfig):
             raise InputError("positions was a tensor; allowed in an artifact: a tuple of numbers")
         if self.lever is not None:
             check_choice("lever", self.lever, LEVERS)
+        self._check_bias()
         if self.gain is not None and not is_number(self.gain):
             raise InputError(f"gain was {self.gain!r}; allowed: a number or None")
         interval = self.confidence_interval
@@ -117,6 +126,17 @@ class Steering(SteeringConfig):
             raise InputError(f"metrics was {self.metrics!r}; allowed: numbers by name")
         self._check_vector()
 
+    def _check_bias(self) -> None:
+        texts = isinstance(self.options, tuple) and all(isinstance(x, str) for x in self.options)
+        if not texts or len(set(self.options)) < len(self.options):
+            raise InputError(f"options was {self.options!r}; allowed: a tuple of different texts")
+        numbers = isinstance(self.bias, tuple) and all(is_number(x) and math.isfinite(x) for x in self.bias)
+        if not numbers or len(self.bias) != len(self.options) or bool(self.bias) != (self.lever == "bias"):
+            raise InputError(
+                f"bias was {self.bias!r} with {len(self.options)} options and lever {self.lever!r}; allowed: "
+                "with lever 'bias' a tuple of one finite number an option, else none"
+            )
+
     def _check_vector(self) -> None:
         if (self.vector is None) == (self.direction == "vector"):
             have = "absent" if self.vector is None else "given"
@@ -138,9 +158,8 @@ class Steering(SteeringConfig):
         """One sentence: what the calibration expects of this steering."""
         if self.gain is None or self.confidence_interval is None:
             return f"{self.setting()}; not calibrated"
-        scale, unit = (
-            (100.0, "points of token accuracy") if self.objective == "accuracy" else (1.0, "nats a token")
-        )
+        unit = "nats a choice" if self.objective == "choice" else "nats a token"
+        scale, unit = (100.0, "points of token accuracy") if self.objective == "accuracy" else (1.0, unit)
         low, high = (scale * end for end in self.confidence_interval)
         expected = f"expected gain {scale * self.gain:.4g} {unit} (95 % interval {low:.4g} to {high:.4g})"
         if self.at_bound:
@@ -155,6 +174,9 @@ class Steering(SteeringConfig):
             return "the adapter as it is"
         if self.lever == "scale":
             return f"the adapter's scale times {self.scale:g}"
+        if self.lever == "bias":
+            pairs = zip(self.options, self.bias, strict=True)
+            return "a bias on the options: " + ", ".join(f"{text!r} {x:+.3g}" for text, x in pairs)
         text = f"{self.direction}, alpha {self.alpha:g}, strength {self.strength:.4g}"
         if self.positions:
             least, most = min(self.positions), max(self.positions)
@@ -170,10 +192,10 @@ class Steering(SteeringConfig):
 
     @cached_property
     def _report(self) -> Report:
-        from svdk.calibration.report import CalibrationConfig, make_report, saved_statistics
+        from svdk.calibration.report import CalibrationConfig, judged_statistics, make_report
 
         costs = {name: value for name, value in self.metrics.items() if name.startswith("ms_rows_")}
-        return make_report(saved_statistics(self), CalibrationConfig.of(self), costs)
+        return make_report(judged_statistics(self), CalibrationConfig.of(self), costs)
 
     def save(self, folder: str | Path) -> Path:
         """Write both files into ``folder`` (made if absent) and return the path of ``steering.json``.
@@ -381,6 +403,8 @@ def _read_json(path: Path) -> dict[str, Any]:
     keys = _KEYS | {"tensors"}
     if version == 1:
         keys -= set(_ADDED)
+    elif not set(_LATER) & set(record):
+        record |= _LATER
     if set(record) != keys:
         raise ArtifactError(f"{path}: missing or unknown entries: {', '.join(sorted(set(record) ^ keys))}")
     if version == 1:
@@ -389,8 +413,9 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise ArtifactError(f"{path}: svdk_version was {record['svdk_version']!r}; allowed: a string")
     for name in ("strength", "penalty"):
         record[name] = _number(record[name])
-    if isinstance(record["positions"], list):
-        record["positions"] = tuple(record["positions"])
+    for name in ("positions", "options", "bias"):
+        if isinstance(record[name], list):
+            record[name] = tuple(record[name])
     if isinstance(record["confidence_interval"], list):
         record["confidence_interval"] = tuple(map(_number, record["confidence_interval"]))
     if isinstance(record["metrics"], dict):

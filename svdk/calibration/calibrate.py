@@ -8,10 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from svdk.calibration.artifact import Steering
+from svdk.calibration.choices import ChoiceStatistics, choice_statistics, choices_of
 from svdk.calibration.costs import decoding_costs
-from svdk.calibration.report import CalibrationConfig, make_report, saved_statistics
-from svdk.calibration.sweep import extract_steering
+from svdk.calibration.estimators import OBJECTIVES
+from svdk.calibration.kept_statistics import DIRECTIONS, Statistics, default_grid
+from svdk.calibration.report import CalibrationConfig, judged_statistics, make_report
+from svdk.calibration.sweep import Sweep, extract_steering
 from svdk.errors import ArtifactError, DataError, InputError
+from svdk.utils.checks import check_choice
 from svdk.warmstart.data import CALIBRATION_FILE, Example, data_hash, load_examples
 
 if TYPE_CHECKING:
@@ -50,19 +54,22 @@ def calibrate(
         model: hub name, folder or file (see :func:`svdk.load_model`), a base model, or a PEFT model that
             already has this adapter.
         adapter: PEFT adapter folder.
-        data: JSONL path or rows (prompt and completion, or messages); default: the ``calibration.jsonl``
-            that the warm start left in the adapter folder.
+        data: JSONL path or rows (prompt and completion, or messages, or prompt, options and label); default:
+            the ``calibration.jsonl`` that the warm start left in the adapter folder.
         tokenizer: needed when ``model`` is not a name.
         direction: ``kl_gradient`` (the paper's), ``log_ratio``, or ``auto``: the best by cross-validation of
             both directions, each with mask ``alpha`` and without mask.
         alpha: confidence mask in [0, 1].
         estimator: ``mean`` (the paper's), ``median``, ``trimmed_mean``, ``ratio``, ``newton``, ``optimum``.
-        objective: ``nll`` or ``accuracy`` (greedy tokens); what ``optimum`` and ``auto`` optimise and what
-            the gain is measured in.
+        objective: ``nll``, ``accuracy`` (greedy tokens) or ``choice``: what ``optimum`` and ``auto`` optimise
+            and what the gain is measured in. ``choice`` is the NLL over the options of each question, each
+            scored by the log-probability of all its tokens; data without options must have completions that
+            form a small closed set. ``auto``: ``choice`` for such data, else ``nll``.
         lever: ``constant`` (one strength), ``positions`` (one for each of the first output positions, shrunk
             towards the single one), ``scale`` (the adapter's own scale, found with six more runs of it; no
             base row in decoding), ``none``, or ``auto``: the cheapest in decoding that is not demonstrably
-            worse than the best.
+            worse than the best. For choices among the same options also ``bias`` (one number an option, used
+            by :func:`svdk.choose` alone), and no ``positions``.
         seed: of the folds and the bootstrap.
         folds: of the cross-validation, at least 2.
         resamples: of the bootstrap, at least 1.
@@ -76,7 +83,11 @@ def calibrate(
         InputError, DataError, ArtifactError, InvalidLogitsError: naming the argument, example or file.
 
     """
-    config = CalibrationConfig(direction, alpha, estimator, objective, seed, folds, resamples, lever)
+    check_choice("objective", objective, (*OBJECTIVES, "auto"))
+    # What stays open with "auto" is checked once the data is known.
+    open_objective = "choice" if lever == "bias" else "nll"
+    asked = open_objective if objective == "auto" else objective
+    config = CalibrationConfig(direction, alpha, estimator, asked, seed, folds, resamples, lever)
     # Before a large model is loaded: what can be seen without it.
     if not Path(adapter, "adapter_config.json").is_file():
         raise ArtifactError(f"adapter {adapter} has no adapter_config.json; allowed: a PEFT adapter folder")
@@ -90,19 +101,41 @@ def calibrate(
         examples = load_examples(data, tokenizer)
         if len(examples) < 2:
             raise DataError(f"calibration data held {len(examples)} example; allowed: at least 2")
-        statistics = extract_steering(
-            pair,
-            examples,
-            tokenizer=tokenizer,
-            direction=direction,
-            alpha=alpha,
-            max_length=max_length,
-            too_long=too_long,
-            scales=_scales(pair, lever),
-            batch_size=batch_size,
-            backend=backend,
-            progress=progress,
-        )
+        choices = choices_of(examples, tokenizer) if objective in ("choice", "auto") else None
+        if objective == "choice" and choices is None:
+            raise DataError(
+                f"objective was 'choice' and the {len(examples)} completions are no small closed set; "
+                "needed: rows with options and label"
+            )
+        statistics: Statistics | ChoiceStatistics
+        if choices is None:
+            config = config.override(objective="nll") if objective == "auto" else config
+            statistics = extract_steering(
+                pair,
+                examples,
+                tokenizer=tokenizer,
+                direction=direction,
+                alpha=alpha,
+                max_length=max_length,
+                too_long=too_long,
+                scales=_scales(pair, lever),
+                batch_size=batch_size,
+                backend=backend,
+                progress=progress,
+            )
+        else:
+            config = config.override(objective="choice")
+            full = DIRECTIONS if direction == "auto" else (direction,) if alpha == 0 else ()
+            statistics = choice_statistics(
+                pair,
+                tokenizer,
+                choices,
+                Sweep(alpha, full, default_grid(), backend),
+                scales=_scales(pair, lever),
+                batch_size=batch_size,
+                limit=(max_length, too_long),
+                progress=progress,
+            )
         costs = decoding_costs(pair) if lever == "auto" else None
         origin = origin_of(pair, peft_model, adapter, tokenizer, examples)
     return make_report(statistics, config, costs).steering(statistics=statistics.tensors(), **origin)
@@ -139,7 +172,7 @@ def recalibrate(
     ``ArtifactError`` when the artifact is damaged or has no statistics.
     """
     old = Steering.load(folder)
-    statistics, saved = saved_statistics(old), CalibrationConfig.of(old)
+    statistics, saved = judged_statistics(old), CalibrationConfig.of(old)
     config = saved.override(direction=direction or old.direction, alpha=alpha)
     config = config.override(
         estimator=estimator, objective=objective, lever=lever, seed=seed, folds=folds, resamples=resamples

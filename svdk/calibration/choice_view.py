@@ -52,7 +52,7 @@ class ChoiceView:
         """(O,) float64: log-probability of each option at mu = ``strength``."""
         return torch.where(self.impossible, -torch.inf, -self.view.evaluate(strength).nll)
 
-    def evaluate(self, strength: float) -> Curve:
+    def evaluate(self, strength: float | Tensor) -> Curve:
         """Loss and derivatives of each question at mu = ``strength``."""
         curve = self.view.evaluate(strength)
         value = torch.where(self.impossible, -torch.inf, -curve.nll)
@@ -64,7 +64,7 @@ class ChoiceView:
 
     at_tokens = evaluate
 
-    def correct(self, strength: float) -> Tensor:
+    def correct(self, strength: float | Tensor) -> Tensor:
         """(Q,) float64: 1 where the right option is the most likely one; of equals, the first."""
         return choice_hits(self.logprobs(strength), self.question, self.gold)
 

@@ -7,16 +7,20 @@ import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from svdk.calibration.choice_view import ChoiceView, choice_hits, choice_loss
+from svdk.calibration.estimators import Judged, fit
+from svdk.calibration.label_bias import fit_bias
 from svdk.calibration.loss_views import View
 from svdk.calibration.option_statistics import EncodedQuestion, OptionRuns, OptionStatistics, encode_question
 from svdk.calibration.sweep import Sweep
 from svdk.errors import ArtifactError, DataError, InputError
+from svdk.utils.checks import check_choice
 from svdk.warmstart.data import Example
 
 if TYPE_CHECKING:
@@ -151,6 +155,36 @@ class ChoiceStatistics:
         """The choice under a view of the options' tokens."""
         return ChoiceView(view, self.options.impossible, self.question, self.gold)
 
+    def logprobs(self) -> Tensor:
+        """(O,) float64: log-probability of every option, unsteered."""
+        view = self.options.statistics.view(*self.settings()[0])
+        return self.options.logprobs(view, 0.0)
+
+    @cached_property
+    def unsteered(self) -> tuple[Tensor, Tensor]:
+        """NLL and hits (Q,) of the warm start."""
+        return self.loss(self.logprobs())
+
+    def bias(self, keep: Tensor) -> Tensor:
+        """(K,) the biases of least loss on the questions ``keep`` (Q,) bool."""
+        if not self.texts:
+            raise InputError(
+                "lever was 'bias' with options that differ from question to question; allowed: "
+                "none, scale, constant"
+            )
+        return fit_bias(self.logprobs().view(self.examples, -1)[keep], self.labels[keep])
+
+    def vocabulary_strength(self, view: Judged, keep: Tensor) -> float:
+        """Mu of least NLL of the right options' tokens over the whole vocabulary, of questions ``keep``."""
+        assert isinstance(view, ChoiceView)
+        right = torch.zeros(len(self.question), dtype=torch.bool)
+        right[self.gold[keep]] = True
+        return fit(view.view, keep=right & ~self.options.impossible).strength
+
+    def of_options(self, bias: Sequence[float]) -> Tensor:
+        """(O,) float64: one number a label, laid out over all options."""
+        return torch.tensor(bias, dtype=torch.float64).repeat(self.examples)
+
     def loss(self, logprobs: Tensor) -> tuple[Tensor, Tensor]:
         """NLL and hits (Q,) of choosing by log-probabilities (O,)."""
         loss, _ = choice_loss(logprobs, self.question, self.gold)
@@ -165,6 +199,23 @@ class ChoiceStatistics:
             )
         found = [self.loss(column) for column in self.scale_logprobs.unbind(1)]
         return self.scales, torch.stack([x for x, _ in found], 1), torch.stack([x for _, x in found], 1)
+
+    def metrics(self, view: Judged, strength: float) -> dict[str, float]:
+        """What an artifact records: losses and accuracies over the options, in nats a choice and shares."""
+        (warm, hits), steered = self.unsteered, view.evaluate(strength).nll
+        base, base_hits = self.loss(self.options.base_logprobs())
+        return {
+            "examples": self.examples,
+            "tokens": self.examples,
+            "excluded": int(self.options.impossible.sum()),
+            "nll_base": float(base.mean()),
+            "nll_warm": float(warm.mean()),
+            "nll_steered": float(steered.mean()),
+            "accuracy_base": float(base_hits.mean()),
+            "accuracy_warm": float(hits.mean()),
+            "accuracy_steered": float(view.correct(strength).mean()),
+            "accuracy_random": float((1.0 / self.options.options.double()).mean()),
+        }
 
     def tensors(self) -> dict[str, Tensor]:
         """Flat tensors by name, for the artifact."""
@@ -205,13 +256,15 @@ def choice_statistics(
     *,
     scales: Sequence[float] = (),
     batch_size: int = 8,
-    max_length: int | None = None,
+    limit: tuple[int, str] = (512, "error"),
     progress: bool = False,
 ) -> ChoiceStatistics:
     """Both models once over all options of ``choices``, each prompt read once, and the adapter's scales.
 
+    ``limit``: tokens of a prompt and its longest option, and what to do with more: ``error`` or ``skip``.
+
     Raises:
-        DataError: a question that cannot be used, or is longer than ``max_length`` tokens.
+        DataError: a question that cannot be used, or all of them too long.
         InvalidLogitsError: NaN or +inf logits; the message names the question.
 
     """
@@ -221,10 +274,17 @@ def choice_statistics(
         encode_choice(tokenizer, f"calibration example {i}", one.prompt, one.options)
         for i, one in enumerate(choices)
     ]
-    for one in encoded:
-        length = len(one.prompt) + max(map(len, one.options))
-        if max_length is not None and length > max_length:
-            raise DataError(f"{one.name} had {length} tokens; allowed: at most max_length = {max_length}")
+    max_length, too_long = limit
+    check_choice("too_long", too_long, ("error", "skip"))
+    length = [len(one.prompt) + max(map(len, one.options)) for one in encoded]
+    kept = [i for i, tokens in enumerate(length) if tokens <= max_length]
+    if len(kept) < len(encoded) and (too_long == "error" or len(kept) < 2):
+        raise DataError(
+            f"{len(encoded) - len(kept)} of {len(encoded)} questions had more than max_length = {max_length} "
+            f"tokens (the longest: {max(length)}); allowed: a larger max_length, or too_long='skip' to leave "
+            "them out"
+        )
+    encoded, choices = [encoded[i] for i in kept], [choices[i] for i in kept]
     runs = OptionRuns(pair, encoded, batch_size=batch_size, progress=progress)
     options = runs.statistics(sweep)
     labels = torch.tensor([one.label for one in choices])

@@ -23,10 +23,12 @@ def decoding_costs(pair: ModelPair) -> dict[str, float]:
     Forwards alone, as they decode: in one pass where the adapter allows it. Measured in turns, behind
     a prompt of 32 tokens.
     """
+    from svdk.models.cpu_linear import fast_linears, replaced
     from svdk.models.paired_forward import PairedForward, why_not_paired
 
     ids = torch.zeros(1, PROMPT, dtype=torch.int64, device=pair.device)
     paired: Any = PairedForward(pair) if why_not_paired(pair, ids, None) is None else None
+    linears = fast_linears(pair.module)  # as decoding has them
     found: dict[int, list[float]] = {1: [], 2: []}
     with pair.evaluating():
         for _ in range(ROUNDS):
@@ -40,8 +42,9 @@ def decoding_costs(pair: ModelPair) -> dict[str, float]:
                     if together:
                         paired(pending, None, cache=caches[0])
                     else:
-                        for name, cache in zip(names, caches, strict=True):
-                            getattr(pair, name)(pending, None, cache=cache)
+                        with replaced(linears):
+                            for name, cache in zip(names, caches, strict=True):
+                                getattr(pair, name)(pending, None, cache=cache)
                     if pair.device.type == "cuda":
                         torch.cuda.synchronize(pair.device)
                     if step:  # the first one runs the prompt

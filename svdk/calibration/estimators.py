@@ -9,15 +9,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from svdk.calibration.choice_view import ChoiceView
 from svdk.calibration.loss_views import LIMIT, MaskedView, View
 
 EPS = 1e-12
 TRIM = 0.1
 """Share of the per-token optima that ``trimmed_mean`` drops at either end."""
 ESTIMATORS = ("mean", "median", "trimmed_mean", "ratio", "newton", "optimum")
-OBJECTIVES = ("nll", "accuracy")
+OBJECTIVES = ("nll", "accuracy", "choice")
 Setting = tuple[str, float]
 """(direction, alpha)"""
+Judged = View | ChoiceView
+"""What a strength is fitted on: the loss of tokens, or that of choices."""
 
 
 @dataclass(frozen=True)
@@ -39,13 +42,16 @@ def per_token_optimum(view: View, keep: Tensor | None = None) -> Tensor:
     return view.gain[use] / (view.norm2[use] + EPS)
 
 
-def fit(view: View, estimator: str = "optimum", objective: str = "nll", keep: Tensor | None = None) -> Fit:
+def fit(view: Judged, estimator: str = "optimum", objective: str = "nll", keep: Tensor | None = None) -> Fit:
     """The strength that ``estimator`` gives on the examples ``keep`` (E,) bool (default: all).
 
-    ``objective`` matters to ``optimum`` only: least NLL, or most correct greedy tokens. Without any token
-    that steering changes, the strength is 0.
+    ``objective`` matters to ``optimum`` only: least NLL, or most correct greedy tokens; of choices, the least
+    NLL over the options. Without any token that steering changes, the strength is 0.
     """
     keep = torch.ones(view.examples, dtype=torch.bool) if keep is None else keep
+    if isinstance(view, ChoiceView):
+        best, at_bound = view.minimise(keep)
+        return Fit(best, best, at_bound)
     low, high = view.limits
     if estimator == "optimum":
         if objective == "nll":
@@ -136,7 +142,7 @@ class Gains:
 
     def of(self, objective: str) -> Tensor:
         """The gain in one objective, larger is better."""
-        return self.nll if objective == "nll" else self.correct
+        return self.correct if objective == "accuracy" else self.nll
 
 
 def split_folds(examples: int, folds: int, seed: int) -> Tensor:
@@ -147,7 +153,7 @@ def split_folds(examples: int, folds: int, seed: int) -> Tensor:
     return fold
 
 
-def gains_at(view: View, strength: float) -> Gains:
+def gains_at(view: Judged, strength: float) -> Gains:
     """Improvement of every example at ``strength`` over mu = 0."""
     return Gains(
         view.evaluate(0.0).nll - view.evaluate(strength).nll, view.correct(strength) - view.correct(0.0)
@@ -155,7 +161,7 @@ def gains_at(view: View, strength: float) -> Gains:
 
 
 def select(
-    views: Mapping[Setting, View], estimator: str, objective: str, keep: Tensor, folds: int, seed: int
+    views: Mapping[Setting, Judged], estimator: str, objective: str, keep: Tensor, folds: int, seed: int
 ) -> Setting:
     """The setting with the largest cross-validated gain on the examples ``keep``; on ties the first."""
     if len(views) == 1 or int(keep.sum()) < 2:
@@ -168,7 +174,7 @@ def select(
 
 
 def out_of_fold(
-    views: Mapping[Setting, View],
+    views: Mapping[Setting, Judged],
     estimator: str,
     objective: str,
     *,

@@ -12,6 +12,8 @@ from torch import Tensor
 from svdk.calibration.loss_views import LIMIT, GridView, MaskedView, View
 from svdk.errors import ArtifactError, InputError
 
+DIRECTIONS = ("kl_gradient", "log_ratio")
+"""Of the paper, and of the ratio itself."""
 KINDS = ("content", "template", "stop")
 """Of labels; see :meth:`Statistics.kinds`."""
 TEMPLATE_SHARE = 0.9

@@ -1,4 +1,4 @@
-"""Which lever: nothing, the adapter's own scale, one strength, or one a position. No model.
+"""Which lever: nothing, a bias a label, the adapter's own scale, one strength, or one a position. No model.
 
 All are fitted on the same statistics and judged out of fold on the same examples, so that their gains are
 paired; what a lever costs in decoding is the number of rows that a step runs for each sequence.
@@ -12,14 +12,21 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from svdk.calibration.estimators import Setting, fit, select, split_folds
+from svdk.calibration.choices import ChoiceStatistics
+from svdk.calibration.estimators import Judged, Setting, fit, select, split_folds
 from svdk.calibration.kept_statistics import KINDS, Statistics
-from svdk.calibration.loss_views import View
+from svdk.calibration.loss_views import GridView, MaskedView
 from svdk.calibration.positions import fit_positions, strengths_at
+from svdk.errors import InputError
 from svdk.utils.bootstrap import bootstrap
 
-COSTS = {"none": 1, "scale": 1, "constant": 2, "positions": 2}
+COSTS = {"none": 1, "bias": 1, "scale": 1, "constant": 2, "positions": 2}
 """Rows a step by lever, the cheapest (and, of two equal ones, the simplest) first."""
+OF_TEXT = ("none", "scale", "constant", "positions")
+OF_CHOICES = ("none", "bias", "scale", "constant")
+"""Which of them there are for what is asked."""
+VOCABULARY = "vocabulary"
+"""No lever: of choices, the strength of least NLL of the right words over the whole vocabulary."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +39,8 @@ class Fitted:
     strength: float = 0.0
     positions: tuple[float, ...] = ()
     scale: float = 1.0
+    bias: tuple[float, ...] = ()
+    """Of each option."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -40,8 +49,11 @@ class LeverRow:
 
     fitted: Fitted
     gain: float
-    """In the objective over the warm start: nats a token, or share of tokens."""
+    """In the objective over the warm start: nats a token or a choice, or share of tokens."""
     interval: tuple[float, float]
+    right: float
+    """Share of tokens, or choices, that are right and were not before, out of fold."""
+    right_interval: tuple[float, float]
     kinds: Mapping[str, float]
     """The gain in nats a token that comes from content, template and stop tokens; they add up."""
     examples: Tensor
@@ -57,6 +69,8 @@ class LeverRow:
         one = self.fitted
         if one.lever == "scale":
             return f"scale {one.scale:g}"
+        if one.bias:
+            return "bias " + " ".join(f"{x:+.3g}" for x in one.bias)
         if one.setting is None:
             return ""
         text = f"{one.setting[0]}, alpha {one.setting[1]:g}, mu {one.strength:.3g}"
@@ -69,8 +83,8 @@ class LeverRow:
 class Judge:
     """What every lever is fitted on and judged by."""
 
-    statistics: Statistics
-    views: Mapping[Setting, View]
+    statistics: Statistics | ChoiceStatistics
+    views: Mapping[Setting, Judged]
     objective: str
     folds: int
     seed: int
@@ -82,30 +96,52 @@ class Judge:
             return Fitted(lever)
         if lever == "scale":
             return Fitted(lever, scale=self._best_scale(keep))
+        if lever == "bias":
+            return Fitted(lever, bias=tuple(self._choices().bias(keep).tolist()))
         setting = select(self.views, "optimum", self.objective, keep, self.folds, self.seed)
         view = self.views[setting]
+        if lever == VOCABULARY:
+            return Fitted(lever, setting, self._choices().vocabulary_strength(view, keep))
         if lever == "constant":
             return Fitted(lever, setting, fit(view, "optimum", self.objective, keep).strength)
-        found = fit_positions(view, self.statistics.positions(), keep, folds=self.folds, seed=self.seed)
+        statistics, tokens = self._tokens(view)
+        found = fit_positions(tokens, statistics.positions(), keep, folds=self.folds, seed=self.seed)
         return Fitted(lever, setting, found.strength, found.positions)
+
+    def _tokens(self, view: Judged) -> tuple[Statistics, MaskedView | GridView]:
+        if not isinstance(self.statistics, Statistics) or not isinstance(view, (MaskedView, GridView)):
+            raise InputError("lever was 'positions' with choices; allowed: " + ", ".join(OF_CHOICES))
+        return self.statistics, view
+
+    def _choices(self) -> ChoiceStatistics:
+        if not isinstance(self.statistics, ChoiceStatistics):
+            raise InputError("lever was 'bias' without choices; allowed: " + ", ".join(OF_TEXT))
+        return self.statistics
 
     def _best_scale(self, keep: Tensor) -> float:
         scales, nll, hits = self.statistics.scale_curves()
         use = keep[self.statistics.examples_of_tokens()]
-        total = nll[use].sum(0) if self.objective == "nll" else -hits[use].sum(0)
+        total = -hits[use].sum(0) if self.objective == "accuracy" else nll[use].sum(0)
         return _nearest(scales, total)
 
     def gains(self, one: Fitted) -> tuple[Tensor, Tensor]:
-        """NLL saved and tokens more right than unsteered, (T,) float64 each, of all tokens."""
+        """NLL saved and tokens more right than unsteered, (T,) float64 each, of all tokens (or choices)."""
         if one.lever == "scale":
             scales, nll, hits = self.statistics.scale_curves()
             at, warm = (int((scales == s).nonzero()[0]) for s in (one.scale, 1.0))
             return nll[:, warm] - nll[:, at], hits[:, at] - hits[:, warm]
+        if one.lever == "bias":
+            choices, (loss, hits) = self._choices(), self._choices().unsteered
+            biased, right = choices.loss(choices.logprobs() + choices.of_options(one.bias))
+            return loss - biased, right - hits
         if one.setting is None:
-            nothing = torch.zeros(len(self.statistics.logprob_warm), dtype=torch.float64)
+            nothing = torch.zeros(len(self.statistics.examples_of_tokens()), dtype=torch.float64)
             return nothing, nothing
         view = self.views[one.setting]
-        mu = strengths_at(self.statistics.positions(), one.positions, one.strength)
+        mu: float | Tensor = one.strength
+        if one.positions:
+            statistics, view = self._tokens(view)
+            mu = strengths_at(statistics.positions(), one.positions, one.strength)
         before, after = view.at_tokens(0.0).nll, view.at_tokens(mu).nll
         return before - after, view.correct_tokens(mu) - view.correct_tokens(0.0)
 
@@ -119,14 +155,21 @@ class Judge:
             held_out = (fold == k)[example]
             saved, right = self.gains(self.fit(lever, fold != k))
             nll[held_out], correct[held_out] = saved[held_out], right[held_out]
-        judged = nll if self.objective == "nll" else correct
-        sums = torch.zeros(statistics.examples, dtype=torch.float64).index_add_(0, example, judged)
         tokens = statistics.tokens.double()
-        gain, interval = bootstrap(sums, tokens, resamples=self.resamples, seed=self.seed)
-        kinds, total = statistics.kinds(), max(1, len(example))
-        parts = {name: float(nll[kinds == i].sum()) / total for i, name in enumerate(KINDS)}
+
+        def judged(values: Tensor) -> tuple[Tensor, float, tuple[float, float]]:
+            sums = torch.zeros(statistics.examples, dtype=torch.float64).index_add_(0, example, values)
+            return sums, *bootstrap(sums, tokens, resamples=self.resamples, seed=self.seed)
+
+        in_nats, in_hits = judged(nll), judged(correct)
+        sums, gain, interval = in_hits if self.objective == "accuracy" else in_nats
+        parts: dict[str, float] = {}
+        if isinstance(statistics, Statistics):
+            kinds, total = statistics.kinds(), max(1, len(example))
+            parts = {name: float(nll[kinds == i].sum()) / total for i, name in enumerate(KINDS)}
         everything = torch.ones(statistics.examples, dtype=torch.bool)
-        return LeverRow(self.fit(lever, everything), gain, interval, parts, sums)
+        _, share, of_share = in_hits
+        return LeverRow(self.fit(lever, everything), gain, interval, share, of_share, parts, sums)
 
 
 def _nearest(scales: Tensor, total: Tensor) -> float:
@@ -158,12 +201,17 @@ def cheapest(rows: Sequence[LeverRow], tokens: Tensor, *, resamples: int, seed: 
 def table(rows: Sequence[LeverRow], chosen: LeverRow, unit: str, ms: Callable[[int], float | None]) -> str:
     """The levers as text; ``ms``: measured milliseconds a token by rows a step."""
     head = f"{'lever':<10} {'rows':>4} {'ms/token':>8}  {f'out-of-fold gain, {unit}':<38}"
-    lines = [head + " of it content, template, stop (nats)  fitted"]
+    split = any(row.kinds for row in rows)
+    head += f" {'of it content, template, stop (nats)' if split else 'points of accuracy':<38}"
+    lines = [head + " fitted"]
     for row in rows:
         low, high = row.interval
         cost = ms(row.rows)
         gain = f"{row.gain:+.4f} ({low:+.4f} to {high:+.4f})"
-        kinds = "  ".join(f"{row.kinds[name]:+.4f}" for name in KINDS)
+        kinds = "  ".join(f"{row.kinds[name]:+.4f}" for name in KINDS if row.kinds)
+        if not split:
+            points = (100 * x for x in (row.right, *row.right_interval))
+            kinds = "{:+.1f} ({:+.1f} to {:+.1f})".format(*points)
         lines.append(
             f"{row.fitted.lever:<10} {row.rows:>4} {'-' if cost is None else f'{cost:.2f}':>8}  {gain:<38} "
             f"{kinds:<38} {row.summary()}{'  <- chosen' if row is chosen else ''}"

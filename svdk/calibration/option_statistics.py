@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
-from svdk.calibration.kept_statistics import Statistics, default_grid
+from svdk.calibration.kept_statistics import DIRECTIONS, Statistics, default_grid
 from svdk.calibration.loss_views import MaskedView, View
-from svdk.calibration.sweep import DIRECTIONS, MAX_FORWARD, Part, Sweep, add_rows, assemble, check_grid
+from svdk.calibration.sweep import MAX_FORWARD, Part, Sweep, add_rows, assemble, check_grid
 from svdk.errors import ArtifactError, DataError
 from svdk.models.base_cache import BaseCache
 from svdk.models.pair import ModelPair

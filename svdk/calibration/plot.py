@@ -1,4 +1,4 @@
-"""The one plot of a calibration: loss and token accuracy along mu, with the estimators marked."""
+"""The one plot of a calibration: loss and accuracy along mu, the estimators marked, and the levers' gains."""
 
 from __future__ import annotations
 
@@ -29,18 +29,22 @@ def plot_calibration(report: Report, path: str | Path) -> Path:
     low, high = _span(report)
     strengths = np.linspace(low, high, 241)
     nll, accuracy = report.curve(strengths.tolist())
-    figure = figures.new_figure(8.4, 6.0, dpi=100)
-    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
+    chosen_among = report.objective == "choice"
+    panels = [3.0, 2.0, *([0.6 + 0.3 * len(report.levers)] if report.levers else [])]
+    figure = figures.new_figure(8.4, 1.0 + sum(panels), dpi=100)
+    top, bottom, *rest = figure.subplots(len(panels), 1, height_ratios=panels)
+    bottom.sharex(top)
+    counted = "questions" if chosen_among else f"examples, {report.metrics['tokens']:.0f} tokens"
     figure.suptitle(
-        f"{report.direction}, alpha {report.alpha:g}: {report.metrics['examples']:.0f} examples, "
-        f"{report.metrics['tokens']:.0f} tokens",
-        fontsize=11,
+        f"{report.direction}, alpha {report.alpha:g}: {report.metrics['examples']:.0f} {counted}", fontsize=11
     )
-    _panel(top, strengths, nll, report.metrics["nll_warm"], "NLL (nats a token)")
+    unit = "NLL (nats a choice)" if chosen_among else "NLL (nats a token)"
+    _panel(top, strengths, nll, report.metrics["nll_warm"], unit)
     # A loss that explodes at one end would flatten the part that matters.
     floor, warm = min(nll), report.metrics["nll_warm"]
     top.set_ylim(top=min(max(nll), warm + 3 * (warm - floor) + 0.05 * abs(warm)), bottom=None)
-    _panel(bottom, strengths, accuracy, report.metrics["accuracy_warm"], "greedy token accuracy")
+    kind = "accuracy" if chosen_among else "greedy token accuracy"
+    _panel(bottom, strengths, accuracy, report.metrics["accuracy_warm"], kind)
     bottom.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.4g} %")
     bottom.set_xlabel("steering strength μ")
     for row in report.rows:
@@ -57,12 +61,35 @@ def plot_calibration(report: Report, path: str | Path) -> Path:
         label = f"{row.estimator}  {row.strength:.3g}" + ("" if inside else " (not shown)")
         top.plot([row.strength] if inside else [], [row.nll] if inside else [], label=label, **mark)
         bottom.plot([row.strength] if inside else [], [row.accuracy] if inside else [], **mark)
+    for axes in rest:
+        _levers(axes, report)
     handles, labels = top.get_legend_handles_labels()
     figure.legend(
         handles, labels, loc="outside right upper", title="estimator and μ", frameon=False, fontsize=9
     )
     write_file(path, figures.png(figure))
     return Path(path)
+
+
+def _levers(axes: Any, report: Report) -> None:
+    """Out-of-fold gain of each lever with its interval, the chosen one filled."""
+    for place, row in enumerate(report.levers):
+        low, high = row.interval
+        colour = figures.BLUE if row is report.lever else "0.55"
+        axes.plot([low, high], [place, place], color=colour, linewidth=2, solid_capstyle="butt")
+        filled = colour if row is report.lever else "white"
+        axes.plot([row.gain], [place], "o", color=colour, markerfacecolor=filled, markersize=7, zorder=3)
+    axes.axvline(0, color="0.8", linewidth=1, zorder=0)
+    axes.set_yticks(range(len(report.levers)), [row.fitted.lever for row in report.levers])
+    axes.invert_yaxis()
+    axes.set_ylim(len(report.levers) - 0.4, -0.6)
+    unit = "share of tokens" if report.objective == "accuracy" else f"nats a {_item(report)}"
+    axes.set_xlabel(f"levers: out-of-fold gain over the warm start, {unit} (95 % interval)")
+    figures.plain(axes, "x")
+
+
+def _item(report: Report) -> str:
+    return "choice" if report.objective == "choice" else "token"
 
 
 def _span(report: Report) -> tuple[float, float]:

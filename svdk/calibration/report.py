@@ -12,9 +12,12 @@ import torch
 
 from svdk.calibration import levers
 from svdk.calibration.artifact import Steering
+from svdk.calibration.choice_view import ChoiceView
+from svdk.calibration.choices import ChoiceStatistics
 from svdk.calibration.estimators import (
     ESTIMATORS,
     OBJECTIVES,
+    Judged,
     Setting,
     fit,
     gains_at,
@@ -22,16 +25,16 @@ from svdk.calibration.estimators import (
     per_token_optimum,
     select,
 )
-from svdk.calibration.kept_statistics import Statistics
+from svdk.calibration.kept_statistics import DIRECTIONS, Statistics
 from svdk.calibration.levers import Fitted, LeverRow
-from svdk.calibration.loss_views import View
+from svdk.calibration.loss_views import GridView, MaskedView
 from svdk.errors import ArtifactError, InputError
 from svdk.utils.bootstrap import bootstrap
 from svdk.utils.checks import check_choice, check_count, check_number
 
 CHOICES = (*levers.COSTS, "auto")
 """Of a calibration's lever."""
-DIRECTIONS = ("kl_gradient", "log_ratio")
+UNITS = {"nll": "nats a token", "accuracy": "accuracy", "choice": "nats a choice"}
 NO_STATISTICS = "this steering holds no calibration statistics; needed: one made by calibrate"
 
 
@@ -60,6 +63,16 @@ class CalibrationConfig:
         check_number("alpha", self.alpha, "[0, 1]")
         check_choice("estimator", self.estimator, ESTIMATORS)
         check_choice("objective", self.objective, OBJECTIVES)
+        allowed = (*(levers.OF_CHOICES if self.objective == "choice" else levers.OF_TEXT), "auto")
+        if self.lever not in allowed:
+            raise InputError(
+                f"lever was {self.lever!r} with objective {self.objective!r}; allowed: {', '.join(allowed)}"
+            )
+        if self.objective == "choice" and self.estimator != "optimum":
+            raise InputError(
+                f"estimator was {self.estimator!r} with objective 'choice'; allowed: 'optimum' (the others "
+                "are averages over tokens)"
+            )
         if self.lever != "constant" and self.estimator != "optimum":
             raise InputError(
                 f"estimator was {self.estimator!r} with lever {self.lever!r}; allowed: 'optimum' (the others "
@@ -119,13 +132,17 @@ class Report:
     settings: tuple[EstimatorRow, ...]
     """The chosen estimator in every setting that was compared."""
     metrics: Mapping[str, float]
-    view: View
+    view: Judged
     lever: LeverRow | None = None
     """What was chosen; None where statistics of an older svdk cannot tell levers apart."""
     levers: tuple[LeverRow, ...] = ()
     """All that these statistics can judge, the cheapest first."""
     why: str = ""
     """Why this lever, in a sentence."""
+    options: tuple[str, ...] = ()
+    """Of choices, where they are the same for all."""
+    vocabulary: LeverRow | None = None
+    """Of choices: what the strength of least NLL over the vocabulary would do to them, out of fold."""
 
     @property
     def chosen(self) -> EstimatorRow:
@@ -146,6 +163,8 @@ class Report:
             lever=one.lever,
             positions=one.positions,
             scale=one.scale,
+            bias=one.bias,
+            options=self.options if one.bias else (),
             estimator=self.estimator,
             objective=self.objective,
             gain=self.gain,
@@ -160,18 +179,8 @@ class Report:
     def table(self) -> str:
         """The report as text: the data, the settings (when several were compared), the estimators."""
         m = self.metrics
-        unit = "accuracy" if self.objective == "accuracy" else "nats a token"
-        lines = [
-            f"{m['examples']:.0f} examples, {m['tokens']:.0f} tokens; NLL (nats a token): base "
-            f"{m['nll_base']:.4f}, warm start {m['nll_warm']:.4f}; token accuracy: warm start "
-            f"{m['accuracy_warm']:.1%}",
-            f"per-token optimum: mean {m['per_token_mean']:.4g}, standard deviation {m['per_token_std']:.4g} "
-            f"over {m['per_token_count']:.0f} tokens",
-        ]
-        if m["excluded"]:
-            lines.append(
-                f"{m['excluded']:.0f} tokens left out: the warm start gives their label probability 0"
-            )
+        unit = UNITS[self.objective]
+        lines = self._about_choices() if self.objective == "choice" else self._about_tokens()
         head = f"{'direction':<12} {'alpha':>5}  {'estimator':<13} {'mu':>10} {'NLL':>8} {'accuracy':>9}"
         head += f"  out-of-fold gain, {unit} (95 % interval)"
         if len(self.settings) > 1:
@@ -187,7 +196,54 @@ class Report:
             lines += ["", "levers:", levers.table(self.levers, self.lever, unit, ms)]
             if self.why:
                 lines.append(self.why)
+        if self.vocabulary is not None:
+            lines += ["", self._disagreement(self.vocabulary)]
         return "\n".join(lines)
+
+    def _about_tokens(self) -> list[str]:
+        m = self.metrics
+        lines = [
+            f"{m['examples']:.0f} examples, {m['tokens']:.0f} tokens; NLL (nats a token): base "
+            f"{m['nll_base']:.4f}, warm start {m['nll_warm']:.4f}; token accuracy: warm start "
+            f"{m['accuracy_warm']:.1%}",
+            f"per-token optimum: mean {m['per_token_mean']:.4g}, standard deviation {m['per_token_std']:.4g} "
+            f"over {m['per_token_count']:.0f} tokens",
+        ]
+        if m["excluded"]:
+            lines.append(
+                f"{m['excluded']:.0f} tokens left out: the warm start gives their label probability 0"
+            )
+        return lines
+
+    def _about_choices(self) -> list[str]:
+        m = self.metrics
+        among = f"among {', '.join(map(repr, self.options))}" if self.options else "with options of their own"
+        lines = [
+            f"objective choice: {m['examples']:.0f} questions {among}",
+            f"NLL over the options (nats a choice): base {m['nll_base']:.4f}, warm start "
+            f"{m['nll_warm']:.4f}; accuracy: base {m['accuracy_base']:.1%}, warm start "
+            f"{m['accuracy_warm']:.1%}; at random {m['accuracy_random']:.1%}",
+        ]
+        if m["excluded"]:
+            lines.append(f"{m['excluded']:.0f} options have a token that the warm start gives probability 0")
+        return lines
+
+    def _disagreement(self, other: LeverRow) -> str:
+        """Whether the NLL over the vocabulary asks for what the choice asks for, in plain words."""
+        low, high = other.interval
+        points = "{:+.1f} points, {:+.1f} to {:+.1f}".format(
+            *(100 * x for x in (other.right, *other.right_interval))
+        )
+        text = (
+            "the NLL of the right words over the whole vocabulary would set mu = "
+            f"{other.fitted.strength:.3g} (here {self.chosen.strength:.3g}), which saves "
+            f"{other.gain:+.4f} nats a choice ({low:+.4f} to "
+            f"{high:+.4f}) and changes accuracy by {points}"
+        )
+        if high < 0 or other.right_interval[1] < 0:
+            why = "it fits how likely the words are, not which of them is right"
+            return f"the two objectives disagree: {text}: {why}"
+        return text
 
     def _line(self, row: EstimatorRow) -> str:
         mine = (self.direction, self.alpha, self.estimator) == (row.direction, row.alpha, row.estimator)
@@ -205,28 +261,43 @@ class Report:
 
 
 def saved_statistics(steering: Steering) -> Statistics:
-    """The calibration statistics that ``steering`` carries; ``ArtifactError`` if it has none."""
+    """The statistics of tokens that ``steering`` carries; ``ArtifactError`` if it has none."""
+    found = judged_statistics(steering)
+    if not isinstance(found, Statistics):
+        raise ArtifactError("this steering holds statistics of choices; needed: of tokens")
+    return found
+
+
+def judged_statistics(steering: Steering) -> Statistics | ChoiceStatistics:
+    """What ``steering`` was calibrated on; ``ArtifactError`` if it has no statistics."""
     if steering.statistics is None:
         raise ArtifactError(NO_STATISTICS)
-    return Statistics.from_tensors(steering.statistics)
+    kind = ChoiceStatistics if "texts" in steering.statistics else Statistics
+    return kind.from_tensors(steering.statistics)
 
 
 def make_report(
-    statistics: Statistics, config: CalibrationConfig, costs: Mapping[str, float] | None = None
+    statistics: Statistics | ChoiceStatistics,
+    config: CalibrationConfig,
+    costs: Mapping[str, float] | None = None,
 ) -> Report:
     """Fit and judge every estimator and lever on ``statistics``; direction ``auto`` compares all they hold.
 
     ``costs``: measured milliseconds a token, ``ms_rows_1`` and ``ms_rows_2``, for the table.
     """
     estimator, objective, seed, folds = config.estimator, config.objective, config.seed, config.folds
+    choices = isinstance(statistics, ChoiceStatistics)
+    if choices != (objective == "choice"):
+        have, other = ("choices", "choice") if choices else ("tokens", "nll or accuracy")
+        raise InputError(f"objective was {objective!r} with statistics of {have}; allowed: {other}")
     auto = config.direction == "auto"
     settings = statistics.settings() if auto else [(config.direction, float(config.alpha))]
-    views: dict[Setting, View] = {setting: statistics.view(*setting) for setting in settings}
+    views: dict[Setting, Judged] = {setting: statistics.view(*setting) for setting in settings}
     everything = torch.ones(statistics.examples, dtype=torch.bool)
     best = select(views, estimator, objective, everything, folds, seed)
     view = views[best]
 
-    def judged(candidates: Mapping[Setting, View], name: str) -> tuple[float, tuple[float, float]]:
+    def judged(candidates: Mapping[Setting, Judged], name: str) -> tuple[float, tuple[float, float]]:
         gains = out_of_fold(candidates, name, objective, folds=folds, seed=seed)
         return bootstrap(gains.of(objective), view.tokens, resamples=config.resamples, seed=seed)
 
@@ -238,11 +309,15 @@ def make_report(
         gain, interval = judged({setting: one}, name)
         return EstimatorRow(*setting, name, fitted.strength, nll, accuracy, gain, interval, fitted.at_bound)
 
-    rows = tuple(row(best, name) for name in ESTIMATORS)
+    rows = tuple(row(best, name) for name in (ESTIMATORS if not choices else ("optimum",)))
     gain, interval = judged(views, estimator)
     compared = tuple(row(setting, estimator) for setting in settings)
     strength = next(r.strength for r in rows if r.estimator == estimator)
-    metrics = metrics_of(statistics, view, strength)
+    if isinstance(statistics, ChoiceStatistics):
+        metrics = statistics.metrics(view, strength)
+    else:
+        assert not isinstance(view, ChoiceView)
+        metrics = metrics_of(statistics, view, strength)
     metrics |= {"seed": seed, "folds": folds, "settings": len(settings), "alpha": best[1]}
     metrics |= costs or {}
     found = Report(*best, estimator, objective, gain, interval, rows, compared, metrics, view)
@@ -250,13 +325,22 @@ def make_report(
 
 
 def _with_levers(
-    report: Report, statistics: Statistics, views: Mapping[Setting, View], config: CalibrationConfig
+    report: Report,
+    statistics: Statistics | ChoiceStatistics,
+    views: Mapping[Setting, Judged],
+    config: CalibrationConfig,
 ) -> Report:
     """``report`` with the levers beside each other, and its gain that of the one that was chosen."""
-    if config.estimator != "optimum" or (statistics.position is None and config.lever == "constant"):
+    is_old = isinstance(statistics, Statistics) and statistics.position is None
+    if config.estimator != "optimum" or (is_old and config.lever == "constant"):
         return report
     judge = levers.Judge(statistics, views, config.objective, config.folds, config.seed, config.resamples)
-    names = [name for name in levers.COSTS if name != "scale" or statistics.scales is not None]
+    names = [name for name in levers.OF_TEXT if name != "scale" or statistics.scales is not None]
+    if isinstance(statistics, ChoiceStatistics):
+        there = {"none": True, "bias": statistics.texts, "scale": statistics.scales is not None}
+        names = [name for name in levers.OF_CHOICES if there.get(name, True)]
+        vocabulary = judge.row(levers.VOCABULARY)
+        report = dataclasses.replace(report, options=statistics.texts, vocabulary=vocabulary)
     if config.lever != "auto":  # the others cost time
         names = [name for name in levers.COSTS if name in ("none", "constant", config.lever)]
     rows = tuple(map(judge.row, names))
@@ -273,7 +357,7 @@ def _with_levers(
     return dataclasses.replace(found, gain=chosen.gain, interval=chosen.interval)
 
 
-def metrics_of(statistics: Statistics, view: View, strength: float) -> dict[str, float]:
+def metrics_of(statistics: Statistics, view: MaskedView | GridView, strength: float) -> dict[str, float]:
     """What an artifact records of its calibration data: losses, accuracies, the per-token optima."""
     tokens = float(view.tokens.sum())
     optima = per_token_optimum(view)

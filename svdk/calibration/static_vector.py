@@ -16,9 +16,9 @@ from torch import Tensor
 from svdk.calibration.artifact import Steering
 from svdk.calibration.calibrate import attached_pair, origin_of
 from svdk.calibration.estimators import Gains, fit, gains_at, split_folds
-from svdk.calibration.kept_statistics import default_grid
+from svdk.calibration.kept_statistics import DIRECTIONS, default_grid
 from svdk.calibration.loss_views import View
-from svdk.calibration.report import DIRECTIONS, CalibrationConfig, metrics_of
+from svdk.calibration.report import CalibrationConfig, metrics_of
 from svdk.calibration.sweep import MAX_OP, Part, Sweep, add_rows, assemble, check_rows, labelled_rows
 from svdk.errors import DataError, InputError
 from svdk.models.pair import ModelPair

@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from svdk.calibration.kept_statistics import GridSums, Statistics, default_grid
-from svdk.calibration.report import DIRECTIONS
+from svdk.calibration.kept_statistics import DIRECTIONS, GridSums, Statistics, default_grid
 from svdk.errors import DataError, InputError, InvalidLogitsError
 from svdk.ops.api import extract, steered_logprob
 from svdk.ops.results import Status

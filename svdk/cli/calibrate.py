@@ -7,9 +7,9 @@ from pathlib import Path
 
 DIRECTIONS = ("kl_gradient", "log_ratio", "auto")
 ESTIMATORS = ("mean", "median", "trimmed_mean", "ratio", "newton", "optimum")
-OBJECTIVES = ("nll", "accuracy")
+OBJECTIVES = ("nll", "accuracy", "choice", "auto")
 BACKENDS = ("auto", "cuda", "triton", "cpu", "reference")
-LEVERS = ("constant", "positions", "scale", "none", "auto")
+LEVERS = ("none", "bias", "scale", "constant", "positions", "auto")
 PLOT_NAME = "steering.png"
 
 

@@ -54,6 +54,12 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         help="one prompt a line, or .jsonl with 'prompt' (text) or 'messages' (a chat, 'tools' beside it)",
     )
     parser.add_argument("--compare", action="store_true", help="base, warm and steered answers side by side")
+    parser.add_argument(
+        "--options",
+        nargs="+",
+        metavar="TEXT",
+        help="answer with one of these, exactly as they follow the prompt, and say how likely each is",
+    )
     shape = parser.add_mutually_exclusive_group()
     shape.add_argument("--chat", action="store_true", help="wrap prompts in the tokenizer's chat template")
     shape.add_argument(
@@ -113,6 +119,11 @@ def run(args: argparse.Namespace) -> int:
     from svdk.utils.tokens import eos_ids
 
     check_choice("forward", args.forward, FORWARDS)
+    if args.options is not None and (args.temperature or args.stop or args.strength_mode or args.penalty):
+        raise InputError(
+            "--options was given with --temperature, --stop, --strength-mode or --penalty; allowed: without "
+            "them, nothing is sampled"
+        )
     for stop in args.stop or ():
         check_text("--stop", stop, blank=True)
     prompts = read_prompts(args.prompt, args.prompts)
@@ -120,8 +131,14 @@ def run(args: argparse.Namespace) -> int:
     steering = load_steering(args.adapter, args.strength, model, tokenizer)
     pair = ModelPair(load_adapter(model, args.adapter))
     chat = wants_chat(args, tokenizer)
-    encoded = [_encode(tokenizer, prompt, chat, args, pair) for prompt in prompts]
+    texts = [_text(tokenizer, prompt, chat, args) for prompt in prompts]
     _warn(args.prompts, [prompt for prompt in prompts if isinstance(prompt, Chat)], tokenizer)
+    if args.options is not None:
+        shown = list(zip(map(_shown, prompts), texts, strict=True))
+        return _choose(args, pair, tokenizer, shown, steering)
+    encoded = [
+        _encode(tokenizer, text, prompt, args, pair) for text, prompt in zip(texts, prompts, strict=True)
+    ]
     names = ("temperature", "top_k", "top_p", "min_p", "seed", "strength", "strength_mode")
     options: dict[str, Any] = {name: getattr(args, name) for name in names}
     options |= {"direction": args.direction, "alpha": args.alpha, "penalty": args.penalty}
@@ -241,22 +258,58 @@ def _warn(file: str, chats: list[Chat], tokenizer: PreTrainedTokenizerBase) -> N
     columns.warn(file)
 
 
+def _choose(
+    args: argparse.Namespace,
+    pair: ModelPair,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[tuple[str, str]],
+    steering: Steering | None,
+) -> int:
+    """Answers among ``--options`` to prompts (as shown, as the model sees them), and how likely each is."""
+    from svdk.generation.choose import choose
+
+    texts, views = [text for _, text in prompts], VIEWS if args.compare else (STEERED,)
+    given: dict[str, Any] = {"strength": args.strength, "direction": args.direction, "alpha": args.alpha}
+    given |= {"steering": steering, "strength_scale": args.strength_scale, "backend": args.backend}
+    found = {
+        view: choose(pair, texts, args.options, tokenizer=tokenizer, view=view, **given) for view in views
+    }
+    width = max(map(len, args.options))
+    for number, (shown, _) in enumerate(prompts):
+        if len(prompts) > 1 or args.compare:
+            print(f"{'' if number == 0 else chr(10)}> {shown}")
+        for view in views:
+            answer = found[view][number]
+            title = f"{view:<8} " if args.compare else ""
+            likely = sorted(zip(answer.probabilities.tolist(), answer.options, strict=True), reverse=True)
+            listed = [(answer.option, answer.probabilities[answer.label])]
+            listed += [(text, share) for share, text in likely if text != answer.option]
+            lines = [f"{text:<{width}}  {share:7.2%}" for text, share in listed]
+            print("\n".join(title + line for line in lines), flush=True)
+    return 0
+
+
+def _text(
+    tokenizer: PreTrainedTokenizerBase, prompt: str | Chat, chat: bool, args: argparse.Namespace
+) -> str:
+    """A prompt as the model sees it."""
+    if isinstance(prompt, Chat):
+        if args.raw or args.system:
+            option = "--raw" if args.raw else "--system"
+            raise DataError(f"{prompt.where} held a chat; allowed with {option}: prompts as text")
+        return prompt.prompt(tokenizer)
+    return render(tokenizer, prompt, args.system) if chat else prompt
+
+
 def _encode(
     tokenizer: PreTrainedTokenizerBase,
+    text: str,
     prompt: str | Chat,
-    chat: bool,
     args: argparse.Namespace,
     pair: ModelPair,
 ) -> Tensor:
     import torch
 
-    if isinstance(prompt, Chat):
-        if args.raw or args.system:
-            option = "--raw" if args.raw else "--system"
-            raise DataError(f"{prompt.where} held a chat; allowed with {option}: prompts as text")
-        text = prompt.prompt(tokenizer)
-    else:
-        text = render(tokenizer, prompt, args.system) if chat else prompt
     ids = encode_prompt(tokenizer, text)
     limit = getattr(pair.config, "max_position_embeddings", None)
     room = None if limit is None else limit - pair.num_virtual_tokens - args.max_new_tokens

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from svdk.calibration.estimators import ESTIMATORS, OBJECTIVES
-from svdk.calibration.sweep import DIRECTIONS
+from svdk.calibration.kept_statistics import DIRECTIONS
 from svdk.errors import InputError
 from svdk.eval.generation import DECODINGS
 from svdk.eval.tasks import NAMES, TRUTHFULQA

@@ -14,6 +14,7 @@ from svdk.errors import BackendError, InputError, first_line
 from svdk.generation.processors import process
 from svdk.generation.sampler import Sampler
 from svdk.models.adapter_scale import adapter_scale
+from svdk.models.cpu_linear import fast_linears, replaced
 from svdk.models.pair import ModelPair
 from svdk.models.paired_forward import FORWARDS, PairedForward, choose_forward, say_two_passes
 from svdk.models.stream import ViewCache
@@ -139,6 +140,7 @@ class TwoPass:
         """``names``: "warm", "base" or both."""
         self._pair = pair
         self._names = names
+        self._forwards = fast_linears(pair.module)
 
     def new_cache(self, implementation: str | None, max_length: int) -> tuple[ViewCache, ...]:
         """One cache a view; see :meth:`ModelPair.new_cache`."""
@@ -148,7 +150,8 @@ class TwoPass:
         """Logits (B, 1, V) a view; see :meth:`ModelPair.warm`."""
         caches = cache or [None] * len(self._names)
         views = (getattr(self._pair, name) for name in self._names)
-        return tuple(view(input_ids, mask, cache=c) for view, c in zip(views, caches, strict=True))
+        with replaced(self._forwards):
+            return tuple(view(input_ids, mask, cache=c) for view, c in zip(views, caches, strict=True))
 
 
 def choose_step(

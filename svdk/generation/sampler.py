@@ -66,7 +66,7 @@ class SteeringOptions:
             raise InputError(f"steering held one artifact an adapter; needed beside it: {given}")
         artifacts = [self.steering[name] for name in row_adapters]
         for artifact in artifacts:
-            _check_fit(artifact, pair)
+            check_fit(artifact, pair)
         merged: dict[str, Any] = {}
         for name in ("direction", "penalty", "strength_mode"):
             values = {getattr(artifact, name) for artifact in artifacts}
@@ -212,7 +212,12 @@ def _steering(
         raise InputError(
             "steering held one artifact an adapter; allowed: row_adapters beside it, or one artifact"
         )
-    _check_fit(config, pair)
+    check_fit(config, pair)
+    if getattr(config, "lever", None) == "bias":
+        raise InputError(
+            "steering was a bias on options, which does not steer free text; allowed: svdk.choose, or a "
+            "calibration with another lever"
+        )
     changes = given.given()
     if "strength" in changes or changes.get("strength_mode") == "kl_budget":
         changes["positions"] = ()  # those belong to the strength that was calibrated
@@ -267,7 +272,8 @@ def row_seeds(seed: int | Tensor | None, rows: int, copies: int = 1) -> Tensor:
     return (given[:, None] + seeds.spread(0, copies, cpu.device)).flatten()
 
 
-def _check_fit(steering: SteeringConfig, pair: ModelPair) -> None:
+def check_fit(steering: SteeringConfig, pair: ModelPair) -> None:
+    """``ArtifactError`` when an artifact was made for another PEFT type or vocabulary than the pair's."""
     for name, mine in (("peft_type", pair.peft_type), ("vocab_size", pair.vocab_size)):
         theirs = getattr(steering, name, None)  # an artifact's; a config by itself says nothing
         if theirs is not None and theirs != mine:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from svdk.errors import BackendError, InputError, first_line, out_of_memory
-from svdk.models.cpu_linear import fast_linears
+from svdk.models.cpu_linear import fast_linears, replaced
 from svdk.models.pair import ModelPair
 from svdk.models.paired_adapters import RowSpans, route
 from svdk.models.stream import ViewCache
@@ -60,8 +60,7 @@ class PairedForward:
         if reason is not None:
             raise _not_paired(reason)
 
-        if not torch.is_autocast_enabled(pair.device.type):
-            self._forwards += fast_linears(pair.module)
+        self._forwards += fast_linears(pair.module)
 
     def new_cache(self, implementation: str | None = None, max_length: int | None = None) -> ViewCache:
         """An empty cache for the rows of both views; arguments as :meth:`ModelPair.new_cache`."""
@@ -120,13 +119,8 @@ class PairedForward:
     def _routed(self, batch: int) -> Iterator[None]:
         self._rows.total, self._rows.stream = 2 * batch, self.pair.stream
         self._rows.spans = [(None, 0, batch)] if self._order is None else _spans(self._adapters)
-        try:
-            for layer, forward in self._forwards:
-                vars(layer)["forward"] = forward
+        with replaced(self._forwards):
             yield
-        finally:
-            for layer, _ in self._forwards:
-                vars(layer).pop("forward", None)
 
 
 def why_not_paired(

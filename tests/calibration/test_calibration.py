@@ -283,9 +283,10 @@ def test_command_line_errors_write_nothing(folders, adapter, arguments, message)
 
 
 def test_command_line_choices_are_those_of_the_library():
-    from svdk.calibration import estimators, sweep
+    from svdk.calibration import estimators, levers, sweep
 
     assert (*sweep.DIRECTIONS, "auto") == command.DIRECTIONS
     assert estimators.ESTIMATORS == command.ESTIMATORS
-    assert estimators.OBJECTIVES == command.OBJECTIVES
+    assert (*estimators.OBJECTIVES, "auto") == command.OBJECTIVES
+    assert (*levers.COSTS, "auto") == command.LEVERS
     assert len(default_grid()) == 49

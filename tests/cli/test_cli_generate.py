@@ -16,6 +16,7 @@ from svdk.calibration.artifact import Steering
 from svdk.cli import generate as command
 from svdk.cli.terminal import Printer, columns
 from svdk.errors import DataError, InputError
+from svdk.generation.choose import choose
 from svdk.generation.generate import decode
 from svdk.models.loading import load_adapter, load_model
 from svdk.models.pair import ModelPair
@@ -286,3 +287,24 @@ def test_an_uncalibrated_adapter_needs_a_strength(call, tiny_folder, tmp_path):
     with pytest.raises(InputError, match="run `svdk calibrate`"):
         call("--prompt", "x", folder=tmp_path)
     assert call("--prompt", "x", "--strength", "1", "--max-new-tokens", "3", folder=tmp_path).out
+
+
+def test_options_are_answered_with_how_likely_each_is(call, tiny_folder, adapter):
+    model, tokenizer = load_model(tiny_folder, device="cpu")
+    pair = ModelPair(load_adapter(model, adapter))
+    steering = Steering.load(adapter)
+    answer = choose(pair, "say hi", (" yes", " no"), tokenizer=tokenizer, steering=steering)
+    first, second = call("--prompt", "say hi", "--raw", "--options", " yes", " no").out.splitlines()
+    assert first.startswith(answer.option) and first.endswith(f"{float(answer.probabilities.max()):.2%}")
+    assert second.startswith(answer.options[1 - answer.label])
+    shown = call("--prompt", "one", "--prompt", "two", "--raw", "--compare", "--options", " yes", " no").out
+    assert shown.count("> one\n") == shown.count("> two\n") == 1
+    assert [shown.count(f"{view:<8}") for view in ("base", "warm", "steered")] == [4, 4, 4]
+
+
+@pytest.mark.parametrize("wrong", [("--temperature", 0.5), ("--stop", "x"), ("--strength-mode", "kl_budget")])
+def test_options_are_not_sampled(call, wrong):
+    with pytest.raises(InputError, match="--options was given with --temperature, --stop"):
+        call("--prompt", "a", "--options", " yes", " no", *wrong)
+    with pytest.raises(InputError, match="at least two texts"):
+        call("--prompt", "a", "--options", " yes")

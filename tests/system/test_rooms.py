@@ -20,7 +20,7 @@ ALIASES = {"backends": "ops", "reference": "ops", "sampling": "ops"}
 MOST_PARAMETERS = 10
 PUBLIC = {
     "steered_sample", "steered_logprob", "steered_logits", "top_k_top_p_sampling_from_probs", "generate",
-    "decode",
+    "decode", "choose",
     "SteeringLogitsProcessor.__init__", "warm_start", "extract_steering", "calibrate", "static_vector",
     "static_steering", "SteeredLM.__init__", "evaluate_harness",
 }  # fmt: skip
