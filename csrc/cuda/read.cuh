@@ -144,18 +144,18 @@ struct Lanes {
     SVDK_UNROLL
     for (int i = 0; i < kLoads; ++i) words[i] = load16(s.row + at + i * kPer);
   }
+  // A word of logits that are -inf.
+  static constexpr uint32_t kNothing = Traits<T>::kMinusInf * (sizeof(T) == 4 ? 1u : 0x10001u);
   SVDK_DEVICE void clear() {
-    constexpr uint32_t none = Traits<T>::kMinusInf * (sizeof(T) == 4 ? 1u : 0x10001u);
     SVDK_UNROLL
-    for (int i = 0; i < kLoads; ++i) words[i] = {none, none, none, none};
+    for (int i = 0; i < kLoads; ++i) words[i] = {kNothing, kNothing, kNothing, kNothing};
   }
   SVDK_DEVICE bool all_masked() const {
-    constexpr uint32_t none = Traits<T>::kMinusInf * (sizeof(T) == 4 ? 1u : 0x10001u);
     uint32_t differs = 0;
     SVDK_UNROLL
     for (int i = 0; i < kLoads; ++i) {
-      differs |= (words[i].x ^ none) | (words[i].y ^ none);
-      differs |= (words[i].z ^ none) | (words[i].w ^ none);
+      differs |= (words[i].x ^ kNothing) | (words[i].y ^ kNothing);
+      differs |= (words[i].z ^ kNothing) | (words[i].w ^ kNothing);
     }
     return differs == 0;
   }

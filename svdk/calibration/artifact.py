@@ -25,6 +25,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from svdk import __version__
+from svdk.calibration.kept_statistics import below
 from svdk.errors import ArtifactError, InputError
 from svdk.ops.configs import SteeringConfig
 from svdk.utils.checks import check_choice, is_number
@@ -244,7 +245,7 @@ class Steering(SteeringConfig):
         """
         folder = Path(folder)
         record, tensors = _read(folder)
-        statistics = {k[len(_STATISTICS) :]: t for k, t in tensors.items() if k.startswith(_STATISTICS)}
+        statistics = below(tensors, _STATISTICS)
         unknown = sorted(set(tensors) - {"vector"} - {_STATISTICS + name for name in statistics})
         if unknown:
             raise ArtifactError(f"{folder / TENSORS_NAME} holds unknown tensors: {', '.join(unknown)}")

@@ -11,7 +11,7 @@ from svdk.calibration.artifact import Steering
 from svdk.calibration.choices import ChoiceStatistics, choice_statistics, choices_of
 from svdk.calibration.costs import decoding_costs
 from svdk.calibration.estimators import OBJECTIVES
-from svdk.calibration.kept_statistics import DIRECTIONS, Statistics, default_grid
+from svdk.calibration.kept_statistics import Statistics
 from svdk.calibration.report import CalibrationConfig, judged_statistics, make_report
 from svdk.calibration.sweep import Sweep, extract_steering
 from svdk.errors import ArtifactError, DataError, InputError
@@ -107,9 +107,10 @@ def calibrate(
                 f"objective was 'choice' and the {len(examples)} completions are no small closed set; "
                 "needed: rows with options and label"
             )
+        if objective == "auto":
+            config = config.override(objective="nll" if choices is None else "choice")
         statistics: Statistics | ChoiceStatistics
         if choices is None:
-            config = config.override(objective="nll") if objective == "auto" else config
             statistics = extract_steering(
                 pair,
                 examples,
@@ -124,13 +125,11 @@ def calibrate(
                 progress=progress,
             )
         else:
-            config = config.override(objective="choice")
-            full = DIRECTIONS if direction == "auto" else (direction,) if alpha == 0 else ()
             statistics = choice_statistics(
                 pair,
                 tokenizer,
                 choices,
-                Sweep(alpha, full, default_grid(), backend),
+                Sweep.of(direction, alpha, backend),
                 scales=_scales(pair, lever),
                 batch_size=batch_size,
                 limit=(max_length, too_long),

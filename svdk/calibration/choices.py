@@ -15,9 +15,15 @@ from torch import Tensor
 
 from svdk.calibration.choice_view import ChoiceView, choice_hits, choice_loss
 from svdk.calibration.estimators import Judged, fit
+from svdk.calibration.kept_statistics import NO_SCALES, below
 from svdk.calibration.label_bias import fit_bias
-from svdk.calibration.loss_views import View
-from svdk.calibration.option_statistics import EncodedQuestion, OptionRuns, OptionStatistics, encode_question
+from svdk.calibration.option_statistics import (
+    EncodedQuestion,
+    OptionRuns,
+    OptionStatistics,
+    encode_question,
+    total_logprob,
+)
 from svdk.calibration.sweep import Sweep
 from svdk.errors import ArtifactError, DataError, InputError
 from svdk.utils.checks import check_choice
@@ -149,12 +155,10 @@ class ChoiceStatistics:
 
     def view(self, direction: str, alpha: float) -> ChoiceView:
         """The view of one of :meth:`settings`; ``InputError`` for another."""
-        return self.over(self.options.statistics.view(direction, alpha))
-
-    def over(self, view: View) -> ChoiceView:
-        """The choice under a view of the options' tokens."""
+        view = self.options.statistics.view(direction, alpha)
         return ChoiceView(view, self.options.impossible, self.question, self.gold)
 
+    @cached_property
     def logprobs(self) -> Tensor:
         """(O,) float64: log-probability of every option, unsteered."""
         view = self.options.statistics.view(*self.settings()[0])
@@ -163,7 +167,7 @@ class ChoiceStatistics:
     @cached_property
     def unsteered(self) -> tuple[Tensor, Tensor]:
         """NLL and hits (Q,) of the warm start."""
-        return self.loss(self.logprobs())
+        return self.loss(self.logprobs)
 
     def bias(self, keep: Tensor) -> Tensor:
         """(K,) the biases of least loss on the questions ``keep`` (Q,) bool."""
@@ -172,7 +176,7 @@ class ChoiceStatistics:
                 "lever was 'bias' with options that differ from question to question; allowed: "
                 "none, scale, constant"
             )
-        return fit_bias(self.logprobs().view(self.examples, -1)[keep], self.labels[keep])
+        return fit_bias(self.logprobs.view(self.examples, -1)[keep], self.labels[keep])
 
     def vocabulary_strength(self, view: Judged, keep: Tensor) -> float:
         """Mu of least NLL of the right options' tokens over the whole vocabulary, of questions ``keep``."""
@@ -193,10 +197,7 @@ class ChoiceStatistics:
     def scale_curves(self) -> tuple[Tensor, Tensor, Tensor]:
         """Scales (S,), losses and hits (Q, S), float64; ``InputError`` where they were not tried."""
         if self.scales is None or self.scale_logprobs is None:
-            raise InputError(
-                "the adapter's scale was not tried; allowed: lever='scale' or 'auto' from the start, with an "
-                "adapter that has a scale"
-            )
+            raise InputError(NO_SCALES)
         found = [self.loss(column) for column in self.scale_logprobs.unbind(1)]
         return self.scales, torch.stack([x for x, _ in found], 1), torch.stack([x for _, x in found], 1)
 
@@ -229,9 +230,7 @@ class ChoiceStatistics:
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> ChoiceStatistics:
         """The inverse of :meth:`tensors`; ``ArtifactError`` when shapes or values do not fit together."""
-        prefix = "choice."
-        inner = {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
-        options = OptionStatistics.from_tensors(inner)
+        options = OptionStatistics.from_tensors(below(tensors, "choice."))
         try:
             labels, texts = tensors["labels"], json.loads(bytes(tensors["texts"].tolist()))
             scales, logprobs = tensors.get("scales"), tensors.get("scale_logprobs")
@@ -298,7 +297,8 @@ def choice_statistics(
     for column, scale in enumerate(every):
         with adapter_scale(pair, scale):
             for question, option, (warm,), ids, rows in runs.rows(("warm",), f"scale {scale:g}"):
-                taken = warm[rows].double().log_softmax(-1).gather(1, ids[:, None])
-                logprobs[int(start[question]) + option, column] = float(taken.sum())
+                name = f"{encoded[question].name} at scale {scale:g}"
+                value = total_logprob(warm, ids, rows, name, backend=sweep.backend)
+                logprobs[int(start[question]) + option, column] = value
     tried = torch.tensor(every, dtype=torch.float64)
     return dataclasses.replace(found, scales=tried, scale_logprobs=logprobs)

@@ -32,6 +32,17 @@ def default_grid(points: int = 49) -> Tensor:
     return torch.cat([-steps[1:].flip(0), steps])
 
 
+NO_SCALES = (
+    "the adapter's scale was not tried; allowed: lever='scale' or 'auto' from the start, with an "
+    "adapter that has a scale"
+)
+
+
+def below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors whose names begin with ``prefix``, without it."""
+    return {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class GridSums:
     """Storage of a :class:`GridView`: moments (3, T), curves (3, T, M) float32, hits (T, M) bool.
@@ -102,10 +113,7 @@ class Statistics:
     def scale_curves(self) -> tuple[Tensor, Tensor, Tensor]:
         """Scales (S,), losses and hits (T, S), float64; ``InputError`` where they were not tried."""
         if self.scales is None:
-            raise InputError(
-                "the adapter's scale was not tried; allowed: lever='scale' or 'auto' from the start, with an "
-                "adapter that has a scale"
-            )
+            raise InputError(NO_SCALES)
         return self.scales, _there(self.scale_nll).double(), _there(self.scale_hits).double()
 
     def kinds(self) -> Tensor:

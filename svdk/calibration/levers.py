@@ -7,7 +7,7 @@ paired; what a lever costs in decoding is the number of rows that a step runs fo
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -89,6 +89,7 @@ class Judge:
     folds: int
     seed: int
     resamples: int
+    _settings: dict[bytes, Setting] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def fit(self, lever: str, keep: Tensor) -> Fitted:
         """A lever on the examples ``keep`` (E,) bool; the setting is chosen with the single strength."""
@@ -98,7 +99,7 @@ class Judge:
             return Fitted(lever, scale=self._best_scale(keep))
         if lever == "bias":
             return Fitted(lever, bias=tuple(self._choices().bias(keep).tolist()))
-        setting = select(self.views, "optimum", self.objective, keep, self.folds, self.seed)
+        setting = self._setting(keep)
         view = self.views[setting]
         if lever == VOCABULARY:
             return Fitted(lever, setting, self._choices().vocabulary_strength(view, keep))
@@ -107,6 +108,13 @@ class Judge:
         statistics, tokens = self._tokens(view)
         found = fit_positions(tokens, statistics.positions(), keep, folds=self.folds, seed=self.seed)
         return Fitted(lever, setting, found.strength, found.positions)
+
+    def _setting(self, keep: Tensor) -> Setting:
+        """Of the single strength, which several levers ask for on the same examples."""
+        key = bytes(keep.tolist())
+        if key not in self._settings:
+            self._settings[key] = select(self.views, "optimum", self.objective, keep, self.folds, self.seed)
+        return self._settings[key]
 
     def _tokens(self, view: Judged) -> tuple[Statistics, MaskedView | GridView]:
         if not isinstance(self.statistics, Statistics) or not isinstance(view, (MaskedView, GridView)):
@@ -132,7 +140,7 @@ class Judge:
             return nll[:, warm] - nll[:, at], hits[:, at] - hits[:, warm]
         if one.lever == "bias":
             choices, (loss, hits) = self._choices(), self._choices().unsteered
-            biased, right = choices.loss(choices.logprobs() + choices.of_options(one.bias))
+            biased, right = choices.loss(choices.logprobs + choices.of_options(one.bias))
             return loss - biased, right - hits
         if one.setting is None:
             nothing = torch.zeros(len(self.statistics.examples_of_tokens()), dtype=torch.float64)

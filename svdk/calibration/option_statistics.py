@@ -5,18 +5,20 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 
-from svdk.calibration.kept_statistics import DIRECTIONS, Statistics, default_grid
+from svdk.calibration.kept_statistics import DIRECTIONS, Statistics, below, default_grid
 from svdk.calibration.loss_views import MaskedView, View
-from svdk.calibration.sweep import MAX_FORWARD, Part, Sweep, add_rows, assemble, check_grid
+from svdk.calibration.sweep import MAX_FORWARD, Part, Sweep, add_rows, assemble, check_grid, check_rows
 from svdk.errors import ArtifactError, DataError
 from svdk.models.base_cache import BaseCache
 from svdk.models.pair import ModelPair
 from svdk.models.stream import ViewCache
+from svdk.ops.api import steered_logprob
+from svdk.utils.checks import check_count
 from svdk.utils.tokens import pad
 from svdk.warmstart.data import Example, encode_continuation, encode_prompt
 
@@ -88,9 +90,7 @@ class OptionStatistics:
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> OptionStatistics:
         """The inverse of :meth:`tensors`; ``ArtifactError`` when shapes or values do not fit together."""
-        prefix = "statistics."
-        inner = {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
-        statistics = Statistics.from_tensors(inner)
+        statistics = Statistics.from_tensors(below(tensors, "statistics."))
         try:
             options, impossible = tensors["options"], tensors["impossible"]
         except KeyError as error:
@@ -168,6 +168,10 @@ class OptionRuns:
     base_cache: BaseCache | None = None
     progress: bool = False
 
+    def __post_init__(self) -> None:
+        """Check what would fail halfway."""
+        check_count("batch_size", self.batch_size)
+
     def statistics(self, sweep: Sweep) -> OptionStatistics:
         """What any strength needs."""
         parts = [[Part() for _ in one.options] for one in self.questions]
@@ -218,6 +222,16 @@ class OptionRuns:
                     start, labels = place * longest, torch.tensor(tokens[index], device=pair.device)
                     rows = torch.arange(start, start + len(labels), device=pair.device)
                     yield *options[index], flat, labels, rows
+
+
+def total_logprob(warm: Tensor, labels: Tensor, rows: Tensor, name: str, **steering: Any) -> float:
+    """Nats: log-probability of the tokens ``labels`` (t,), at ``rows`` (t,) of logits (R, V), all together.
+
+    ``steering``: as in :func:`svdk.steered_logprob`. ``InvalidLogitsError`` names the question ``name``.
+    """
+    info = steered_logprob(warm, labels=labels, warm_rows=rows, **steering)
+    check_rows(info.status, name)
+    return float(info.logprob.double().sum())
 
 
 def _batches(questions: Sequence[EncodedQuestion], batch_size: int) -> Iterator[list[int]]:

@@ -38,8 +38,7 @@ def plot_calibration(report: Report, path: str | Path) -> Path:
     figure.suptitle(
         f"{report.direction}, alpha {report.alpha:g}: {report.metrics['examples']:.0f} {counted}", fontsize=11
     )
-    unit = "NLL (nats a choice)" if chosen_among else "NLL (nats a token)"
-    _panel(top, strengths, nll, report.metrics["nll_warm"], unit)
+    _panel(top, strengths, nll, report.metrics["nll_warm"], f"NLL (nats a {report.item})")
     # A loss that explodes at one end would flatten the part that matters.
     floor, warm = min(nll), report.metrics["nll_warm"]
     top.set_ylim(top=min(max(nll), warm + 3 * (warm - floor) + 0.05 * abs(warm)), bottom=None)
@@ -83,13 +82,9 @@ def _levers(axes: Any, report: Report) -> None:
     axes.set_yticks(range(len(report.levers)), [row.fitted.lever for row in report.levers])
     axes.invert_yaxis()
     axes.set_ylim(len(report.levers) - 0.4, -0.6)
-    unit = "share of tokens" if report.objective == "accuracy" else f"nats a {_item(report)}"
+    unit = "share of tokens" if report.objective == "accuracy" else f"nats a {report.item}"
     axes.set_xlabel(f"levers: out-of-fold gain over the warm start, {unit} (95 % interval)")
     figures.plain(axes, "x")
-
-
-def _item(report: Report) -> str:
-    return "choice" if report.objective == "choice" else "token"
 
 
 def _span(report: Report) -> tuple[float, float]:

@@ -149,6 +149,11 @@ class Report:
         """The row of the result."""
         return next(row for row in self.rows if row.estimator == self.estimator)
 
+    @property
+    def item(self) -> str:
+        """What is judged: a ``choice`` or a ``token``."""
+        return "choice" if self.objective == "choice" else "token"
+
     def steering(self, **origin: Any) -> Steering:
         """The result; ``origin`` are the fields of :class:`svdk.Steering` that say what it was made from."""
         row = self.chosen
@@ -335,15 +340,16 @@ def _with_levers(
     if config.estimator != "optimum" or (is_old and config.lever == "constant"):
         return report
     judge = levers.Judge(statistics, views, config.objective, config.folds, config.seed, config.resamples)
-    names = [name for name in levers.OF_TEXT if name != "scale" or statistics.scales is not None]
+    names, absent = levers.OF_TEXT, {"scale"} if statistics.scales is None else set()
     if isinstance(statistics, ChoiceStatistics):
-        there = {"none": True, "bias": statistics.texts, "scale": statistics.scales is not None}
-        names = [name for name in levers.OF_CHOICES if there.get(name, True)]
+        names, absent = levers.OF_CHOICES, absent | (set() if statistics.texts else {"bias"})
         vocabulary = judge.row(levers.VOCABULARY)
         report = dataclasses.replace(report, options=statistics.texts, vocabulary=vocabulary)
-    if config.lever != "auto":  # the others cost time
-        names = [name for name in levers.COSTS if name in ("none", "constant", config.lever)]
-    rows = tuple(map(judge.row, names))
+    if config.lever == "auto":
+        offered = [name for name in names if name not in absent]
+    else:  # the others cost time
+        offered = [name for name in names if name in ("none", "constant", config.lever)]
+    rows = tuple(map(judge.row, offered))
     if config.lever == "auto":
         tokens = statistics.tokens.double()
         chosen, why = levers.cheapest(rows, tokens, resamples=config.resamples, seed=config.seed)

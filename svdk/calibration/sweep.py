@@ -73,8 +73,7 @@ def extract_steering(
     pair = model if isinstance(model, ModelPair) else ModelPair(model)
     examples = load_examples(data, tokenizer)
     encoded, _ = encode_all(tokenizer, examples, max_length, too_long)
-    full = DIRECTIONS if direction == "auto" else (direction,) if alpha == 0 else ()
-    sweep = Sweep(alpha, full, default_grid() if grid is None else check_grid(grid), backend)
+    sweep = Sweep.of(direction, alpha, backend, grid)
     parts = [Part() for _ in encoded]
     for index, warm, base, labels, rows in labelled_rows(pair, encoded, batch_size, "calibration", progress):
         add_rows(parts[index], sweep, warm, base, labels, rows, f"calibration example {index}")
@@ -106,6 +105,12 @@ class Sweep:
     backend: str
     vector: Tensor | None = None
     """(V,) a static steering vector."""
+
+    @classmethod
+    def of(cls, direction: str, alpha: float, backend: str, grid: Tensor | None = None) -> Sweep:
+        """For a calibration: ``auto`` asks for both directions without mask beside the mask."""
+        full = DIRECTIONS if direction == "auto" else (direction,) if alpha == 0 else ()
+        return cls(alpha, full, default_grid() if grid is None else check_grid(grid), backend)
 
 
 @dataclass

@@ -281,11 +281,9 @@ def _choose(
         for view in views:
             answer = found[view][number]
             title = f"{view:<8} " if args.compare else ""
-            likely = sorted(zip(answer.probabilities.tolist(), answer.options, strict=True), reverse=True)
-            listed = [(answer.option, answer.probabilities[answer.label])]
-            listed += [(text, share) for share, text in likely if text != answer.option]
-            lines = [f"{text:<{width}}  {share:7.2%}" for text, share in listed]
-            print("\n".join(title + line for line in lines), flush=True)
+            for place in answer.probabilities.argsort(descending=True, stable=True).tolist():
+                share = float(answer.probabilities[place])
+                print(f"{title}{answer.options[place]:<{width}}  {share:7.2%}", flush=True)
     return 0
 
 

@@ -11,14 +11,12 @@ from torch import Tensor
 
 from svdk.calibration.artifact import Steering
 from svdk.calibration.choices import encode_choice, without_end
-from svdk.calibration.option_statistics import OptionRuns
+from svdk.calibration.option_statistics import OptionRuns, total_logprob
 from svdk.calibration.positions import strengths_at
-from svdk.calibration.sweep import check_rows
 from svdk.errors import InputError
 from svdk.generation.sampler import Sampler, check_fit, make_sampler
 from svdk.models.adapter_scale import adapter_scale
 from svdk.models.pair import ModelPair
-from svdk.ops.api import steered_logprob
 from svdk.utils.views import STEERED
 from svdk.warmstart.data import check_text
 
@@ -151,7 +149,7 @@ def _bias(steering: Steering, texts: list[str]) -> Tensor:
 def _logprob(sampler: Sampler, logits: tuple[Tensor, ...], labels: Tensor, rows: Tensor, name: str) -> float:
     """Nats: of all tokens of one option."""
     steering, warm = sampler.steering, logits[0]
-    values: dict[str, Any] = {"strength": 0.0, "warm_rows": rows, "backend": sampler.backend}
+    values: dict[str, Any] = {"strength": 0.0}
     if len(logits) == 2 or sampler.vector is not None:
         place = torch.arange(len(labels))
         assert isinstance(steering.positions, tuple) and not isinstance(steering.strength, Tensor)
@@ -161,6 +159,4 @@ def _logprob(sampler: Sampler, logits: tuple[Tensor, ...], labels: Tensor, rows:
             values["vector"] = sampler.vector
         else:
             values |= {"base_logits": logits[1], "base_rows": rows, "direction": steering.direction}
-    info = steered_logprob(warm, labels=labels, **values)
-    check_rows(info.status, name)
-    return float(info.logprob.double().sum())
+    return total_logprob(warm, labels, rows, name, backend=sampler.backend, **values)

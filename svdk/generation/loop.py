@@ -14,10 +14,9 @@ from svdk.errors import BackendError, InputError, first_line
 from svdk.generation.processors import process
 from svdk.generation.sampler import Sampler
 from svdk.models.adapter_scale import adapter_scale
-from svdk.models.cpu_linear import fast_linears, replaced
 from svdk.models.pair import ModelPair
 from svdk.models.paired_forward import FORWARDS, PairedForward, choose_forward, say_two_passes
-from svdk.models.stream import ViewCache
+from svdk.models.two_pass import TwoPass
 from svdk.ops.results import SampleInfo
 from svdk.utils.checks import check_choice
 
@@ -131,27 +130,6 @@ def run(
         logits=tuple(logits) if call.logits else None,  # type: ignore[arg-type]
         steering_info=tuple(infos) if call.steering else None,
     )
-
-
-class TwoPass:
-    """The views that a step needs, one forward each, each with its own cache."""
-
-    def __init__(self, pair: ModelPair, names: tuple[str, ...]) -> None:
-        """``names``: "warm", "base" or both."""
-        self._pair = pair
-        self._names = names
-        self._forwards = fast_linears(pair.module)
-
-    def new_cache(self, implementation: str | None, max_length: int) -> tuple[ViewCache, ...]:
-        """One cache a view; see :meth:`ModelPair.new_cache`."""
-        return tuple(self._pair.new_cache(v, implementation, max_length) for v in self._names)
-
-    def __call__(self, input_ids: Tensor, mask: Tensor | None, *, cache: Any) -> tuple[Tensor, ...]:
-        """Logits (B, 1, V) a view; see :meth:`ModelPair.warm`."""
-        caches = cache or [None] * len(self._names)
-        views = (getattr(self._pair, name) for name in self._names)
-        with replaced(self._forwards):
-            return tuple(view(input_ids, mask, cache=c) for view, c in zip(views, caches, strict=True))
 
 
 def choose_step(

@@ -389,6 +389,8 @@ def test_asking_for_a_choice_where_there_is_none(calibrated):
     with pytest.raises(DataError, match="no small closed set"):
         calibrate(model, folder, free, tokenizer=tokenizer, objective="choice")
     assert calibrate(model, folder, free, tokenizer=tokenizer, objective="auto").objective == "nll"
+    with pytest.raises(InputError, match="batch_size was 0"):
+        calibrate(model, folder, ROWS, tokenizer=tokenizer, objective="choice", batch_size=0)
     with pytest.raises(DataError, match="24 of 24 questions had more than max_length = 3"):
         calibrate(model, folder, ROWS, tokenizer=tokenizer, objective="choice", max_length=3)
     steering = calibrate(model, folder, ROWS, tokenizer=tokenizer)
