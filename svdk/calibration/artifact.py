@@ -14,7 +14,7 @@ import math
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,7 +27,7 @@ from torch import Tensor
 from svdk import __version__
 from svdk.calibration.kept_statistics import below
 from svdk.errors import ArtifactError, InputError
-from svdk.ops.configs import SteeringConfig
+from svdk.ops.configs import ClassStrengths, SteeringConfig
 from svdk.utils.checks import check_choice, is_number
 from svdk.utils.files import read_object, unfinished, write_file
 
@@ -36,11 +36,11 @@ if TYPE_CHECKING:
 
 FORMAT = "svdk-steering"
 FORMAT_VERSION = 2
-_LATER: dict[str, Any] = {"options": [], "bias": []}
-"""What the first artifacts of format 2 did not have."""
+_LATER: dict[str, Any] = {"options": [], "bias": [], "classes": None}
+"""What the first artifacts of format 2 did not have, and what stood in its place."""
 _ADDED: dict[str, Any] = {"lever": None, "positions": [], "scale": 1.0} | _LATER
 """What format 1 did not have, which is still read, and what stood in its place."""
-LEVERS = ("none", "bias", "scale", "vector", "constant", "positions")
+LEVERS = ("none", "bias", "scale", "vector", "constant", "classes", "positions")
 JSON_NAME = "steering.json"
 TENSORS_NAME = "steering.safetensors"
 STAGED_NAME = TENSORS_NAME + ".new"
@@ -64,8 +64,8 @@ class Steering(SteeringConfig):
     alpha: float = 0.1
     lever: str | None = None
     """What steers: ``none``, ``bias`` (of :func:`svdk.choose` alone), ``scale`` (the adapter's own, no base
-    row), ``vector`` (static, no base row), ``constant`` (one strength) or ``positions``; None: not
-    calibrated, or by an older svdk."""
+    row), ``vector`` (static, no base row), ``constant`` (one strength), ``classes`` or ``positions``;
+    None: not calibrated, or by an older svdk."""
     options: tuple[str, ...] = ()
     """With lever ``bias``: the texts that it is about, as they are scored."""
     bias: tuple[float, ...] = ()
@@ -182,6 +182,8 @@ class Steering(SteeringConfig):
         if self.positions:
             least, most = min(self.positions), max(self.positions)
             text += f" after {len(self.positions)} positions of their own ({least:.3g} to {most:.3g})"
+        if self.classes is not None:
+            text += f" for content, {self.classes.template:.3g} for template, {self.classes.stop:.3g} to stop"
         return text
 
     def report(self) -> Report:
@@ -303,6 +305,8 @@ def _compare(what: str, expected: object, found: object) -> None:
 
 def _plain(value: Any) -> Any:
     """``value`` in strict JSON: infinities as strings, NaN as null."""
+    if isinstance(value, ClassStrengths):
+        value = asdict(value)
     if isinstance(value, Mapping):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, (tuple, list)):
@@ -404,8 +408,8 @@ def _read_json(path: Path) -> dict[str, Any]:
     keys = _KEYS | {"tensors"}
     if version == 1:
         keys -= set(_ADDED)
-    elif not set(_LATER) & set(record):
-        record |= _LATER
+    else:
+        record = _LATER | record
     if set(record) != keys:
         raise ArtifactError(f"{path}: missing or unknown entries: {', '.join(sorted(set(record) ^ keys))}")
     if version == 1:
@@ -417,12 +421,27 @@ def _read_json(path: Path) -> dict[str, Any]:
     for name in ("positions", "options", "bias"):
         if isinstance(record[name], list):
             record[name] = tuple(record[name])
+    record["classes"] = _classes(path, record["classes"])
     if isinstance(record["confidence_interval"], list):
         record["confidence_interval"] = tuple(map(_number, record["confidence_interval"]))
     if isinstance(record["metrics"], dict):
         values = ((key, _number(value)) for key, value in record["metrics"].items())
         record["metrics"] = {key: math.nan if value is None else value for key, value in values}
     return record
+
+
+def _classes(path: Path, entry: Any) -> ClassStrengths | None:
+    """The strengths by class of a record; None where it has none."""
+    if entry is None:
+        return None
+    names = {one.name for one in fields(ClassStrengths)}
+    if not isinstance(entry, dict) or set(entry) != names:
+        raise ArtifactError(f"{path}: classes was {entry!r}; needed: {', '.join(sorted(names))}, or null")
+    try:
+        values: dict[str, Any] = {k: tuple(x) if isinstance(x, list) else x for k, x in entry.items()}
+        return ClassStrengths(**values)
+    except InputError as error:
+        raise ArtifactError(f"{path}: {error}") from error
 
 
 def _read_tensors(folder: Path, entry: Any) -> dict[str, Tensor]:

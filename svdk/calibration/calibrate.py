@@ -66,10 +66,11 @@ def calibrate(
             scored by the log-probability of all its tokens; data without options must have completions that
             form a small closed set. ``auto``: ``choice`` for such data, else ``nll``.
         lever: ``constant`` (one strength), ``positions`` (one for each of the first output positions, shrunk
-            towards the single one), ``scale`` (the adapter's own scale, found with six more runs of it; no
-            base row in decoding), ``none``, or ``auto``: the cheapest in decoding that is not demonstrably
-            worse than the best. For choices among the same options also ``bias`` (one number an option, used
-            by :func:`svdk.choose` alone), and no ``positions``.
+            towards the single one), ``classes`` (likewise one each for content, template and stop), ``scale``
+            (the adapter's own scale, found with six more runs of it; no base row in decoding), ``none``, or
+            ``auto``: the cheapest in decoding that is not demonstrably worse than the best. For choices among
+            the same options also ``bias`` (one number an option, used by :func:`svdk.choose` alone), and no
+            ``positions`` or ``classes``.
         seed: of the folds and the bootstrap.
         folds: of the cross-validation, at least 2.
         resamples: of the bootstrap, at least 1.

@@ -85,6 +85,8 @@ class Statistics:
     """(T,) int32: the labels; None in artifacts of format 1."""
     stop_ids: Tensor | None = None
     """(S,) int64: the tokens that end a completion; None in artifacts of format 1."""
+    greedy: Tensor | None = None
+    """(T,) int32: the token that the warm-started model likes best; None in artifacts without it."""
     scales: Tensor | None = None
     """(S,) float64, ascending, 1 among them; None when the adapter's scale was not tried."""
     scale_nll: Tensor | None = None
@@ -109,6 +111,30 @@ class Statistics:
                 "calibration once more"
             )
         return self.position.long()
+
+    def due(self) -> Tensor:
+        """(T,) int64: what the warm-started model likes best; ``InputError`` where that was not kept."""
+        if self.greedy is None:
+            raise InputError(
+                "these statistics are of an older svdk, without the warm start's own tokens; needed for "
+                "lever 'classes': the calibration once more"
+            )
+        return self.greedy.long()
+
+    def stops(self) -> tuple[int, ...]:
+        """The tokens that end a completion."""
+        return tuple(_there(self.stop_ids).tolist())
+
+    def template_ids(self, keep: Tensor) -> tuple[int, ...]:
+        """The tokens that stand somewhere in nearly all completions of the examples ``keep`` (E,) bool."""
+        example = self.examples_of_tokens()
+        used = keep[example]
+        pairs = torch.stack([_there(self.label_ids).long()[used], example[used]], 1).unique(dim=0)
+        ids, completions = pairs[:, 0].unique(return_counts=True)
+        share = completions / max(1, int((keep & (self.tokens > 0)).sum()))
+        common = (completions >= LEAST_OF_TEMPLATE) & (share >= TEMPLATE_SHARE)
+        stops = torch.isin(ids, _there(self.stop_ids))
+        return tuple(ids[common & ~stops].tolist())
 
     def scale_curves(self) -> tuple[Tensor, Tensor, Tensor]:
         """Scales (S,), losses and hits (T, S), float64; ``InputError`` where they were not tried."""
@@ -167,7 +193,7 @@ class Statistics:
     def tensors(self) -> dict[str, Tensor]:
         """Flat tensors by name, for the artifact."""
         names = ["tokens", "logprob_warm", "logprob_base", "sizes", "p", "ratio", "label", "grid"]
-        names += ["position", "label_ids", "stop_ids", "scales", "scale_nll", "scale_hits"]
+        names += ["position", "label_ids", "greedy", "stop_ids", "scales", "scale_nll", "scale_hits"]
         out = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         out["excluded"] = torch.tensor(self.excluded)
         out["alpha"] = torch.tensor(self.alpha, dtype=torch.float64)
@@ -212,7 +238,7 @@ class Statistics:
                 return f"p and ratio must have shape ({candidates},)"
             if bool(((sizes < 0) | (label < -1) | (label >= sizes)).any()):
                 return "a label points outside its candidates"
-        for name in ("position", "label_ids"):
+        for name in ("position", "label_ids", "greedy"):
             x = getattr(self, name)
             if x is not None and (x.shape != (tokens,) or bool((x < 0).any())):
                 return f"{name} must be non-negative, of shape ({tokens},)"

@@ -1,4 +1,4 @@
-"""Which lever: nothing, a bias a label, the adapter's own scale, one strength, or one a position. No model.
+"""Which lever: nothing, a bias a label, the adapter's own scale, one strength or several. No model.
 
 All are fitted on the same statistics and judged out of fold on the same examples, so that their gains are
 paired; what a lever costs in decoding is the number of rows that a step runs for each sequence.
@@ -6,6 +6,7 @@ paired; what a lever costs in decoding is the number of rows that a step runs fo
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -13,16 +14,18 @@ import torch
 from torch import Tensor
 
 from svdk.calibration.choices import ChoiceStatistics
+from svdk.calibration.classes import fit_classes, strengths_by_class
 from svdk.calibration.estimators import Judged, Setting, fit, select, split_folds
 from svdk.calibration.kept_statistics import KINDS, Statistics
 from svdk.calibration.loss_views import GridView, MaskedView
 from svdk.calibration.positions import fit_positions, strengths_at
 from svdk.errors import InputError
+from svdk.ops.configs import ClassStrengths
 from svdk.utils.bootstrap import bootstrap
 
-COSTS = {"none": 1, "bias": 1, "scale": 1, "constant": 2, "positions": 2}
+COSTS = {"none": 1, "bias": 1, "scale": 1, "constant": 2, "classes": 2, "positions": 2}
 """Rows a step by lever, the cheapest (and, of two equal ones, the simplest) first."""
-OF_TEXT = ("none", "scale", "constant", "positions")
+OF_TEXT = ("none", "scale", "constant", "classes", "positions")
 OF_CHOICES = ("none", "bias", "scale", "constant")
 """Which of them there are for what is asked."""
 VOCABULARY = "vocabulary"
@@ -38,6 +41,7 @@ class Fitted:
     """(direction, alpha) of those that steer."""
     strength: float = 0.0
     positions: tuple[float, ...] = ()
+    classes: ClassStrengths | None = None
     scale: float = 1.0
     bias: tuple[float, ...] = ()
     """Of each option."""
@@ -57,7 +61,7 @@ class LeverRow:
     kinds: Mapping[str, float]
     """The gain in nats a token that comes from content, template and stop tokens; they add up."""
     examples: Tensor
-    """(E,) float64: the gain of each example, summed over its tokens."""
+    """(E,) float64: the gain of each example it was judged on, summed over its tokens."""
 
     @property
     def rows(self) -> int:
@@ -76,7 +80,30 @@ class LeverRow:
         text = f"{one.setting[0]}, alpha {one.setting[1]:g}, mu {one.strength:.3g}"
         if one.positions:
             text += f", {len(one.positions)} positions {min(one.positions):.2g} to {max(one.positions):.2g}"
+        if one.classes is not None:
+            text += f", template {one.classes.template:.3g}, stop {one.classes.stop:.3g}"
         return text
+
+
+@dataclass(frozen=True)
+class AutoGain:
+    """What choosing a lever gains on examples that played no part in the choice."""
+
+    gain: float
+    interval: tuple[float, float]
+    right: float
+    right_interval: tuple[float, float]
+    chosen: Mapping[str, int]
+    """How many folds took each lever."""
+
+    def line(self, unit: str) -> str:
+        """All of it, in a sentence."""
+        low, high = self.interval
+        took = ", ".join(f"{name} {count}x" for name, count in self.chosen.items())
+        return (
+            f"the choice of the lever made anew without each fold ({took}) gains {self.gain:+.4f} {unit} "
+            f"({low:+.4f} to {high:+.4f})"
+        )
 
 
 @dataclass(frozen=True)
@@ -106,6 +133,9 @@ class Judge:
         if lever == "constant":
             return Fitted(lever, setting, fit(view, "optimum", self.objective, keep).strength)
         statistics, tokens = self._tokens(view)
+        if lever == "classes":
+            by_class = fit_classes(statistics, tokens, keep, folds=self.folds, seed=self.seed)
+            return Fitted(lever, setting, by_class.strength, classes=by_class.classes)
         found = fit_positions(tokens, statistics.positions(), keep, folds=self.folds, seed=self.seed)
         return Fitted(lever, setting, found.strength, found.positions)
 
@@ -118,7 +148,7 @@ class Judge:
 
     def _tokens(self, view: Judged) -> tuple[Statistics, MaskedView | GridView]:
         if not isinstance(self.statistics, Statistics) or not isinstance(view, (MaskedView, GridView)):
-            raise InputError("lever was 'positions' with choices; allowed: " + ", ".join(OF_CHOICES))
+            raise InputError("lever was one of tokens, with choices; allowed: " + ", ".join(OF_CHOICES))
         return self.statistics, view
 
     def _choices(self) -> ChoiceStatistics:
@@ -150,34 +180,62 @@ class Judge:
         if one.positions:
             statistics, view = self._tokens(view)
             mu = strengths_at(statistics.positions(), one.positions, one.strength)
+        if one.classes is not None:
+            statistics, view = self._tokens(view)
+            mu = strengths_by_class(statistics.due(), one.classes, one.strength)
         before, after = view.at_tokens(0.0).nll, view.at_tokens(mu).nll
         return before - after, view.correct_tokens(mu) - view.correct_tokens(0.0)
 
-    def row(self, lever: str) -> LeverRow:
-        """A lever fitted on everything, with its gain on examples that it was not fitted on."""
-        statistics = self.statistics
-        example = statistics.examples_of_tokens()
-        fold = split_folds(statistics.examples, self.folds, self.seed)
-        nll, correct = torch.zeros(2, len(example), dtype=torch.float64)
-        for k in range(min(self.folds, statistics.examples)):
-            held_out = (fold == k)[example]
-            saved, right = self.gains(self.fit(lever, fold != k))
-            nll[held_out], correct[held_out] = saved[held_out], right[held_out]
-        tokens = statistics.tokens.double()
-
-        def judged(values: Tensor) -> tuple[Tensor, float, tuple[float, float]]:
-            sums = torch.zeros(statistics.examples, dtype=torch.float64).index_add_(0, example, values)
-            return sums, *bootstrap(sums, tokens, resamples=self.resamples, seed=self.seed)
-
-        in_nats, in_hits = judged(nll), judged(correct)
+    def row(self, lever: str, keep: Tensor | None = None) -> LeverRow:
+        """A lever fitted on the examples ``keep`` (E,) bool (default: all), judged on them out of fold."""
+        keep = self._everything() if keep is None else keep
+        nll, correct = self._out_of_fold(keep, lambda train: self.fit(lever, train))
+        in_nats, in_hits = self._judged(nll, keep), self._judged(correct, keep)
         sums, gain, interval = in_hits if self.objective == "accuracy" else in_nats
         parts: dict[str, float] = {}
-        if isinstance(statistics, Statistics):
-            kinds, total = statistics.kinds(), max(1, len(example))
+        if isinstance(self.statistics, Statistics):
+            kinds, total = self.statistics.kinds(), max(1, len(nll))
             parts = {name: float(nll[kinds == i].sum()) / total for i, name in enumerate(KINDS)}
-        everything = torch.ones(statistics.examples, dtype=torch.bool)
         _, share, of_share = in_hits
-        return LeverRow(self.fit(lever, everything), gain, interval, share, of_share, parts, sums)
+        return LeverRow(self.fit(lever, keep), gain, interval, share, of_share, parts, sums)
+
+    def auto(self, names: Sequence[str]) -> AutoGain:
+        """The gain of :func:`cheapest` among ``names``, chosen anew without each fold."""
+        chosen: Counter[str] = Counter()
+
+        def choose(train: Tensor) -> Fitted:
+            rows, tokens = [self.row(name, train) for name in names], self.statistics.tokens[train].double()
+            best, _ = cheapest(rows, tokens, resamples=self.resamples, seed=self.seed)
+            chosen[best.fitted.lever] += 1
+            return best.fitted
+
+        keep = self._everything()
+        nll, correct = self._out_of_fold(keep, choose)
+        in_nats, in_hits = self._judged(nll, keep)[1:], self._judged(correct, keep)[1:]
+        first = in_hits if self.objective == "accuracy" else in_nats
+        return AutoGain(*first, *in_hits, dict(chosen.most_common()))
+
+    def _everything(self) -> Tensor:
+        return torch.ones(self.statistics.examples, dtype=torch.bool)
+
+    def _out_of_fold(self, keep: Tensor, fit: Callable[[Tensor], Fitted]) -> tuple[Tensor, Tensor]:
+        """As :meth:`gains`, each token's by what was fitted without its fold; 0 outside ``keep``."""
+        example = self.statistics.examples_of_tokens()
+        members = keep.nonzero()[:, 0]
+        fold = torch.full((len(keep),), -1)
+        fold[members] = split_folds(len(members), self.folds, self.seed)
+        nll, correct = torch.zeros(2, len(example), dtype=torch.float64)
+        for k in range(min(self.folds, len(members))):
+            held_out = (fold == k)[example]
+            saved, right = self.gains(fit(keep & (fold != k)))
+            nll[held_out], correct[held_out] = saved[held_out], right[held_out]
+        return nll, correct
+
+    def _judged(self, values: Tensor, keep: Tensor) -> tuple[Tensor, float, tuple[float, float]]:
+        """Sums over each example of ``keep``, their mean a token, and its interval."""
+        example, tokens = self.statistics.examples_of_tokens(), self.statistics.tokens.double()
+        sums = torch.zeros(len(keep), dtype=torch.float64).index_add_(0, example, values)[keep]
+        return sums, *bootstrap(sums, tokens[keep], resamples=self.resamples, seed=self.seed)
 
 
 def _nearest(scales: Tensor, total: Tensor) -> float:

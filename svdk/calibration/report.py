@@ -26,11 +26,12 @@ from svdk.calibration.estimators import (
     select,
 )
 from svdk.calibration.kept_statistics import DIRECTIONS, Statistics
-from svdk.calibration.levers import Fitted, LeverRow
+from svdk.calibration.levers import AutoGain, Fitted, LeverRow
 from svdk.calibration.loss_views import GridView, MaskedView
 from svdk.errors import ArtifactError, InputError
 from svdk.utils.bootstrap import bootstrap
 from svdk.utils.checks import check_choice, check_count, check_number
+from svdk.utils.threads import one_thread
 
 CHOICES = (*levers.COSTS, "auto")
 """Of a calibration's lever."""
@@ -139,6 +140,8 @@ class Report:
     """All that these statistics can judge, the cheapest first."""
     why: str = ""
     """Why this lever, in a sentence."""
+    auto: AutoGain | None = None
+    """With lever ``auto``: what the choice itself gains out of fold."""
     options: tuple[str, ...] = ()
     """Of choices, where they are the same for all."""
     vocabulary: LeverRow | None = None
@@ -167,6 +170,7 @@ class Report:
             alpha=alpha,
             lever=one.lever,
             positions=one.positions,
+            classes=one.classes,
             scale=one.scale,
             bias=one.bias,
             options=self.options if one.bias else (),
@@ -201,6 +205,8 @@ class Report:
             lines += ["", "levers:", levers.table(self.levers, self.lever, unit, ms)]
             if self.why:
                 lines.append(self.why)
+            if self.auto is not None:
+                lines.append(self.auto.line(unit))
         if self.vocabulary is not None:
             lines += ["", self._disagreement(self.vocabulary)]
         return "\n".join(lines)
@@ -281,6 +287,7 @@ def judged_statistics(steering: Steering) -> Statistics | ChoiceStatistics:
     return kind.from_tensors(steering.statistics)
 
 
+@one_thread()
 def make_report(
     statistics: Statistics | ChoiceStatistics,
     config: CalibrationConfig,
@@ -340,7 +347,10 @@ def _with_levers(
     if config.estimator != "optimum" or (is_old and config.lever == "constant"):
         return report
     judge = levers.Judge(statistics, views, config.objective, config.folds, config.seed, config.resamples)
-    names, absent = levers.OF_TEXT, {"scale"} if statistics.scales is None else set()
+    names: tuple[str, ...] = levers.OF_TEXT
+    absent = {"scale"} if statistics.scales is None else set()
+    if isinstance(statistics, Statistics) and statistics.greedy is None:
+        absent |= {"classes"}
     if isinstance(statistics, ChoiceStatistics):
         names, absent = levers.OF_CHOICES, absent | (set() if statistics.texts else {"bias"})
         vocabulary = judge.row(levers.VOCABULARY)
@@ -358,6 +368,9 @@ def _with_levers(
     metrics = dict(report.metrics) | {f"gain_{name}": x for name, x in chosen.kinds.items()}
     metrics["levers"] = len(rows) if config.lever == "auto" else 1
     found = dataclasses.replace(report, metrics=metrics, lever=chosen, levers=rows, why=why)
+    if config.lever == "auto":
+        auto = judge.auto(offered)
+        return dataclasses.replace(found, auto=auto, gain=auto.gain, interval=auto.interval)
     if chosen.fitted.lever == "constant":  # judged with its estimator, above
         return found
     return dataclasses.replace(found, gain=chosen.gain, interval=chosen.interval)

@@ -122,7 +122,7 @@ class Part:
     sizes: list[Tensor] = field(default_factory=list)
     entries: list[Tensor] = field(default_factory=list)  # (2, n): p, ratio
     labels: list[Tensor] = field(default_factory=list)
-    places: list[Tensor] = field(default_factory=list)  # (2, t): position, label
+    places: list[Tensor] = field(default_factory=list)  # (3, t): position, label, likeliest
     moments: dict[str, list[Tensor]] = field(default_factory=dict)  # (3, t)
     curves: dict[str, list[Tensor]] = field(default_factory=dict)  # (3, t, M)
     hits: dict[str, list[Tensor]] = field(default_factory=dict)  # (t, M)
@@ -220,7 +220,8 @@ def _add_chunk(
     possible = torch.isfinite(info.logprob_warm)
     part.excluded += int((~possible).sum())
     where = {name: rows[possible] for name, rows in where.items()}
-    places = torch.stack([torch.arange(start, start + len(labels), device=labels.device), labels])
+    order = torch.arange(start, start + len(labels), device=labels.device)
+    places = torch.stack([order, labels, info.greedy.to(labels)])
     part.places.append(places[:, possible].int().cpu())
     labels = labels[possible]
     part.logprobs.append(torch.stack([info.logprob_warm, info.logprob_base])[:, possible].cpu())
@@ -290,8 +291,9 @@ def assemble(sweep: Sweep, parts: list[Part], stop_ids: Sequence[int] = ()) -> S
         )
         for direction in sweep.full
     }
-    position, label_ids = joined("places", 1)
-    named = {"position": position, "label_ids": label_ids, "stop_ids": torch.tensor(list(stop_ids)).long()}
+    position, label_ids, greedy = joined("places", 1)
+    named = {"position": position, "label_ids": label_ids, "greedy": greedy}
+    named["stop_ids"] = torch.tensor(list(stop_ids)).long()
     grid = {"grid": sweep.grid.float().double()} if full else {}  # the ops saw it in float32
     return Statistics(
         tokens, logprob_warm, logprob_base, excluded, alpha=sweep.alpha, full=full, **masked, **grid, **named

@@ -62,6 +62,9 @@ def _steering(adapter: str) -> dict[str, str]:
     if steering.positions:
         listed = " ".join(f"{x:.3g}" for x in steering.positions)
         rows["positions"] = f"{listed}, then {steering.strength:.3g}"
+    if steering.classes is not None:
+        one = steering.classes
+        rows["classes"] = f"content {steering.strength:.3g}, template {one.template:.3g}, stop {one.stop:.3g}"
     return rows | {"verdict": steering.verdict()}
 
 

@@ -200,7 +200,7 @@ class SteeredLM(HFLM):
         # Of the context nothing is read: any strength will do.
         steps = torch.arange(inps.shape[1]) - torch.tensor(firsts)[:, None]
         mu = table[steps.clamp(0, len(strengths) - 1).to(inps.device)].flatten()
-        return dataclasses.replace(sampler, steering=steering.override(strength=mu, positions=()))
+        return dataclasses.replace(sampler, steering=steering.with_one_strength(mu))
 
     def _steered(self, sampler: Sampler, warm: Tensor, base: Tensor | None) -> Tensor:
         """Steered logits float32 (B, T, V), some positions at a time: the op's own memory stays small."""
@@ -249,6 +249,7 @@ class SteeredLM(HFLM):
         generating = make_sampler(self.pair, 1, **self._generation)
         steering = {name: getattr(self._sampler.steering, name) for name in FIELDS}
         steering["positions"] = list(steering["positions"])
+        steering["classes"] = steering["classes"] and dataclasses.asdict(steering["classes"])
         del steering["penalty"]
         steering["scoring_penalty"] = _finite(self._sampler.steering.penalty)
         steering["generation_penalty"] = _finite(generating.steering.penalty)

@@ -154,6 +154,8 @@ def _logprob(sampler: Sampler, logits: tuple[Tensor, ...], labels: Tensor, rows:
         place = torch.arange(len(labels))
         assert isinstance(steering.positions, tuple) and not isinstance(steering.strength, Tensor)
         mu = strengths_at(place, steering.positions, steering.strength)
+        if steering.classes is not None:
+            mu = steering.classes.of(warm[rows], steering.strength)
         values |= {"strength": mu.float().to(warm.device), "alpha": steering.alpha, "penalty": 0.0}
         if sampler.vector is not None:
             values["vector"] = sampler.vector

@@ -80,13 +80,17 @@ class SteeringOptions:
             raise InputError("direction of the artifacts was vector; allowed with row_adapters: the others")
         if any(artifact.scale != 1 for artifact in artifacts):
             raise InputError("scale of the artifacts was not 1; allowed with row_adapters: levers that steer")
+        overrides = self.given()
+        if "strength" not in overrides and any(artifact.classes is not None for artifact in artifacts):
+            raise InputError(
+                "classes was given by an artifact; allowed with row_adapters: one strength, or one a position"
+            )
         for name in ("strength", "alpha"):
             merged[name] = torch.tensor([getattr(artifact, name) for artifact in artifacts]).to(pair.device)
         longest = max(len(artifact.positions) for artifact in artifacts)
         if longest:
             rows = [[artifact.strength_at(step) for step in range(longest)] for artifact in artifacts]
             merged["positions"] = torch.tensor(rows).to(pair.device)
-        overrides = self.given()
         if "strength" in overrides:
             merged.pop("positions", None)
         return dataclasses.replace(self, steering=SteeringConfig(**merged | overrides))
@@ -115,7 +119,7 @@ class Sampler:
         self, warm: Tensor, base: Tensor | None, step: int, return_info: bool
     ) -> tuple[Tensor, SampleInfo | None]:
         """The tokens (B,) of output position ``step`` from logits (B, V), with diagnostics if asked for."""
-        steering = self.steering.values(step)
+        steering = self.steering.values(step, warm)
         rows = arguments.operands(warm, base, self.vector, steering["direction"])
         values = steering | self.sampling.values() | {"offset": step}
         return api.sample(rows, values, check=self.check, return_info=return_info, backend=self.backend)
@@ -131,7 +135,7 @@ class Sampler:
             vector=self.vector,
             check=self.check,
             backend=self.backend,
-            **self.steering.values(step),
+            **self.steering.values(step, warm),
         )
 
     def scores(self, warm: Tensor, base: Tensor | None, info: SampleInfo) -> Tensor:
@@ -141,7 +145,7 @@ class Sampler:
         """
         invalid = (info.status & int(Status.INVALID)) != 0
         mu = torch.where(invalid, 0.0, info.strength)  # of any strength mode
-        used = self.steering.override(strength=mu, strength_mode="constant", positions=())
+        used = self.steering.with_one_strength(mu, strength_mode="constant")
         z = dataclasses.replace(self, steering=used, check=False).steered(warm, base)
         z = torch.where(invalid[:, None], 0.0, z)
         row = torch.ones(warm.shape[0], dtype=torch.float64, device=warm.device)
@@ -219,14 +223,14 @@ def _steering(
             "calibration with another lever"
         )
     changes = given.given()
-    if "strength" in changes or changes.get("strength_mode") == "kl_budget":
-        changes["positions"] = ()  # those belong to the strength that was calibrated
+    anew = "strength" in changes or changes.get("strength_mode") == "kl_budget"
     vector = given.vector
     if vector is not None:
         if given.direction not in (None, "vector"):
             raise InputError(f"direction was {given.direction!r} with a vector; allowed: 'vector'")
         changes["direction"] = "vector"
-    merged = config.override(**changes)
+    # Those by position and by class belong to the strength that was calibrated.
+    merged = (config.with_one_strength(config.strength) if anew else config).override(**changes)
     by = arguments.float_value("strength_scale", given.strength_scale, "a finite number")
     if not math.isfinite(by):
         raise InputError(f"strength_scale was {by}; allowed: a finite number")

@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from svdk.errors import InputError
@@ -15,6 +16,53 @@ from svdk.utils.checks import fail, is_number
 
 DIRECTIONS = ("kl_gradient", "log_ratio", "vector")
 STRENGTH_MODES = ("constant", "kl_budget")
+
+
+@dataclass(frozen=True)
+class ClassStrengths:
+    """Strengths by the class of the token that the warm-started model itself likes best at a step.
+
+    The likeliest token (of equal ones the one with the lowest id) tells what is due: a stop token, a token of
+    the template, or content, which has the strength of the config.
+
+    Raises:
+        InputError: a strength that is not finite, or ids that are not token ids.
+
+    """
+
+    template: float
+    """mu where a token of ``template_ids`` is due."""
+    stop: float
+    """mu where a token of ``stop_ids`` is due; a stop token is no template."""
+    template_ids: tuple[int, ...] = ()
+    stop_ids: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Check every field; ``InputError`` names the first bad one."""
+        for name in ("template", "stop"):
+            value = getattr(self, name)
+            if not (is_number(value) and math.isfinite(value)):
+                raise fail(f"classes.{name}", repr(value), "a finite number")
+        for name in ("template_ids", "stop_ids"):
+            ids = getattr(self, name)
+            if not isinstance(ids, tuple) or not all(
+                is_number(x) and isinstance(x, int) and x >= 0 for x in ids
+            ):
+                raise fail(f"classes.{name}", repr(ids), "a tuple of token ids")
+
+    def classes_of(self, ids: Tensor) -> Tensor:
+        """int64, as ``ids``: 0 for content, 1 for template, 2 for stop."""
+        template, stop = (
+            torch.isin(ids, torch.tensor(known, dtype=ids.dtype, device=ids.device))
+            for known in (self.template_ids, self.stop_ids)
+        )
+        return torch.where(stop, 2, template.long())
+
+    def of(self, warm: Tensor, content: float | Tensor) -> Tensor:
+        """Mu float64 (...,) of rows of warm logits (..., V); ``content``: mu of that class."""
+        classes = self.classes_of(warm.argmax(-1))
+        other = torch.where(classes == 1, self.template, float(self.stop)).double()
+        return torch.where(classes == 0, torch.as_tensor(content).to(other), other)
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,6 +87,9 @@ class SteeringConfig:
     positions: tuple[float, ...] | Tensor = ()
     """Strengths of the first output positions, in place of ``strength``, which all later ones have; (B, P)
     for one list a row. With ``"constant"`` only."""
+    classes: ClassStrengths | None = None
+    """Strengths by class of token, ``strength`` being that of content. With ``"constant"``, without
+    ``positions``."""
     scale: float = 1.0
     """The adapter's own scale times this, while it decodes (LoRA and its kin); 1 leaves it alone."""
 
@@ -70,18 +121,30 @@ class SteeringConfig:
             raise fail("positions", repr(positions), "a tuple of finite numbers")
         if len(positions) and self.strength_mode != "constant":
             raise InputError("positions was given with strength_mode 'kl_budget'; allowed: 'constant'")
+        if self.classes is None:
+            return
+        if not isinstance(self.classes, ClassStrengths):
+            raise fail("classes", repr(self.classes), "ClassStrengths or None")
+        if len(positions) or self.strength_mode != "constant":
+            other = "positions" if len(positions) else "strength_mode 'kl_budget'"
+            raise InputError(f"classes was given with {other}; allowed: one strength of content beside it")
 
-    def values(self, step: int | None = None) -> dict[str, Any]:
+    def values(self, step: int | None = None, warm: Tensor | None = None) -> dict[str, Any]:
         """The fields as arguments of the ops, at an output position; None: at one beyond ``positions``.
 
-        A fixed vector takes the place of a direction there.
+        ``warm`` (B, V): the warm-started model's logits there, needed for ``classes``. A fixed vector takes
+        the place of a direction.
         """
         direction = "kl_gradient" if self.direction == "vector" else self.direction
         names = {name: getattr(self, name) for name in ("strength_mode", "alpha", "penalty")}
-        return names | {"strength": self.strength_at(step), "direction": direction}
+        return names | {"strength": self.strength_at(step, warm), "direction": direction}
 
-    def strength_at(self, step: int | None) -> float | Tensor:
-        """The strength at an output position, counted from 0 on."""
+    def strength_at(self, step: int | None, warm: Tensor | None = None) -> float | Tensor:
+        """The strength at an output position, counted from 0 on; one a row of ``warm`` with ``classes``."""
+        if self.classes is not None:
+            if warm is None:
+                raise InputError("warm was None with strengths by class; needed: the warm logits of the step")
+            return self.classes.of(warm, self.strength).float()
         positions = self.positions
         if isinstance(positions, Tensor):
             return self.strength if step is None or step >= positions.shape[1] else positions[:, step]
@@ -91,8 +154,9 @@ class SteeringConfig:
     def steers(self) -> bool:
         """Whether any row may come out other than it went in."""
         at_rest = all(not isinstance(x, Tensor) and x == 0 for x in (self.strength, self.alpha))
-        positions = self.positions
-        return not at_rest or isinstance(positions, Tensor) or any(positions)
+        positions, classes = self.positions, self.classes
+        own = classes is not None and (classes.template != 0 or classes.stop != 0)
+        return not at_rest or own or isinstance(positions, Tensor) or any(positions)
 
     def scaled(self, by: float) -> SteeringConfig:
         """A plain config with all strengths times ``by``, and the adapter's scale moved likewise from 1.
@@ -101,9 +165,12 @@ class SteeringConfig:
         goes with the square of a strength.
         """
         squared = self.strength_mode == "kl_budget"
-        positions = self.positions
+        positions, classes = self.positions, self.classes
+        if classes is not None:
+            classes = dataclasses.replace(classes, template=by * classes.template, stop=by * classes.stop)
         return self.override(
             strength=self.strength * (by * by if squared else by),
+            classes=classes,
             positions=positions * by if isinstance(positions, Tensor) else tuple(x * by for x in positions),
             scale=1 + by * (self.scale - 1),
         )
@@ -112,6 +179,11 @@ class SteeringConfig:
         """A plain config with ``changes``; those that are None stay as they are."""
         kept = {entry.name: getattr(self, entry.name) for entry in dataclasses.fields(SteeringConfig)}
         return SteeringConfig(**kept | {name: x for name, x in changes.items() if x is not None})
+
+    def with_one_strength(self, strength: float | Tensor, **changes: Any) -> SteeringConfig:
+        """A plain config with this strength wherever the token stands and whatever it is."""
+        kept = {entry.name: getattr(self, entry.name) for entry in dataclasses.fields(SteeringConfig)}
+        return SteeringConfig(**kept | changes | {"strength": strength, "positions": (), "classes": None})
 
 
 @dataclass(frozen=True, eq=False)

@@ -212,7 +212,7 @@ def test_well_sealed_nonsense_is_refused(tmp_path, change, message):
 def test_format_1_is_still_read(tmp_path):
     example().save(tmp_path)
     record = json.loads((tmp_path / JSON_NAME).read_text())
-    for name in ("lever", "positions", "scale", "options", "bias"):
+    for name in ("lever", "positions", "scale", "options", "bias", "classes"):
         del record[name]
     (tmp_path / JSON_NAME).write_text(reseal(record | {"format_version": 1}))
     old = Steering.load(tmp_path)
@@ -222,13 +222,15 @@ def test_format_1_is_still_read(tmp_path):
     assert json.loads((tmp_path / JSON_NAME).read_text())["format_version"] == 2
 
 
-def test_the_first_artifacts_of_format_2_are_still_read(tmp_path):
+@pytest.mark.parametrize("absent", [("options", "bias", "classes"), ("classes",)])
+def test_the_first_artifacts_of_format_2_are_still_read(tmp_path, absent):
     example().save(tmp_path)
     record = json.loads((tmp_path / JSON_NAME).read_text())
-    for name in ("options", "bias"):
+    for name in absent:
         del record[name]
     (tmp_path / JSON_NAME).write_text(reseal(record))
-    assert (Steering.load(tmp_path).options, Steering.load(tmp_path).bias) == ((), ())
+    old = Steering.load(tmp_path)
+    assert (old.options, old.bias, old.classes) == ((), (), None)
     del record["scale"]
     (tmp_path / JSON_NAME).write_text(reseal(record))
     with pytest.raises(ArtifactError, match="scale"):

@@ -63,6 +63,7 @@ def statistics_of_rows(warm, base, labels, examples, alpha=0.1):
         tokens, info.logprob_warm, info.logprob_base, alpha=alpha, sizes=sizes.int(), p=batch.p,
         ratio=batch.delta, label=torch.tensor(place).int(), grid=grid, full=full,
         position=position.int(), label_ids=labels.int(), stop_ids=torch.tensor([0]),
+        greedy=warm.argmax(1).int(),
     )  # fmt: skip
 
 

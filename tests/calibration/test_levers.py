@@ -10,8 +10,9 @@ import torch
 from svdk.calibration import levers
 from svdk.calibration.estimators import fit
 from svdk.calibration.kept_statistics import KINDS, GridSums, Statistics
-from svdk.calibration.positions import FARTHEST, at_width, fit_positions
+from svdk.calibration.positions import at_width, fit_positions, strengths_at
 from svdk.calibration.report import CalibrationConfig, make_report
+from svdk.calibration.shrinkage import FARTHEST
 from svdk.errors import ArtifactError, InputError
 from tests.calibration.test_estimators import statistics_of_rows
 
@@ -84,7 +85,9 @@ def test_positions_that_few_examples_reach_have_the_single_strength(many):
     short = dataclasses.replace(many, position=torch.where(many.position == 5, 70, many.position))
     found = fit_positions(short.view("log_ratio", 0.0), short.positions())
     assert len(found.positions) == LENGTH - 1
-    assert found.of(torch.tensor([4, 5, 1000])).tolist() == [found.positions[4], *[found.strength] * 2]
+    of = strengths_at(torch.tensor([4, 5, 1000]), found.positions, found.strength)
+    assert of.tolist() == [found.positions[4], *[found.strength] * 2]
+    assert torch.equal(found.of_tokens(), strengths_at(short.positions(), found.positions, found.strength))
 
 
 def judge(statistics: Statistics, **changes) -> levers.Judge:
