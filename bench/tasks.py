@@ -100,8 +100,8 @@ def _sentiment(seed: int, folder: Path | None, sizes: dict[str, int]) -> Data:
 
     seen: set[str] = set()
     test = {
-        "movies": _take(rows("movie_test", TEST_SEED), 2 * sizes["test"], seen),
-        "products (out of domain)": _take(rows("amazon_test", TEST_SEED), 2 * sizes["test"], seen),
+        "movies": _take(rows("movie_test", TEST_SEED), sizes["test"], seen),
+        "products (out of domain)": _take(rows("amazon_test", TEST_SEED), sizes["test"], seen),
     }
     stream = rows("movie_train", seed)
     calibration = _take(stream, sizes["calibration"], seen)

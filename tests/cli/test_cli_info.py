@@ -10,6 +10,7 @@ from svdk.calibration.artifact import Steering
 from svdk.cli import main
 from svdk.models import paired_forward
 from svdk.ops import backends
+from svdk.ops.configs import ClassStrengths
 from tests.helpers import tiny
 
 
@@ -51,5 +52,8 @@ def test_what_steers_a_calibrated_adapter(tmp_path, capsys):
     assert main(["info", "--adapter", str(tmp_path)]) == 0
     out = capsys.readouterr().out
     assert "2 -0.5, then 1.5" in out and "not calibrated" in out
+    Steering(strength=1.5, classes=ClassStrengths(-0.5, 2.0, (3,), (0,)), lever="classes").save(tmp_path)
+    assert main(["info", "--adapter", str(tmp_path)]) == 0
+    assert "content 1.5, template -0.5, stop 2" in capsys.readouterr().out
     assert main(["info", "--adapter", str(tmp_path / "other")]) == 2
     assert "without --model; allowed: a calibrated adapter" in capsys.readouterr().err

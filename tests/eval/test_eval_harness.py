@@ -12,6 +12,7 @@ import torch
 from svdk import ops
 from svdk.calibration.artifact import Steering
 from svdk.errors import ArtifactError, DataError, InputError, InvalidLogitsError
+from svdk.ops.configs import ClassStrengths
 from tests.helpers import tiny
 
 pytest.importorskip("lm_eval", reason="the extra 'eval' is not installed (pip install lm-eval==0.4.13)")
@@ -126,6 +127,20 @@ def test_scores_by_position_count_from_the_continuation(tiny_tokenizer):
         mu = torch.tensor([steering.strength_at(i) for i in range(count)])
         expected = ops.steered_logprob(warm, base, torch.tensor(ids[-count:]), strength=mu)
         assert found == pytest.approx(float(expected.logprob.double().sum()), abs=1e-4)
+
+
+def test_scores_by_class_follow_the_likeliest_token(tiny_tokenizer):
+    thirds = [tuple(range(i, tiny.VOCAB_SIZE, 3)) for i in (0, 1)]
+    steering = Steering(strength=1.0, classes=ClassStrengths(3.0, -2.0, *thirds), lever="classes")
+    lm = SteeredLM(tiny.tiny_peft("lora"), tokenizer=tiny_tokenizer, batch_size=5, steering=steering)
+    for (prompt, tail), (found, _) in zip(PAIRS, scores(lm), strict=True):
+        before, ids = lm.tok_encode(prompt), lm.tok_encode(prompt + tail)
+        count = len(ids) - len(before)
+        warm, base = (v[0] for v in lm.pair.teacher_forced(torch.tensor([ids[:-1]]), None, count))
+        mu = torch.tensor([(3.0, -2.0, 1.0)[int(row.argmax()) % 3] for row in warm])
+        expected = ops.steered_logprob(warm, base, torch.tensor(ids[-count:]), strength=mu)
+        assert found == pytest.approx(float(expected.logprob.double().sum()), abs=1e-4)
+    assert lm.get_model_info()["steering"]["classes"]["stop"] == -2.0
 
 
 def test_equal_rows_with_different_continuations_are_not_guessed(tiny_tokenizer):
