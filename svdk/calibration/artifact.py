@@ -207,7 +207,8 @@ class Steering(SteeringConfig):
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        tensors = {} if self.vector is None else {"vector": self.vector.float()}
+        # A copy: the statistics may hold the same tensor, and safetensors refuses shared memory.
+        tensors = {} if self.vector is None else {"vector": self.vector.float().clone()}
         for name, tensor in (self.statistics or {}).items():
             tensors[_STATISTICS + name] = tensor
         payload = safetensors.torch.save({k: t.detach().cpu().contiguous() for k, t in tensors.items()})

@@ -67,10 +67,11 @@ def calibrate(
             form a small closed set. ``auto``: ``choice`` for such data, else ``nll``.
         lever: ``constant`` (one strength), ``positions`` (one for each of the first output positions, shrunk
             towards the single one), ``classes`` (likewise one each for content, template and stop), ``scale``
-            (the adapter's own scale, found with six more runs of it; no base row in decoding), ``none``, or
+            (the adapter's own scale, found with six more runs of it; no base row in decoding), ``vector`` (a
+            static vector as of :func:`svdk.static_steering`, one more run; no base row), ``none``, or
             ``auto``: the cheapest in decoding that is not demonstrably worse than the best. For choices among
             the same options also ``bias`` (one number an option, used by :func:`svdk.choose` alone), and no
-            ``positions`` or ``classes``.
+            ``vector``, ``positions`` or ``classes``.
         seed: of the folds and the bootstrap.
         folds: of the cross-validation, at least 2.
         resamples: of the bootstrap, at least 1.
@@ -121,6 +122,7 @@ def calibrate(
                 max_length=max_length,
                 too_long=too_long,
                 scales=_scales(pair, lever),
+                vector_folds=(folds, seed) if lever in ("vector", "auto") else None,
                 batch_size=batch_size,
                 backend=backend,
                 progress=progress,
@@ -145,7 +147,7 @@ def _scales(pair: ModelPair, lever: str) -> tuple[float, ...]:
     """The scales of the adapter to try; none where it has none, unless they were asked for by name."""
     if lever not in ("scale", "auto"):
         return ()
-    from svdk.calibration.scales import SCALES
+    from svdk.calibration.alone import SCALES
     from svdk.models.adapter_scale import why_not_scaled
 
     reason = why_not_scaled(pair)

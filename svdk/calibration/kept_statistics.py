@@ -87,6 +87,10 @@ class Statistics:
     """(S,) int64: the tokens that end a completion; None in artifacts of format 1."""
     greedy: Tensor | None = None
     """(T,) int32: the token that the warm-started model likes best; None in artifacts without it."""
+    vector: Tensor | None = None
+    """(V,) float32: the static vector of all examples; None when that lever was not tried."""
+    along_vector: GridSums | None = None
+    """Along the vector that the other folds made, of each example."""
     scales: Tensor | None = None
     """(S,) float64, ascending, 1 among them; None when the adapter's scale was not tried."""
     scale_nll: Tensor | None = None
@@ -173,14 +177,9 @@ class Statistics:
         if (direction, alpha) not in self.settings():
             have = ", ".join(f"({name}, alpha {mask:g})" for name, mask in self.settings())
             raise InputError(f"setting was ({direction}, alpha {alpha:g}); these statistics hold: {have}")
-        example = self.examples_of_tokens()
         if alpha == 0.0 and direction in self.full:
-            sums = self.full[direction]
-            tokens, (gain, norm2, variance) = self.tokens.double(), sums.moments.double()
-            (nll, slope, curvature), hits = sums.curves.double(), sums.hits.double()
-            owner = example if len(hits) == len(example) else torch.arange(self.examples)
-            moments, curves = (gain, norm2, variance), (nll, slope, curvature)
-            return GridView(example, tokens, *moments, _there(self.grid), owner, *curves, hits)
+            return self._grid_view(self.full[direction])
+        example = self.examples_of_tokens()
         sizes, at = _there(self.sizes).long(), _there(self.label)
         p, delta = _there(self.p).double(), _there(self.ratio).double()
         if direction == "kl_gradient":
@@ -190,16 +189,44 @@ class Statistics:
         row = torch.repeat_interleave(torch.arange(len(sizes)), sizes)
         return MaskedView(example, self.examples, self.logprob_warm.double(), row, p, delta, label, penalty)
 
+    def vector_view(self) -> GridView:
+        """The loss along the static vector; ``InputError`` where that lever was not tried."""
+        if self.along_vector is None:
+            raise InputError(
+                "a static vector was not tried; allowed: lever='vector' or 'auto' from the start"
+            )
+        return self._grid_view(self.along_vector)
+
+    def _grid_view(self, sums: GridSums) -> GridView:
+        example, tokens = self.examples_of_tokens(), self.tokens.double()
+        (gain, norm2, variance), hits = sums.moments.double(), sums.hits.double()
+        (nll, slope, curvature) = sums.curves.double()
+        owner = example if len(hits) == len(example) else torch.arange(self.examples)
+        moments, curves = (gain, norm2, variance), (nll, slope, curvature)
+        return GridView(example, tokens, *moments, _there(self.grid), owner, *curves, hits)
+
     def tensors(self) -> dict[str, Tensor]:
         """Flat tensors by name, for the artifact."""
         names = ["tokens", "logprob_warm", "logprob_base", "sizes", "p", "ratio", "label", "grid"]
-        names += ["position", "label_ids", "greedy", "stop_ids", "scales", "scale_nll", "scale_hits"]
+        names += [
+            "position",
+            "label_ids",
+            "greedy",
+            "stop_ids",
+            "scales",
+            "scale_nll",
+            "scale_hits",
+            "vector",
+        ]
         out = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         out["excluded"] = torch.tensor(self.excluded)
         out["alpha"] = torch.tensor(self.alpha, dtype=torch.float64)
-        for direction, sums in self.full.items():
+        every = {f"full.{direction}": sums for direction, sums in self.full.items()}
+        if self.along_vector is not None:
+            every["along_vector"] = self.along_vector
+        for place, sums in every.items():
             for name in ("moments", "curves", "hits"):
-                out[f"full.{direction}.{name}"] = getattr(sums, name)
+                out[f"{place}.{name}"] = getattr(sums, name)
         return out
 
     @classmethod
@@ -207,15 +234,18 @@ class Statistics:
         """The inverse of :meth:`tensors`; ``ArtifactError`` when shapes or values do not fit together."""
         try:
             parts = dict(tensors)
-            full = {}
+            full, along = {}, None
             for direction in ("kl_gradient", "log_ratio", "vector"):
                 if f"full.{direction}.curves" in parts:
                     hits = "hits" if f"full.{direction}.hits" in parts else "counts"  # of format 1
                     full[direction] = GridSums(
                         *(parts.pop(f"full.{direction}.{name}") for name in ("moments", "curves", hits))
                     )
+            if "vector" in parts:
+                names = ("moments", "curves", "hits")
+                along = GridSums(*(parts.pop(f"along_vector.{name}") for name in names))
             excluded, alpha = int(parts.pop("excluded")), float(parts.pop("alpha"))
-            result = cls(excluded=excluded, alpha=alpha, full=full, **parts)
+            result = cls(excluded=excluded, alpha=alpha, full=full, along_vector=along, **parts)
             problem = result._problem()
         except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
             raise ArtifactError(f"the calibration statistics are incomplete: {error}") from error
@@ -250,10 +280,15 @@ class Statistics:
                 return "the scales must ascend through 1"
         if self.stop_ids is not None and self.stop_ids.dim() != 1:
             return "stop_ids must be a list"
-        if self.full:
+        if (self.vector is None) != (self.along_vector is None):
+            return "vector and along_vector belong together"
+        if self.vector is not None and (self.vector.dim() != 1 or not bool(self.vector.isfinite().all())):
+            return "vector must be a list of finite numbers"
+        every = [*self.full.values(), *([] if self.along_vector is None else [self.along_vector])]
+        if every:
             grid = _there(self.grid)
             points = len(grid)
-            for sums in self.full.values():
+            for sums in every:
                 shapes = tuple(tuple(x.shape) for x in (sums.moments, sums.curves, sums.hits))
                 fits = [((3, tokens), (3, rows, points), (rows, points)) for rows in (tokens, examples)]
                 if shapes not in fits:

@@ -23,11 +23,13 @@ from svdk.errors import InputError
 from svdk.ops.configs import ClassStrengths
 from svdk.utils.bootstrap import bootstrap
 
-COSTS = {"none": 1, "bias": 1, "scale": 1, "constant": 2, "classes": 2, "positions": 2}
+COSTS = {"none": 1, "bias": 1, "scale": 1, "vector": 1, "constant": 2, "classes": 2, "positions": 2}
 """Rows a step by lever, the cheapest (and, of two equal ones, the simplest) first."""
-OF_TEXT = ("none", "scale", "constant", "classes", "positions")
+OF_TEXT = ("none", "scale", "vector", "constant", "classes", "positions")
 OF_CHOICES = ("none", "bias", "scale", "constant")
 """Which of them there are for what is asked."""
+VECTOR: Setting = ("vector", 0.0)
+"""Of a static vector: no mask applies when it steers."""
 VOCABULARY = "vocabulary"
 """No lever: of choices, the strength of least NLL of the right words over the whole vocabulary."""
 
@@ -126,6 +128,8 @@ class Judge:
             return Fitted(lever, scale=self._best_scale(keep))
         if lever == "bias":
             return Fitted(lever, bias=tuple(self._choices().bias(keep).tolist()))
+        if lever == "vector":
+            return Fitted(lever, VECTOR, fit(self._vector(), "optimum", self.objective, keep).strength)
         setting = self._setting(keep)
         view = self.views[setting]
         if lever == VOCABULARY:
@@ -151,6 +155,11 @@ class Judge:
             raise InputError("lever was one of tokens, with choices; allowed: " + ", ".join(OF_CHOICES))
         return self.statistics, view
 
+    def _vector(self) -> GridView:
+        if not isinstance(self.statistics, Statistics):
+            raise InputError("lever was one of tokens, with choices; allowed: " + ", ".join(OF_CHOICES))
+        return self.statistics.vector_view()
+
     def _choices(self) -> ChoiceStatistics:
         if not isinstance(self.statistics, ChoiceStatistics):
             raise InputError("lever was 'bias' without choices; allowed: " + ", ".join(OF_TEXT))
@@ -175,7 +184,7 @@ class Judge:
         if one.setting is None:
             nothing = torch.zeros(len(self.statistics.examples_of_tokens()), dtype=torch.float64)
             return nothing, nothing
-        view = self.views[one.setting]
+        view = self._vector() if one.lever == "vector" else self.views[one.setting]
         mu: float | Tensor = one.strength
         if one.positions:
             statistics, view = self._tokens(view)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from svdk.calibration import levers
 from svdk.calibration.artifact import Steering
@@ -89,6 +90,8 @@ class CalibrationConfig:
             raise ArtifactError(NO_STATISTICS)
         m = steering.metrics
         direction = "auto" if m.get("settings", 1) > 1 else steering.direction
+        if direction == "vector" and "direction" in m:  # that lever, of a calibration with a direction
+            direction = DIRECTIONS[int(m["direction"])]
         seed, folds = int(m.get("seed", 0)), int(m.get("folds", 5))
         lever = "auto" if m.get("levers", 1) > 1 else steering.lever or "constant"
         alpha = m.get("alpha", steering.alpha)  # of the statistics, where the lever has none
@@ -140,6 +143,8 @@ class Report:
     """All that these statistics can judge, the cheapest first."""
     why: str = ""
     """Why this lever, in a sentence."""
+    vector: Tensor | None = None
+    """(V,) float32, where that lever was tried."""
     auto: AutoGain | None = None
     """With lever ``auto``: what the choice itself gains out of fold."""
     options: tuple[str, ...] = ()
@@ -172,6 +177,7 @@ class Report:
             positions=one.positions,
             classes=one.classes,
             scale=one.scale,
+            vector=self.vector if one.lever == "vector" else None,
             bias=one.bias,
             options=self.options if one.bias else (),
             estimator=self.estimator,
@@ -331,6 +337,7 @@ def make_report(
         assert not isinstance(view, ChoiceView)
         metrics = metrics_of(statistics, view, strength)
     metrics |= {"seed": seed, "folds": folds, "settings": len(settings), "alpha": best[1]}
+    metrics["direction"] = DIRECTIONS.index(best[0])
     metrics |= costs or {}
     found = Report(*best, estimator, objective, gain, interval, rows, compared, metrics, view)
     return _with_levers(found, statistics, views, config)
@@ -349,8 +356,10 @@ def _with_levers(
     judge = levers.Judge(statistics, views, config.objective, config.folds, config.seed, config.resamples)
     names: tuple[str, ...] = levers.OF_TEXT
     absent = {"scale"} if statistics.scales is None else set()
-    if isinstance(statistics, Statistics) and statistics.greedy is None:
-        absent |= {"classes"}
+    if isinstance(statistics, Statistics):
+        absent |= {"classes"} if statistics.greedy is None else set()
+        absent |= {"vector"} if statistics.vector is None else set()
+        report = dataclasses.replace(report, vector=statistics.vector)
     if isinstance(statistics, ChoiceStatistics):
         names, absent = levers.OF_CHOICES, absent | (set() if statistics.texts else {"bias"})
         vocabulary = judge.row(levers.VOCABULARY)

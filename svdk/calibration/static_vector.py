@@ -14,15 +14,15 @@ import torch
 from torch import Tensor
 
 from svdk.calibration.artifact import Steering
+from svdk.calibration.averages import Averages, Averaging, unit, without_folds
 from svdk.calibration.calibrate import attached_pair, origin_of
 from svdk.calibration.estimators import Gains, fit, gains_at, split_folds
 from svdk.calibration.kept_statistics import DIRECTIONS, default_grid
 from svdk.calibration.loss_views import View
 from svdk.calibration.report import CalibrationConfig, metrics_of
-from svdk.calibration.sweep import MAX_OP, Part, Sweep, add_rows, assemble, check_rows, labelled_rows
+from svdk.calibration.sweep import Part, Sweep, add_rows, assemble, labelled_rows
 from svdk.errors import DataError, InputError
 from svdk.models.pair import ModelPair
-from svdk.ops.api import extract
 from svdk.utils.bootstrap import bootstrap
 from svdk.utils.checks import check_choice, check_count, check_number
 from svdk.utils.tokens import eos_ids
@@ -85,7 +85,7 @@ def static_vector(
     encoded, _ = encode_all(tokenizer, load_examples(data, tokenizer), max_length, too_long)
     rows = LabelledRows(pair, encoded, batch_size, progress)
     everything = torch.ones(len(encoded), dtype=torch.bool)
-    return _average(rows, [everything], direction, alpha, weighting, backend)[0]
+    return _averages(rows, [everything], Averaging(direction, alpha, weighting, backend))[0]
 
 
 def static_steering(
@@ -140,9 +140,9 @@ def static_steering(
             raise DataError(f"calibration data held {len(encoded)} usable example; allowed: at least 2")
         fold = split_folds(len(encoded), folds, seed)
         # The last one is the result; the others leave a fold out each.
-        groups = [fold != k for k in range(int(fold.max()) + 1)] + [torch.ones_like(fold, dtype=torch.bool)]
+        groups = without_folds(fold)
         rows = LabelledRows(pair, encoded, batch_size, progress)
-        vectors = [_unit(v) for v in _average(rows, groups, direction, alpha, weighting, backend)]
+        vectors = [unit(v) for v in _averages(rows, groups, Averaging(direction, alpha, weighting, backend))]
         sweeps = [Sweep(0.0, ("vector",), default_grid(), backend, v.to(pair.device)) for v in vectors]
         parts = [[Part() for _ in encoded] for _ in sweeps]
         stop_ids = eos_ids(pair.module, tokenizer)
@@ -238,34 +238,12 @@ class LabelledRows:
         return labelled_rows(self.pair, self.encoded, self._batch_size, "static vector", self._progress)
 
 
-def _average(
-    rows: LabelledRows, groups: list[Tensor], direction: str, alpha: float, weighting: str, backend: str
-) -> list[Tensor]:
+def _averages(rows: LabelledRows, groups: list[Tensor], how: Averaging) -> list[Tensor]:
     """The average vector, float32 (V,) on the CPU, of each group of examples (E,) bool, in one run."""
-    # Sums over disjoint cells, the examples that belong to the same groups, so that each row is added once.
-    member = torch.stack(groups, dim=1)  # (E, G)
-    cells, cell = torch.unique(member, dim=0, return_inverse=True)
-    sums = torch.zeros(len(cells), rows.pair.vocab_size, dtype=torch.float64, device=rows.pair.device)
-    mass = torch.zeros(len(cells), dtype=torch.float64)
-    chunk = max(1, MAX_OP // rows.pair.vocab_size)
-    for index, warm, base, labels, places in rows:
-        weight = 1.0 if weighting == "token" else 1.0 / len(labels)
-        mass[cell[index]] += weight * len(labels)
-        for part in places.split(chunk):
-            found = extract(
-                warm, base, direction=direction, alpha=alpha, warm_rows=part, base_rows=part, backend=backend
-            )
-            check_rows(found.status, f"calibration example {index}")
-            sums[cell[index]].index_add_(0, found.token_ids, found.delta.double(), alpha=weight)
-    sums, inside = sums.cpu(), cells.double()  # (cells, V), (cells, G)
-    averages = (inside.T @ sums) / (inside.T @ mass)[:, None]
-    return list(averages.float().unbind(0))
-
-
-def _unit(vector: Tensor) -> Tensor:
-    """``vector`` (V,) with median 0 and largest absolute entry 1; zeros if it is constant."""
-    vector = vector - vector.median()
-    return vector / vector.abs().max().clamp(min=torch.finfo(vector.dtype).tiny)
+    averages = Averages(torch.stack(groups, dim=1), rows.pair.vocab_size, rows.pair.device, how)
+    for index, warm, base, _, places in rows:
+        averages.add(index, warm, base, places)
+    return averages.vectors()
 
 
 def _out_of_fold(views: list[View], train: list[Tensor], estimator: str, objective: str) -> Gains:

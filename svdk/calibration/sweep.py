@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from svdk.calibration.estimators import split_folds
 from svdk.calibration.kept_statistics import DIRECTIONS, GridSums, Statistics, default_grid
 from svdk.errors import DataError, InputError, InvalidLogitsError
 from svdk.ops.api import extract, steered_logprob
@@ -41,6 +42,7 @@ def extract_steering(
     batch_size: int = 8,
     grid: Tensor | None = None,
     scales: Sequence[float] = (),
+    vector_folds: tuple[int, int] | None = None,
     backend: str = "auto",
     progress: bool = False,
 ) -> Statistics:
@@ -57,6 +59,8 @@ def extract_steering(
         batch_size: examples in one forward pass (fewer when their logits would need too much memory).
         grid: (M,) ascending strengths with 0 among them, for alpha = 0.
         scales: of the adapter, to try beside its own: one more run of the warm model each.
+        vector_folds: number and seed of the folds that static vectors are averaged without (as in
+            :func:`svdk.static_steering`), for the loss along them: one more run of the warm model.
         backend: of the ops.
         progress: show a progress bar on standard error.
 
@@ -65,6 +69,8 @@ def extract_steering(
         InvalidLogitsError: NaN or +inf logits; the message names the example.
 
     """
+    from svdk.calibration.alone import WarmRuns  # these two build on what is below
+    from svdk.calibration.averages import Averages, unit
     from svdk.models.pair import ModelPair  # heavy: PEFT and transformers
 
     alpha = check_number("alpha", alpha, "[0, 1]")
@@ -74,15 +80,18 @@ def extract_steering(
     examples = load_examples(data, tokenizer)
     encoded, _ = encode_all(tokenizer, examples, max_length, too_long)
     sweep = Sweep.of(direction, alpha, backend, grid)
+    fold = None if vector_folds is None else split_folds(len(encoded), *vector_folds)
+    averages = None if fold is None else Averages.without(fold, pair.vocab_size, pair.device, backend)
     parts = [Part() for _ in encoded]
     for index, warm, base, labels, rows in labelled_rows(pair, encoded, batch_size, "calibration", progress):
         add_rows(parts[index], sweep, warm, base, labels, rows, f"calibration example {index}")
+        if averages is not None:
+            averages.add(index, warm, base, rows)
     statistics = assemble(sweep, parts, eos_ids(pair.module, tokenizer))
-    if not scales:
-        return statistics
-    from svdk.calibration.scales import with_scales
-
-    return with_scales(pair, encoded, statistics, scales, batch_size, backend, progress)
+    runs = WarmRuns(pair, encoded, batch_size, backend, progress)
+    if fold is not None and averages is not None:
+        statistics = runs.with_vectors(statistics, [unit(x) for x in averages.vectors()], fold)
+    return runs.with_scales(statistics, scales) if scales else statistics
 
 
 def check_grid(grid: Tensor) -> Tensor:
@@ -279,7 +288,7 @@ def assemble(sweep: Sweep, parts: list[Part], stop_ids: Sequence[int] = ()) -> S
     if not int(tokens.sum()):
         raise DataError(f"the warm model gives probability 0 to all {excluded} labels; needed: possible ones")
     logprob_warm, logprob_base = joined("logprobs", 1)
-    masked: dict[str, Tensor] = {}
+    masked: dict[str, Any] = {}
     if sweep.alpha > 0:
         p, ratio = joined("entries", 1)
         masked = {"sizes": joined("sizes"), "p": p, "ratio": ratio, "label": joined("labels")}
@@ -292,9 +301,9 @@ def assemble(sweep: Sweep, parts: list[Part], stop_ids: Sequence[int] = ()) -> S
         for direction in sweep.full
     }
     position, label_ids, greedy = joined("places", 1)
-    named = {"position": position, "label_ids": label_ids, "greedy": greedy}
-    named["stop_ids"] = torch.tensor(list(stop_ids)).long()
-    grid = {"grid": sweep.grid.float().double()} if full else {}  # the ops saw it in float32
+    rest: dict[str, Any] = {"grid": sweep.grid.float().double()} if full else {}  # the ops saw it in float32
+    rest |= {"position": position, "label_ids": label_ids, "greedy": greedy}
+    rest["stop_ids"] = torch.tensor(list(stop_ids)).long()
     return Statistics(
-        tokens, logprob_warm, logprob_base, excluded, alpha=sweep.alpha, full=full, **masked, **grid, **named
+        tokens, logprob_warm, logprob_base, excluded, alpha=sweep.alpha, full=full, **masked, **rest
     )

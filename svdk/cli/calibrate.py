@@ -9,7 +9,7 @@ DIRECTIONS = ("kl_gradient", "log_ratio", "auto")
 ESTIMATORS = ("mean", "median", "trimmed_mean", "ratio", "newton", "optimum")
 OBJECTIVES = ("nll", "accuracy", "choice", "auto")
 BACKENDS = ("auto", "cuda", "triton", "cpu", "reference")
-LEVERS = ("none", "bias", "scale", "constant", "classes", "positions", "auto")
+LEVERS = ("none", "bias", "scale", "vector", "constant", "classes", "positions", "auto")
 PLOT_NAME = "steering.png"
 
 

@@ -48,13 +48,6 @@ def nll(model, tokenizer, vector, strength, rows=ROWS):
     ]
 
 
-@pytest.fixture
-def folder(tmp_path):
-    """A LoRA adapter folder for the tiny Llama."""
-    tiny.tiny_peft("lora").save_pretrained(tmp_path / "adapter")
-    return tmp_path / "adapter"
-
-
 @pytest.mark.parametrize("weighting", ["token", "example"])
 @pytest.mark.parametrize(
     ("direction", "alpha"), [("log_ratio", 0.0), ("kl_gradient", 0.0), ("log_ratio", 0.2)]
@@ -85,7 +78,7 @@ def test_is_the_average_over_labelled_positions(peft_type, direction, alpha, wei
 def test_batches_and_chunks_do_not_matter(tiny_tokenizer, monkeypatch):
     model = tiny.tiny_peft("lora")
     expected = static_vector(ModelPair(model), ROWS, tokenizer=tiny_tokenizer, batch_size=10)
-    monkeypatch.setattr("svdk.calibration.static_vector.MAX_OP", 3 * tiny.VOCAB_SIZE)
+    monkeypatch.setattr("svdk.calibration.averages.MAX_OP", 3 * tiny.VOCAB_SIZE)
     for batch_size in (1, 3):
         found = static_vector(model, ROWS, tokenizer=tiny_tokenizer, batch_size=batch_size)
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
