@@ -175,7 +175,8 @@ def recalibrate(
     """
     old = Steering.load(folder)
     statistics, saved = judged_statistics(old), CalibrationConfig.of(old)
-    config = saved.override(direction=direction or old.direction, alpha=alpha)
+    kept = saved.direction if old.direction == "vector" else old.direction
+    config = saved.override(direction=direction or kept, alpha=alpha)
     config = config.override(
         estimator=estimator, objective=objective, lever=lever, seed=seed, folds=folds, resamples=resamples
     )
