@@ -149,7 +149,7 @@ def first_sweep(
             after = whole
         if COMPACT & KIND:
             tl.debug_barrier()  # other threads may write the same candidates again
-    return sweep_tokens(operands, slices, so_far, after, end, log_alpha, strength, rate, KIND, CAP, BLOCK)
+    return sweep_tokens(operands, slices, so_far, after, log_alpha, strength, rate, KIND, CAP, BLOCK)
 
 
 @triton.jit

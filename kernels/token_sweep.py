@@ -1,4 +1,4 @@
-"""Step 2 token by token: the rest of a slice beside its whole tiles, and slices of logits out of the ordinary.
+"""Step 2 token by token: the rest of a slice beside its whole tiles, and slices whose logits are unusual.
 
 Every token is looked at on its own, so that status bits, -inf and numbers of any size come out right.
 """
@@ -89,7 +89,6 @@ def sweep_tokens(
     slices,
     so_far,
     begin,
-    end,
     log_alpha,
     strength,
     rate,
@@ -97,7 +96,7 @@ def sweep_tokens(
     CAP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """``so_far``, a :class:`Swept` of ordinary tokens, with the tokens ``begin .. end``, whatever they are.
+    """``so_far``, a :class:`Swept` of ordinary tokens, with the tokens from ``begin`` on, whatever they are.
 
     COMPACT collects as candidates (at most CAP) the ids within log_alpha of the running maximum, a superset
     of those in C; the count goes on past CAP. DIRECT adds up masses already here, by ``strength`` and
@@ -108,6 +107,7 @@ def sweep_tokens(
     SUMMED: tl.constexpr = HAS_BASE or INFO & KIND or not DIRECT & KIND
     # A remainder of a tile, but where DIRECT has a second operand: then this is the sweep.
     TILE: tl.constexpr = min(BLOCK, 1024 if DIRECT & KIND else 256)
+    end = tl.minimum(slices.part * slices.size + slices.size, operands.vocab)
     candidates = slices.candidates + slices.part * CAP
     lane = tl.arange(0, TILE)
     first = lane == 0

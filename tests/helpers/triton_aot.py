@@ -145,7 +145,12 @@ def resources(compiled) -> dict[str, int]:
 
 
 def main(names: list[str]) -> None:
-    """``names``: targets; with "+" after one, all variants, else the first of each kernel and the filters."""
+    """``names``: targets, with "+" for all variants, else some; or "unspecialised", for arguments."""
+    if names == ["unspecialised"]:
+        for kernel in dict.fromkeys(variant[1] for variant in VARIANTS):
+            listed = [x.name for x in kernel.params if x.do_not_specialize]
+            print(json.dumps({"kernel": kernel.__name__, "unspecialised": listed}), flush=True)
+        return
     for name in names or [f"{target}+" for target in TARGETS]:
         target = name.rstrip("+")
         for label, kernel, constants, dtype, given in VARIANTS:
