@@ -134,6 +134,37 @@ def test_extreme_logits_in_any_slice(tiny_config, kwargs):
     assert torch.equal(svdk.steered_sample(*args, **kwargs, seed=2, backend="triton"), token)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kwargs", [{}, {"alpha": 0.01, "penalty": -1.0}, {"alpha": 0.0}])
+def test_whole_tiles_of_odd_logits(tiny_config, kwargs, dtype):
+    """What the tile loop does not look at shows in its sums, wherever in a slice it is."""
+    lowest = torch.finfo(torch.bfloat16).min  # of float32 it would be -inf
+    warm, base = oc.logits(10, 700, seed=8)
+    warm[0, :400], base[0, :400] = -math.inf, -math.inf  # tiles before there is anything to be relative to
+    warm[1, :400] = -math.inf
+    base[1] += 95.0  # beyond exp() relative to 0
+    base[2, :130], warm[2, :130] = -math.inf, -math.inf
+    base[2] -= 300.0
+    base[3, 200] = -math.inf  # the status alone tells of it
+    warm[3, 200] = warm[3].min() - 200.0
+    warm[4, 100], base[4, 100] = lowest, -math.inf
+    warm[5] += 200.0 * torch.arange(700) / 700  # the maximum rises all the way
+    base[6] += 200.0 * torch.arange(700).flip(0) / 700
+    warm[7, 64:] = -math.inf
+    base[8, 300] = math.nan
+    warm[9, 500] = math.inf
+    args = (warm.to(DEVICE, dtype), base.to(DEVICE, dtype))
+    token, info = svdk.steered_sample(*args, **kwargs, seed=2, backend="triton", return_info=True)
+    want_token, want = svdk.steered_sample(*args, **kwargs, seed=2, backend="reference", return_info=True)
+    oc.assert_same_tokens(token, args, kwargs | {"seed": 2})
+    assert torch.equal(info.status.cpu(), want.status.cpu())
+    assert want.status.tolist() == [0, 0, 0, 2, 2, 0, 0, 0, 1, 1]
+    assert torch.equal(info.candidates.cpu(), want.candidates.cpu())
+    same = (token == want_token).cpu()
+    oc.assert_close(info.kl, want.kl, "kl")
+    oc.assert_close(info.logprob_steered.cpu()[same], want.logprob_steered.cpu()[same], "logprob_steered")
+
+
 @pytest.mark.parametrize("alpha", [0.0, 0.5])
 @pytest.mark.parametrize(
     "kwargs", [{"top_p": 0.5}, {"top_p": 0.0}, {"top_k": 3}, {"top_k": 3, "top_p": 0.4}, {"min_p": 1.0}]
