@@ -181,17 +181,29 @@ def why_not_flashinfer(device: torch.device) -> str | None:
 
 
 def flashinfer(
-    warm: Tensor, base: Tensor | None = None, *, top_k: int = 0, top_p: float = 1.0, **_: Any
+    warm: Tensor,
+    base: Tensor | None = None,
+    *,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: Tensor | None = None,
+    offset: Tensor | None = None,
+    **_: Any,
 ) -> Tensor:
-    """FlashInfer's sampler on plain logits, float32."""
+    """FlashInfer's sampler on plain logits, float32.
+
+    ``seed`` and ``offset``, int64 ``(B,)`` on the device: without them it asks the CPU's generator, which
+    cannot be captured in a graph.
+    """
     from flashinfer import sampling
 
     probabilities = warm.float().softmax(-1)
+    draws = {} if seed is None else {"seed": seed, "offset": offset}
     if not top_k and top_p >= 1:
-        return sampling.sampling_from_probs(probabilities).long()
+        return sampling.sampling_from_probs(probabilities, **draws).long()
     k = top_k or warm.shape[1]
     order = {"filter_apply_order": "top_k_first"}  # as transformers filters
-    return sampling.top_k_top_p_sampling_from_probs(probabilities, k, top_p, **order).long()
+    return sampling.top_k_top_p_sampling_from_probs(probabilities, k, top_p, **order, **draws).long()
 
 
 def logprob(

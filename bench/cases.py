@@ -110,7 +110,9 @@ def baseline_call(setting: Setting, name: str, device: torch.device) -> Callable
     if setting.op == "extract":
         return lambda x: baselines.extract(x.warm, x.base, **options)
     if name == "flashinfer":
-        return lambda x: baselines.flashinfer(x.warm, **options)
+        return lambda x: baselines.flashinfer(
+            x.warm, seed=x.seeds, offset=torch.zeros_like(x.seeds), **options
+        )
     if not setting.steered:
         plain: dict[str, Draw] = {
             "race": baselines.exponential_race,
@@ -127,8 +129,13 @@ def baseline_call(setting: Setting, name: str, device: torch.device) -> Callable
     return lambda x: function(x.warm, x.base, **options)
 
 
-def compiled(setting: Setting, mode: str, device: torch.device) -> Callable[[Operands], Any]:
-    """``torch.compile`` of the eager baseline, specialised to the shapes of its first call."""
+def compiled(
+    setting: Setting, mode: str, device: torch.device, race: bool = False
+) -> Callable[[Operands], Any]:
+    """``torch.compile`` of the eager baseline, specialised to the shapes of its first call.
+
+    ``race``: of its exponential-race form, which draws without a sum over the row.
+    """
     options = dict(setting.options)
     if setting.op == "steered_logprob":
         strengths = torch.tensor(options.pop("strengths", (1.0,)), device=device)
@@ -139,6 +146,8 @@ def compiled(setting: Setting, mode: str, device: torch.device) -> Callable[[Ope
         return lambda x: function(x.warm, x.base, **options)
     alone: Draw = baselines.filtered if "filtered" in setting.baselines else baselines.one_uniform
     eager: Draw = baselines.eager if setting.steered else alone
+    if race:
+        eager = baselines.eager_race if setting.steered else baselines.exponential_race
     function = torch.compile(eager, mode=mode, dynamic=False)
     if not setting.steered:
         return lambda x: function(x.warm, **options)

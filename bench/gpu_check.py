@@ -1,11 +1,13 @@
-"""Everything that needs a GPU, in one call under 8 minutes: tests, distributions, graphs, sanitizers, times.
+"""Everything that needs a GPU, in two calls under 8 minutes: times; tests, distributions, graphs, sanitizers.
 
 ``python -m svdk.bench.gpu_check`` checks the CUDA and the Triton backend and writes
 ``bench/results/gpu_check.json`` (outside a checkout ``gpu_check.json``). Every step is a process of its own
 with its own time: one that fails, hangs or takes the device down with it is recorded, with what it had found
-so far, and the rest goes on. The tests are those of a checkout, run on the svdk that is asked, which may be
-an installed one; without them their steps fail. Exit code: 0; 1 if a step failed; 2 where nothing can be
-checked. Missed speed targets are recorded, not failures.
+so far, and the rest goes on. ``--folder`` keeps what every step wrote, also if this process is ended.
+``--only variants times`` measures, ``--skip variants times tuning`` does the rest with room to finish;
+without either, what measures comes first. The tests are those of a checkout, run on the svdk that is asked,
+which may be an installed one; without them their steps fail. Exit code: 0; 1 if a step failed; 2 where
+nothing can be checked. Missed speed targets are recorded, not failures.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,7 +50,7 @@ class Step:
     command: Callable[[Path], list[str]]
     seconds: float
     alone: bool = False
-    """Nothing else may run beside it: it measures time."""
+    """Nothing else may run beside it: it measures time, or makes ready for that. These come first."""
     why_not: str | None = None
     folder: Path | None = None
     """Where it runs; None: where this runs."""
@@ -77,12 +80,29 @@ def _sanitizer(tool: str, backend: str) -> Step:
     return Step(lambda outcome: [program or "", *options, *run(outcome)], 150, why_not=missing)
 
 
+def _profiler(backend: str) -> Step:
+    program = shutil.which("ncu")
+    run = _on_device("profiled", backend)
+    options = ["--set", "full", "-k", "regex:steered_sample", "-c", str(len(gpu_steps.PROFILED))]
+    missing = None if program else "ncu is not on PATH"
+    return Step(lambda outcome: [program or "", *options, *run(outcome)], 120, why_not=missing)
+
+
 def steps(backends: Sequence[str], root: Path) -> dict[str, Step]:
-    """The steps for these backends: those that may run side by side first, then those that measure.
+    """The steps for these backends: those that measure first, then those that may run side by side.
 
     ``root`` is the checkout whose tests are run.
     """
     found: dict[str, Step] = {}
+    seconds = gpu_steps.SECONDS
+    if "triton" in backends:
+        found["variants"] = Step(_on_device("variants", "triton"), seconds["variants"], alone=True)
+    found["times"] = Step(_on_device("times", ",".join(backends)), seconds["times"] + START, alone=True)
+    if "triton" in backends:
+        found["tuning"] = Step(_on_device("tuning", "triton"), seconds["tuning"] + START, alone=True)
+    if "cuda" in backends:
+        found["placement"] = Step(_on_device("placement", "cuda"), 30)
+        found["profile"] = _profiler("cuda")
     for backend in backends:
         for name in ("distributions", "agreement", "graphs"):
             found[f"{name}_{backend}"] = Step(_on_device(name, backend), 60)
@@ -94,27 +114,32 @@ def steps(backends: Sequence[str], root: Path) -> dict[str, Step]:
         files = (*SHARED_TESTS, "tests/kernels/test_triton.py")
         found["tests_triton"] = _pytest(root, files, "triton and not gpus_that_are_not_here", 170)
         found["memcheck_triton"] = _sanitizer("memcheck", "triton")
-    seconds = gpu_steps.SECONDS
-    found["times"] = Step(_on_device("times", ",".join(backends)), seconds["times"] + START, alone=True)
-    if "triton" in backends:
-        found["tuning"] = Step(_on_device("tuning", "triton"), seconds["tuning"] + START, alone=True)
     return found
 
 
 def run_steps(
-    todo: dict[str, Step], jobs: int, limit: float, done: Callable[[str, dict[str, Any]], None]
+    todo: dict[str, Step],
+    jobs: int,
+    limit: float,
+    done: Callable[[str, dict[str, Any]], None],
+    folder: Path | None = None,
 ) -> None:
     """Run the steps, ``jobs`` side by side but for those alone, within ``limit`` seconds together.
 
-    ``done`` is called with the name and outcome of each as it ends. What is alone comes last and keeps its
-    seconds: the others are ended in time for it.
+    ``done`` is called with the name and outcome of each as it ends. What is alone comes first. In ``folder``
+    each step's outcome is in ``<name>.json`` as it grows, its output in ``<name>.log``.
     """
-    start = time.monotonic()
-    kept = sum(step.seconds for step in todo.values() if step.alone)
-    with tempfile.TemporaryDirectory(prefix="svdk-gpu-check-") as folder:
-        for alone in (False, True):
+    end = time.monotonic() + limit
+    with tempfile.TemporaryDirectory(prefix="svdk-gpu-check-") as temporary:
+        place = folder or Path(temporary)
+        place.mkdir(parents=True, exist_ok=True)
+
+        def ended(name: str, outcome: dict[str, Any]) -> None:
+            results.save(outcome, place / f"{name}.json")
+            done(name, outcome)
+
+        for alone in (True, False):
             waiting = {name: step for name, step in todo.items() if step.alone is alone}
-            end = start + limit - (0 if alone else kept)
             running: dict[str, _Running] = {}
             try:
                 while waiting or running:
@@ -124,11 +149,11 @@ def run_steps(
                         left = end - time.monotonic()
                         if step.why_not or left < 1:
                             reason = step.why_not or f"no time was left of {limit:g} s"
-                            done(name, {"ok": None, "detail": reason})
+                            ended(name, {"ok": None, "detail": reason})
                             continue
-                        running[name] = _Running(step, min(step.seconds, left), Path(folder) / name)
+                        running[name] = _Running(step, min(step.seconds, left), place / name, temporary)
                     for name in [name for name, one in running.items() if one.over()]:
-                        done(name, running.pop(name).outcome())
+                        ended(name, running.pop(name).outcome())
                     time.sleep(0.05)
             finally:  # an interrupt must leave nothing on the device
                 for one in running.values():
@@ -138,11 +163,12 @@ def run_steps(
 class _Running:
     """A step's process, in a session of its own so that all it started can be ended with it."""
 
-    def __init__(self, step: Step, seconds: float, path: Path) -> None:
+    def __init__(self, step: Step, seconds: float, path: Path, temporary: str) -> None:
         self.seconds, self.result, self.log = seconds, path.with_suffix(".json"), path.with_suffix(".log")
+        self.result.unlink(missing_ok=True)  # of an earlier run
         # The tests must not interpret Triton here, nor may this machine's own tuning results count.
         environment = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "SVDK_AUTOTUNE")}
-        environment |= {"XDG_CACHE_HOME": str(path.parent / "cache"), "PYTHONUNBUFFERED": "1"}
+        environment |= {"XDG_CACHE_HOME": str(Path(temporary) / "cache"), "PYTHONUNBUFFERED": "1"}
         self.start = time.monotonic()
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
@@ -183,7 +209,8 @@ class _Running:
 
 def targets(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """What the times are to reach, and whether they do (``met`` None: not measured)."""
-    found = {(r["setting"], r["batch"], r["cache"], r["contestant"]): r for r in rows}
+    ordinary = [r for r in rows if r["logits"] == gpu_steps.ORDINARY]
+    found = {(r["setting"], r["batch"], r["cache"], r["contestant"]): r for r in ordinary}
 
     def value(setting: str, batch: int, who: str, what: str = "median_us") -> float | None:
         return found.get((setting, batch, "cold", who), {}).get(what)
@@ -197,7 +224,7 @@ def targets(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         share = value("sample", batch, "cuda", "of_copy_bandwidth")
         wanted.append((f"cuda sample B={batch}: share of the copy bandwidth", share, ">=", 0.8))
     wanted.append(("cuda sample B=1: microseconds", value("sample", 1, "cuda"), "<=", 8.0))
-    for batch in sorted(gpu_steps.BATCHES):
+    for batch in sorted(gpu_steps.BATCHES[:4]):
         at = f"B={batch}: times"
         wanted += [
             (f"cuda sample {at} faster than eager", ratio("sample", batch, "eager", "cuda"), ">=", 20),
@@ -251,10 +278,12 @@ def _check(options: argparse.Namespace) -> int:
         "steps": {f"backend_{name}": {"ok": False, "detail": reason} for name, reason in reasons.items()},
     }
     todo = steps(backends, options.root.resolve())
-    if unknown := set(options.only or ()) - set(todo):
-        print(f"gpu_check: --only was {sorted(unknown)}; allowed: {', '.join(todo)}", file=sys.stderr)
-        return 2
+    for option, named in (("--only", options.only), ("--skip", options.skip)):
+        if unknown := set(named or ()) - set(todo):
+            print(f"gpu_check: {option} was {sorted(unknown)}; allowed: {', '.join(todo)}", file=sys.stderr)
+            return 2
     todo = {name: step for name, step in todo.items() if not options.only or name in options.only}
+    todo = {name: step for name, step in todo.items() if name not in (options.skip or ())}
     absent = untestable(todo)
     for name, reason in absent.items():
         print(f"gpu_check: the step {name} cannot run: {reason}", file=sys.stderr)
@@ -271,7 +300,7 @@ def _check(options: argparse.Namespace) -> int:
         verdict = {True: "ok", False: "FAILED", None: "not run"}[outcome["ok"]]
         print(f"{name}: {verdict}, {outcome.get('seconds', 0)} s {outcome.get('detail', '')}", flush=True)
 
-    run_steps(todo, options.jobs, options.limit, done)
+    run_steps(todo, options.jobs, options.limit, done, options.folder)
     for target in report.get("targets", ()):
         got = "not measured" if target["value"] is None else f"{target['value']:.3g}"
         verdict = {True: "met", False: "MISSED", None: "open"}[target["met"]]
@@ -291,8 +320,12 @@ def main(arguments: list[str] | None = None) -> int:
     )
     output = here / "bench" / "results" / "gpu_check.json" if here else Path("gpu_check.json")
     parser.add_argument("--output", type=Path, default=output, help="results file (default: %(default)s)")
+    parser.add_argument(
+        "--folder", type=Path, help="where each step's outcome and output are kept, from its start on"
+    )
     parser.add_argument("--backends", nargs="+", choices=BACKENDS, default=list(BACKENDS))
     parser.add_argument("--only", nargs="+", metavar="STEP", help=f"of: {', '.join(steps(BACKENDS, Path()))}")
+    parser.add_argument("--skip", nargs="+", metavar="STEP", help="steps to leave out, as for --only")
     parser.add_argument("--limit", type=float, default=LIMIT, help="seconds in all (default: %(default)s)")
     jobs = max(1, min(6, (os.cpu_count() or 1) // 2))
     parser.add_argument("--jobs", type=int, default=jobs, help="steps side by side (default: %(default)s)")
@@ -303,7 +336,14 @@ def main(arguments: list[str] | None = None) -> int:
         return _check(options)
     name, backend = options.step
     outcome: dict[str, Any] = {"ok": False, "detail": "nothing was found"}
-    for outcome in gpu_steps.STEPS[name](torch.device(options.device), backend):
+    try:
+        for outcome in gpu_steps.STEPS[name](torch.device(options.device), backend):
+            results.save(outcome, options.output)
+    except Exception as error:  # what was found so far stays, and the file says why there is no more
+        traceback.print_exc()
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        found = {} if outcome.get("detail") == "nothing was found" else outcome
+        outcome = found | {"ok": False, "detail": reason}
         results.save(outcome, options.output)
     return 0 if outcome["ok"] else 1
 

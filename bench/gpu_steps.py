@@ -7,6 +7,10 @@ what was yielded before a crash or a timeout is kept.
 from __future__ import annotations
 
 import functools
+import itertools
+import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -20,13 +24,21 @@ from svdk.bench import cases, logits, machine, timing
 from svdk.bench.goodness import PER_TEST, fit_p_values
 
 VOCAB = 151936
-BATCHES = (1, 64, 256, 8)
-"""In the order of measurement: what is out of time at the end matters least."""
+ORDINARY = "zipf"
+"""Logits like a model's, made without one; the others are in ``logits.GPU_KINDS``."""
+BATCHES = (1, 64, 256, 8, 32, 33, 132, 133, 265)
+"""In the order of measurement: what is out of time at the end matters least. 33, 133 and 265 are one row
+more than fills an H100 once, by clusters of 8, by one or by two CTAs a processor."""
+TUNED = (1, 64, 256)
+PROFILED = (("sample", 1), ("sample", 64), ("sample", 256), ("plain", 256))
 DRAWS = 4_000_000
 AGREEING = 4096
 """Rows compared token by token."""
-BASELINES = ("eager", "softmax+multinomial", "warpers", "flashinfer")
-SECONDS = {"times": 170, "tuning": 50}
+BASELINES = ("eager", "softmax+multinomial", "race", "warpers", "flashinfer")
+COMPILED = {"compile": False, "compile race": True}
+PROCESSES = max(1, min(8, (os.cpu_count() or 1) // 2))
+"""Which compile Triton's variants side by side."""
+SECONDS = {"variants": 60, "times": 240, "tuning": 50}
 PLAN = timing.Plan(seconds=0.2, rounds=3)
 OPTIONS: tuple[dict[str, Any], ...] = ({}, {"alpha": 0.0}, {"top_k": 50, "top_p": 0.9})
 
@@ -137,37 +149,32 @@ def exercise(device: torch.device, backend: str) -> Iterator[Outcome]:
 
 
 def times(device: torch.device, backends: str) -> Iterator[Outcome]:
-    """Microseconds a step beside copy bandwidth, eager PyTorch, FlashInfer and torch.compile.
+    """Microseconds a step beside the roofs of memory, eager PyTorch, FlashInfer, Gumbel and torch.compile.
 
-    ``backends`` are names joined by commas. Cold before hot, steered before plain, and torch.compile, whose
-    compilation is what takes long, last.
+    ``backends`` are names joined by commas. Cold before hot, steered before plain, ordinary logits before
+    masked and wide ones, and torch.compile, whose compilation is what takes long, last.
     """
     end = time.perf_counter() + SECONDS["times"]
-    copy = machine.bandwidth(device)["copy"]
+    roofs = machine.bandwidth(device, seconds=0.2)
     rows: list[dict[str, Any]] = []
     skipped: list[str] = []
-    outcome = {"ok": True, "copy_bytes_per_s": copy, "vocab": VOCAB, "rows": rows, "skipped": skipped}
-    most = _operands(max(BATCHES), device)
-    plan = [
-        (name, cold, batch, part)
-        for part, caches in (("kernels", (True, False)), ("compile", (True,)))
-        for cold in caches
-        for name in ("sample", "plain", "plain_top_k_top_p")
-        for batch in BATCHES
-    ]
-    for name, cold, batch, part in plan:
+    outcome = {"ok": True, "copy_bytes_per_s": roofs["copy"], "read_bytes_per_s": roofs["read"]}
+    outcome |= {"vocab": VOCAB, "rows": rows, "skipped": skipped}
+    operands_of = functools.cache(lambda kind: _operands(max(BATCHES), device, kind))
+    for kind, name, cold, batch, part in _plan():
         setting = cases.SETTINGS[name]
         if part == "compile" and part not in setting.baselines:
             continue
-        where = f"{name} B={batch} {'cold' if cold else 'hot'}"
+        where = f"{name} {kind} B={batch} {'cold' if cold else 'hot'}"
         if time.perf_counter() > end:
             skipped.append(f"{where} {part}: out of time")
             continue
-        operands = _rotated(most, batch, cold, device)
+        operands = _rotated(operands_of(kind), batch, cold, device)
         contest = timing.Contest(operands, device, PLAN)
-        named = [("compile", cases.compiled(setting, "default", device))]
         if part == "kernels":
-            named = list(_contestants(setting, backends.split(","), device, cold))
+            named = list(_contestants(setting, backends.split(","), device, cold and kind == ORDINARY))
+        else:
+            named = [(who, cases.compiled(setting, "default", device, x)) for who, x in COMPILED.items()]
         for contestant, call in named:
             if problem := _enter(contest, contestant, call):
                 skipped.append(f"{where} {contestant}: {problem}")
@@ -177,20 +184,34 @@ def times(device: torch.device, backends: str) -> Iterator[Outcome]:
             rows.append(
                 {
                     "setting": name,
+                    "logits": kind,
                     "batch": batch,
                     "cache": "cold" if cold else "hot",
                     "contestant": contestant,
                     "median_us": t.median * 1e6,
                     "noise_us": t.noise * 1e6,
-                    "of_copy_bandwidth": moved / t.median / copy,
+                    "of_copy_bandwidth": moved / t.median / roofs["copy"],
+                    "of_read_bandwidth": moved / t.median / roofs["read"],
                 }
             )
         del operands, contest
         yield outcome
 
 
-def _operands(batch: int, device: torch.device) -> logits.Operands:
-    return logits.make("zipf", batch, VOCAB, torch.bfloat16, device)
+def _plan() -> list[tuple[str, str, bool, int, str]]:
+    """What is timed, in order: logits, setting, cold, batch, and "kernels" or "compile"."""
+    settings = ("sample", "plain", "plain_top_k_top_p")
+    first = [
+        (ORDINARY, name, cold, batch, "kernels")
+        for cold, name, batch in itertools.product((True, False), settings, BATCHES)
+    ]
+    odd = itertools.product(logits.GPU_KINDS, settings[:2], (True, False), BATCHES)
+    compiled = itertools.product((ORDINARY,), settings, (True,), BATCHES[:4])
+    return [*first, *((*point, "kernels") for point in odd), *((*point, "compile") for point in compiled)]
+
+
+def _operands(batch: int, device: torch.device, kind: str = ORDINARY) -> logits.Operands:
+    return logits.make(kind, batch, VOCAB, torch.bfloat16, device)
 
 
 def _rotated(most: logits.Operands, batch: int, cold: bool, device: torch.device) -> list[logits.Operands]:
@@ -214,17 +235,30 @@ def _enter(contest: timing.Contest, name: str, call: timing.Call) -> str | None:
 
 
 def _contestants(
-    setting: cases.Setting, backends: list[str], device: torch.device, cold: bool
+    setting: cases.Setting, backends: list[str], device: torch.device, all_of_them: bool
 ) -> Iterator[tuple[str, timing.Call]]:
     for backend in backends:
         yield backend, cases.svdk_call(setting, backend, device)
-    if not cold:
+    if not all_of_them:
         return
     for name in setting.baselines:
         if name in BASELINES:
             yield name, cases.baseline_call(setting, name, device)
+    if setting.name == "plain":
+        yield "two-stage Gumbel", _two_stage(device)
     if "flashinfer" in setting.baselines and "flashinfer" in BASELINES:
         yield "flashinfer_logits", _flashinfer_logits(setting)
+
+
+def _two_stage(device: torch.device) -> timing.Call:
+    step = torch.zeros(1, dtype=torch.int64, device=device)
+
+    def call(x: logits.Operands) -> Tensor:
+        from svdk.bench import gumbel
+
+        return gumbel.two_stage(x.warm, x.seeds, step)
+
+    return call
 
 
 def _flashinfer_logits(setting: cases.Setting) -> timing.Call:
@@ -234,13 +268,20 @@ def _flashinfer_logits(setting: cases.Setting) -> timing.Call:
     def converted(x: logits.Operands) -> Tensor:
         return x.warm.float()
 
+    @functools.cache
+    def zeros(x: logits.Operands) -> Tensor:
+        return torch.zeros_like(x.seeds)
+
     def call(x: logits.Operands) -> Tensor:
         from flashinfer import sampling
 
+        # On the device, or it would ask the CPU's generator, which cannot be captured.
+        draws = {"seed": x.seeds, "offset": zeros(x)}
         if not setting.options:
-            return sampling.sampling_from_logits(converted(x))
+            return sampling.sampling_from_logits(converted(x), **draws)
         k, p = setting.options["top_k"], setting.options["top_p"]
-        return sampling.top_k_top_p_sampling_from_logits(converted(x), k, p, filter_apply_order="top_k_first")
+        order = {"filter_apply_order": "top_k_first"}
+        return sampling.top_k_top_p_sampling_from_logits(converted(x), k, p, **order, **draws)
 
     return call
 
@@ -252,8 +293,8 @@ def tuning(device: torch.device, backend: str) -> Iterator[Outcome]:
     end = time.perf_counter() + SECONDS["tuning"]
     rows: list[dict[str, Any]] = []
     skipped: list[str] = []
-    most, setting = _operands(max(BATCHES), device), cases.SETTINGS["sample"]
-    for batch in BATCHES:
+    most, setting = _operands(max(TUNED), device), cases.SETTINGS["sample"]
+    for batch in TUNED:
         operands = _rotated(most, batch, True, device)
         for config in configurations.CANDIDATES:
             if time.perf_counter() > end:
@@ -272,6 +313,69 @@ def tuning(device: torch.device, backend: str) -> Iterator[Outcome]:
         yield {"ok": True, "rows": rows, "skipped": skipped}
 
 
+def variants(device: torch.device, backend: str) -> Iterator[Outcome]:
+    """Compile in ``PROCESSES`` processes what times and tuning launch; Triton keeps it on disk for them."""
+    itself = [sys.executable, "-m", "svdk.bench.gpu_steps", str(device), backend]
+    workers = [
+        subprocess.Popen([*itself, str(i), str(PROCESSES)], stderr=subprocess.PIPE, text=True)
+        for i in range(PROCESSES)
+    ]
+    said = [worker.communicate()[1].strip() for worker in workers]
+    failed = [text[-1000:] for text, worker in zip(said, workers, strict=True) if worker.returncode]
+    yield {"ok": not failed, "variants": len(_launches())} | ({"detail": "\n".join(failed)} if failed else {})
+
+
+def _launches() -> list[tuple[str, int, Any]]:
+    """Setting, batch and configuration of all Triton launches that are timed; None: the default."""
+    from svdk.kernels import tuning as configurations
+
+    timed = itertools.product(("sample", "plain", "plain_top_k_top_p"), BATCHES, (None,))
+    tried = itertools.product(("sample",), TUNED, configurations.CANDIDATES)
+    return [*timed, *tried]
+
+
+def compile_some(device: torch.device, backend: str, worker: int, workers: int) -> None:
+    """Launch this worker's share of :func:`_launches` once."""
+    from svdk.kernels import tuning as configurations
+
+    for name, batch, config in _launches()[worker::workers]:
+        x = logits.Operands(
+            *(torch.zeros(batch, VOCAB, dtype=torch.bfloat16, device=device) for _ in range(2)),
+            *(torch.zeros(batch, dtype=torch.int64, device=device) for _ in range(2)),
+        )
+        call = cases.svdk_call(cases.SETTINGS[name], backend, device)
+        if config is None:
+            call(x)
+            continue
+        with mock.patch.object(configurations, "config_for", lambda *_, config=config: config):
+            call(x)
+
+
+def placement(device: torch.device, backend: str) -> Iterator[Outcome]:
+    """On which processors the CTAs of a cluster run; two on one would share what a row was split for."""
+    from svdk.bench import placement as clusters
+
+    found = []
+    for size in (2, 4, 8):
+        found.append(clusters.measure(device, size))
+        yield {"ok": True, "sizes": found}
+
+
+def profiled(device: torch.device, backend: str) -> Iterator[Outcome]:
+    """The four launches that ``ncu`` is asked about, once each and in the order of ``PROFILED``."""
+    for name, batch in PROFILED:
+        x = _operands(batch, device)
+        cases.svdk_call(cases.SETTINGS[name], backend, device)(x)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    yield {"ok": True, "launches": [list(point) for point in PROFILED]}
+
+
 STEPS: dict[str, Step] = {
-    step.__name__: step for step in (distributions, agreement, graphs, exercise, times, tuning)
+    step.__name__: step
+    for step in (distributions, agreement, graphs, exercise, variants, times, tuning, placement, profiled)
 }
+
+if __name__ == "__main__":
+    device_name, backend_name, worker_number, worker_count = sys.argv[1:]
+    compile_some(torch.device(device_name), backend_name, int(worker_number), int(worker_count))

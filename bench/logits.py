@@ -11,6 +11,10 @@ import torch
 from torch import Tensor
 
 KINDS = ("natural", "peaked", "flat", "zipf")
+GPU_KINDS = ("masked", "wide")
+"""Further ones, which the GPU check times."""
+MASKED = 0.9
+"""Share of the tokens that a grammar forbids in ``masked`` rows."""
 RECORDED_ROWS = 64
 MOST_SETS = 4096
 """Copies in a rotation, at most: enough for every vocabulary in use; tiny ones stay in the cache."""
@@ -63,7 +67,11 @@ def recorded() -> tuple[Tensor, Tensor]:
 def make(
     kind: str, batch: int, vocab: int, dtype: torch.dtype, device: torch.device, seed: int = 0
 ) -> Operands:
-    """Inputs of one kind: ``peaked`` (one token holds nearly everything), ``flat`` (C is the vocabulary)."""
+    """Inputs of one kind: ``peaked`` (one token holds nearly everything), ``flat`` (C is the vocabulary).
+
+    ``masked``: ``zipf`` with most tokens -inf in both rows, as a grammar leaves them. ``wide``: the range of
+    a large model's logits (normal of deviation 2.5, the best at 25).
+    """
     generator = torch.Generator().manual_seed(seed)
     if kind == "natural":
         warm, base = _natural(batch, vocab, generator)
@@ -74,10 +82,17 @@ def make(
         elif kind == "peaked":
             warm = noise
             warm[torch.arange(batch), torch.randint(vocab, (batch,), generator=generator)] += 20.0
+        elif kind == "wide":
+            warm = 2.5 * noise
+            warm[torch.arange(batch), torch.randint(vocab, (batch,), generator=generator)] = 25.0
         else:
             order = torch.argsort(noise, dim=1)
             warm = torch.empty_like(noise).scatter_(1, order, _zipf(vocab).expand(batch, -1))
         base = warm + (0.02 if kind == "flat" else 0.5) * torch.randn(batch, vocab, generator=generator)
+        if kind == "masked":
+            forbidden = torch.rand(batch, vocab, generator=generator) < MASKED
+            forbidden[:, 0] = False  # something must be left
+            warm, base = (x.masked_fill(forbidden, -math.inf) for x in (warm, base))
     labels = warm.argmax(1)
     seeds = torch.randint(-(2**63), 2**63 - 1, (batch,), generator=generator)
     return Operands(warm.to(device, dtype), base.to(device, dtype), labels.to(device), seeds.to(device))

@@ -28,7 +28,8 @@ from .steering import (
     safe_log,
     value_of,
 )
-from .sweep import BASE_MASKED, INVALID, Slices, make_constants, merge, slices_of_row, sweep_slice
+from .sweep import FINISHING, make_constants, merge, slices_of_row, sweep_slice
+from .token_sweep import BASE_MASKED, INVALID, Slices
 
 KEPT = tl.constexpr(4)  # float32 numbers a row that the second kernel takes over
 
@@ -61,13 +62,14 @@ def kept_constants(kept, log_alpha):
     return Constants(max_w, log_zw, max_b, 0.0, 0.0, gap, log_alpha)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch"])
 def extract_count_kernel(
     warm, other, warm_rows, base_rows, vocab, alpha, alpha_rows, sums, counts, counters,
     sizes_out, kept_out, rows_out, status_out, warm_stride, other_stride, batch, slice_size,
     KIND: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Program ``row * SPLITS + slice``: the size of C, K, max, log-sum-exp and status of each row."""
+    TILE: tl.constexpr = min(BLOCK, FINISHING)
     program = tl.program_id(0)
     index, part = program // SPLITS, program % SPLITS
     warm += row_index(warm_rows, index) * warm_stride
@@ -82,7 +84,7 @@ def extract_count_kernel(
         nan = tl.full([], float("nan"), tl.float32)
         if valid:
             constants = make_constants(operands, swept.sums, log_alpha, valid, KIND)
-            tl.store(sizes_out + index, size_of_confidence_set(operands, constants, BLOCK).to(tl.int64))
+            tl.store(sizes_out + index, size_of_confidence_set(operands, constants, TILE).to(tl.int64))
             tl.store(rows_out + index, constants.kl.to(tl.float32) if DIRECTION & KIND < VECTOR else nan)
             tl.store(rows_out + batch + index, constants.max_w)
             tl.store(rows_out + 2 * batch + index, constants.max_w + constants.log_zw)
@@ -101,6 +103,7 @@ def extract_fill_kernel(
     warm_stride, other_stride, KIND: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Program ``row``: token ids (ascending), p and delta of its C, from ``row_ptr[row]`` on."""
+    TILE: tl.constexpr = min(BLOCK, FINISHING)
     index = tl.program_id(0)
     at, end = tl.load(row_ptr + index), tl.load(row_ptr + index + 1)
     if end > at:
@@ -109,8 +112,8 @@ def extract_fill_kernel(
         tokens = Tokens(Operands(warm, other, vocab, None, None), warm, False, vocab)
         log_alpha = safe_log(value_of(PerRow(alpha, alpha_rows), index))
         constants = kept_constants(kept + index * KEPT, log_alpha)
-        for start in range(0, vocab, BLOCK):
-            ids, w, o = load_tile(tokens, start, KIND, BLOCK)
+        for start in range(0, vocab, TILE):
+            ids, w, o = load_tile(tokens, start, KIND, TILE)
             inside = in_confidence_set(w, constants.max_w, log_alpha)
             place = at + tl.cumsum(inside.to(tl.int32), 0) - 1
             tl.store(ids_out + place, ids.to(tl.int64), mask=inside)

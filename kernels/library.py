@@ -29,7 +29,7 @@ from .logits import measure_rows_kernel, write_rows_kernel
 from .logprob import steered_logprob_kernel
 from .sample import steered_sample_kernel
 from .steering import COMPACT, DIRECT, FILTERS, INFO, OUTSIDE
-from .sweep import COUNTS, SUMS
+from .sweep import COUNTS, FINISHING, SUMS
 
 INTERPRETED = not isinstance(steered_sample_kernel, triton.runtime.JITFunction)
 """TRITON_INTERPRET=1 was set when Triton was imported: kernels run on CPU tensors, slowly."""
@@ -83,6 +83,7 @@ class _Call:
         )
         """Whether C is known to be every token that can be drawn, so that none is outside."""
         bias, bitmask = (self.given.get(name) for name in ("logit_bias", "bitmask"))
+        self.adjusts = bias is not None or bitmask is not None
         penalty = self.given.get("penalty", -math.inf)
         self.finite_penalty = math.isfinite(penalty) and not self.everywhere
         self.given |= {
@@ -119,7 +120,8 @@ class _Call:
             "SPLITS": splits,
             "CAP": config.cap,
             "BLOCK": block,
-            "STAGES": config.stages,
+            # Loads of a bias or a mask would be staged too, in more shared memory than there is to spare.
+            "STAGES": 1 if self.adjusts else config.stages,
         }
 
     def options(self, config: tuning.Config) -> dict[str, int]:
@@ -243,11 +245,12 @@ def steered_logits(*flat: Any) -> Tensor:
     known |= {"kept_out": kept, "kept": kept, "mu_out": mus, "mus": mus, "found_out": found, "found": found}
     known |= {"steered_out": steered, "steered": steered, "largest": torch.finfo(out.dtype).max}
     known |= {"logits_out": out, "out_stride": out.stride(0), "width": width}
-    for kernel, programs in (
-        (measure_rows_kernel, known["SPLITS"]),
-        (write_rows_kernel, triton.cdiv(width, known["BLOCK"])),
+    splits, tile = known["SPLITS"], min(known["BLOCK"], FINISHING.value)
+    for kernel, inputs, programs in (
+        (measure_rows_kernel, known, splits),
+        (write_rows_kernel, known | {"BLOCK": tile}, triton.cdiv(width, tile)),
     ):
-        wrap_triton(kernel)[(batch * programs,)](*_taken(kernel, known), **call.options(config))
+        wrap_triton(kernel)[(batch * programs,)](*_taken(kernel, inputs), **call.options(config))
     return status
 
 

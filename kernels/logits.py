@@ -38,7 +38,8 @@ from .steering import (
     strength_of,
     value_of,
 )
-from .sweep import BASE_MASKED, INVALID, Slices, make_constants, merge, slices_of_row, sweep_slice
+from .sweep import FINISHING, make_constants, merge, slices_of_row, sweep_slice
+from .token_sweep import BASE_MASKED, INVALID, Slices
 
 EVERY_TOKEN = tl.constexpr(-1)  # instead of a number of candidates: all of the row is to be steered
 NO_TOKEN = tl.constexpr(-2)  # the row is invalid
@@ -106,6 +107,7 @@ def measure_rows_kernel(
     SPLITS: tl.constexpr, CAP: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Program ``row * SPLITS + slice``: constants, mu and status of each row; how many candidates, if any."""
+    TILE: tl.constexpr = min(BLOCK, FINISHING)
     program = tl.program_id(0)
     index, part = program // SPLITS, program % SPLITS
     if is_skipped(skip, index):
@@ -126,14 +128,14 @@ def measure_rows_kernel(
                 constants = make_constants(operands, swept.sums, log_alpha, valid, KIND)
                 tokens = tokens_of(operands, slices.candidates, swept.count, KIND)
                 if MODE != CONSTANT:
-                    moments = moments_of(tokens, constants, KIND, BLOCK)
+                    moments = moments_of(tokens, constants, KIND, TILE)
                     mu = strength_of(moments, 0.0, mu, MODE)
                 found = tl.full([], EVERY_TOKEN, tl.int32)
                 if COMPACT & KIND:
                     found = swept.count
                     if found >= 0:
                         steered_out += index.to(tl.int64) * (SPLITS * CAP)
-                        steer_candidates(tokens, constants, mu, penalty, largest, steered_out, KIND, BLOCK)
+                        steer_candidates(tokens, constants, mu, penalty, largest, steered_out, KIND, TILE)
                 keep_constants(kept_out + index * KEPT, constants)
                 tl.store(mu_out + index, mu)
                 tl.store(found_out + index, found)

@@ -37,7 +37,8 @@ from .steering import (
     steered_inside,
     value_of,
 )
-from .sweep import BASE_MASKED, INVALID, Slices, make_constants, merge, slices_of_row, sweep_slice
+from .sweep import FINISHING, make_constants, merge, slices_of_row, sweep_slice
+from .token_sweep import BASE_MASKED, INVALID, Slices
 
 
 class Label(NamedTuple):
@@ -98,7 +99,7 @@ def logprob_of(constants, strength, partition, label, KIND: tl.constexpr):
     return above * inverse_power(strength.scale) - partition.log_z
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch", "number"])
 def steered_logprob_kernel(
     warm, other, warm_rows, base_rows, vocab, labels, strength, strength_rows, alpha, alpha_rows, penalty,
     strengths, number, sums, counts, candidates, counters, curves_out, greedy_out, rows_out, status_out,
@@ -106,6 +107,7 @@ def steered_logprob_kernel(
     KIND: tl.constexpr, SPLITS: tl.constexpr, CAP: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Program ``row * SPLITS + slice``; ``strengths`` (number,) for every row, or none and number = 1."""
+    TILE: tl.constexpr = min(BLOCK, FINISHING)
     program = tl.program_id(0)
     index, part = program // SPLITS, program % SPLITS
     warm += row_index(warm_rows, index) * warm_stride
@@ -128,10 +130,10 @@ def steered_logprob_kernel(
         if valid:
             constants = make_constants(operands, swept.sums, log_alpha, valid, KIND)
             tokens = tokens_of(operands, slices.candidates, swept.count, KIND)
-            moments = moments_of(tokens, constants, KIND, BLOCK)
+            moments = moments_of(tokens, constants, KIND, TILE)
             log_mass_outside = tl.full([], -INF, tl.float64)
             if COMPACT & KIND and OUTSIDE & KIND:
-                log_mass_outside = log_outside(operands, constants, BLOCK)
+                log_mass_outside = log_outside(operands, constants, TILE)
             w, o = load_token(operands, token, KIND)
             inside = in_confidence_set(w, constants.max_w, log_alpha)
             delta = tl.where(inside, delta_of(constants, w, o, KIND), 0.0)
@@ -143,7 +145,7 @@ def steered_logprob_kernel(
             tl.store(status_out + index, swept.flags & BASE_MASKED)
             for m in range(number):
                 at = scale_strength(strength_at(strengths, mus, index, m), penalty, KIND)
-                partition = partition_of(tokens, constants, at, log_mass_outside, penalty, KIND, BLOCK)
+                partition = partition_of(tokens, constants, at, log_mass_outside, penalty, KIND, TILE)
                 logprob = logprob_of(constants, at, partition, label, KIND)
                 tl.store(curves_out + m, logprob.to(tl.float32))
                 slope = tl.where(logprob > -INF, label.move - partition.mean, 0.0)
@@ -151,7 +153,7 @@ def steered_logprob_kernel(
                 tl.store(curves_out + 2 * size + m, partition.variance.to(tl.float32))
                 tl.store(greedy_out + m, partition.greedy.to(tl.int64))
         else:
-            fallback = fallback_token(operands, BLOCK).to(tl.int64)
+            fallback = fallback_token(operands, TILE).to(tl.int64)
             for column in range(6):
                 tl.store(rows_out + column * batch + index, nan)
             tl.store(status_out + index, INVALID)

@@ -51,18 +51,8 @@ from .steering import (
     strength_of,
     value_of,
 )
-from .sweep import (
-    BASE_MASKED,
-    FAR_APART,
-    INVALID,
-    Slices,
-    Sums,
-    make_constants,
-    merge,
-    slice_of_draw,
-    slices_of_row,
-    sweep_slice,
-)
+from .sweep import FINISHING, make_constants, merge, slice_of_draw, slices_of_row, sweep_slice
+from .token_sweep import BASE_MASKED, FAR_APART, INVALID, Slices, Sums
 
 LOUD_FROM = tl.constexpr(1024.0)  # nats from here up are rounded by 3e-5 and more
 
@@ -161,7 +151,7 @@ def describe(
     tl.store(ints_out + batch, tl.where(valid, flags & BASE_MASKED, INVALID))
 
 
-@triton.jit(do_not_specialize=["top_k", "seed", "offset"])
+@triton.jit(do_not_specialize=["top_k", "seed", "offset", "batch"])
 def steered_sample_kernel(
     warm, other, warm_rows, base_rows, vocab, logit_bias, bitmask, labels,
     strength, strength_rows, alpha, alpha_rows, penalty, temperature, temperature_rows,
@@ -174,6 +164,7 @@ def steered_sample_kernel(
 ):  # fmt: skip
     """Program ``row * SPLITS + slice`` of ``batch * SPLITS``; ``kernels/library.py`` has the arguments."""
     SUMMED: tl.constexpr = DIRECTION & KIND < VECTOR or INFO & KIND or not DIRECT & KIND
+    TILE: tl.constexpr = min(BLOCK, FINISHING)
     program = tl.program_id(0)
     index, part = program // SPLITS, program % SPLITS
     warm += row_index(warm_rows, index) * warm_stride
@@ -229,7 +220,7 @@ def steered_sample_kernel(
                     begin = part * slices.size
                     end = tl.minimum(begin + slices.size, vocab)
                     landed = draw_among(
-                        tokens, constants, given, parameters, ranking, begin, end, share, KIND, BLOCK
+                        tokens, constants, given, parameters, ranking, begin, end, share, KIND, TILE
                     )
                     token = landed.token
                 drawn = Drawn(token, mu, zero, constants.log_zw, swept.count)
@@ -240,14 +231,14 @@ def steered_sample_kernel(
                     rounded = tl.abs(swept.best) > unit * LOUD_FROM
                     rounded = rounded | ((swept.flags & (BASE_MASKED | FAR_APART)) != 0)
                     if rounded | ((INFO & KIND) != 0):
-                        again = finish_row(tokens, constants, parameters, ranking, KIND, MODE, BLOCK)
+                        again = finish_row(tokens, constants, parameters, ranking, KIND, MODE, TILE)
                         token = tl.where(rounded, again.token, token)
                         drawn = Drawn(token, mu, again.max_z, again.log_z, again.size)
             else:
-                drawn = finish_row(tokens, constants, parameters, ranking, KIND, MODE, BLOCK)
+                drawn = finish_row(tokens, constants, parameters, ranking, KIND, MODE, TILE)
         token = drawn.token
         if token == MAX_ID:
-            token = fallback_token(operands, BLOCK)
+            token = fallback_token(operands, TILE)
         tl.store(token_out + index, token.to(tl.int64))
         if INFO & KIND:
             drawn = Drawn(token, drawn.mu, drawn.max_z, drawn.log_z, drawn.size)

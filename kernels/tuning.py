@@ -21,15 +21,16 @@ from torch import Tensor
 from svdk.utils.files import write_json
 
 FORMAT = 1
-MAX_SPLITS = 128
+SPLITS = (1, 2, 4, 16, 64)
+"""Slices a row. Each number is another variant of the kernels to compile, so there are few."""
 
 
 @dataclass(frozen=True)
 class Config:
     """How a kernel is launched; every field changes speed only."""
 
-    block: int = 1024
-    """Tokens a program handles at a time."""
+    block: int = 2048
+    """Tokens a program handles at a time, of 16-bit logits; half as many of 32 bits."""
     num_warps: int = 4
     stages: int = 3
     """Software pipelining of the first sweep's loads."""
@@ -44,12 +45,12 @@ INTERPRETED = Config(block=512, cap=128, programs=2)
 """Small, so that a vocabulary of a thousand tokens already has several tiles and slices."""
 CANDIDATES = (
     DEFAULT,
-    Config(block=2048, num_warps=8, programs=2),
-    Config(block=2048, num_warps=4, programs=4),
-    Config(stages=1),
+    Config(stages=4),
+    Config(stages=1, programs=3),
+    Config(programs=8),
+    Config(num_warps=8, programs=2),
     Config(block=4096, num_warps=8, programs=2),
-    Config(num_warps=8),
-    Config(block=512, programs=6),
+    Config(block=1024),
 )
 
 
@@ -121,12 +122,16 @@ def tune(name: str, like: Tensor, batch: int, vocab: int, launch: Callable[[Conf
     return best
 
 
+def block_of(config: Config, size: int) -> int:
+    """Tokens a tile of logits of so many bytes each: what it takes of shared memory is the same for all."""
+    return config.block * 2 // max(size, 2)
+
+
 def shape(config: Config, like: Tensor, batch: int, vocab: int) -> tuple[int, int, int]:
-    """``(block, splits, slice_size)``: tokens a tile, slices a row (a power of two), tokens a slice."""
-    block = min(config.block, max(64, bucket(vocab)))
+    """``(block, splits, slice_size)``: tokens a tile, slices a row (of ``SPLITS``), tokens a slice."""
+    block = min(block_of(config, like.element_size()), max(64, bucket(vocab)))
     tiles = -(-vocab // block)
     on_cpu = like.device.type == "cpu"
     aim = config.programs if on_cpu else config.programs * _device(like.device.index)[1] // max(batch, 1)
-    splits = max(1, min(MAX_SPLITS, aim, tiles))
-    splits = 1 << (splits.bit_length() - 1)
+    splits = max(n for n in SPLITS if n <= max(1, min(aim, tiles)))
     return block, splits, -(-tiles // splits) * block

@@ -15,6 +15,7 @@ _EXPORTS = {
     "steered_logprob": "svdk.ops.api",
     "steered_logits": "svdk.ops.api",
     "extract": "svdk.ops.api",
+    "warm_up": "svdk.ops.warming",
     "SampleInfo": "svdk.ops.results",
     "LogprobInfo": "svdk.ops.results",
     "SteeringBatch": "svdk.ops.results",

@@ -165,6 +165,36 @@ inline int choose_split(int64_t batch, int64_t vocab, int64_t resident, int most
   return split;
 }
 
+// Sizes of clusters, 1 (none) to 16, and how many rows a device can have under way at once with so
+// many CTAs each; 0 where it cannot hold such clusters.
+constexpr int kClusterSizes = 5;
+struct ActiveRows {
+  int64_t of[kClusterSizes];
+};
+
+// What a wave takes beside its slices (beginning, merging, finishing), in slices: an estimate.
+constexpr int64_t kWaveOverhead = 1;
+
+// CTAs a row where they form clusters: the fewest for which the waves of rows, each as long as the
+// slices of a CTA, are soonest over. One row more than a wave takes would otherwise cost a second.
+inline int choose_cluster(int64_t batch, int64_t vocab, const ActiveRows& active) {
+  const int64_t cut = (vocab + kSliceTokens - 1) / kSliceTokens;
+  const int64_t slices = cut < kMaxSlices ? cut : kMaxSlices;
+  int best = 1;
+  int64_t least = INT64_MAX;
+  for (int k = 0; k < kClusterSizes; ++k) {
+    const int64_t split = int64_t{1} << k;
+    if (split > slices || active.of[k] == 0) continue;
+    const int64_t waves = (batch + active.of[k] - 1) / active.of[k];
+    const int64_t cost = waves * ((slices + split - 1) / split + kWaveOverhead);
+    if (cost < least) {
+      least = cost;
+      best = static_cast<int>(split);
+    }
+  }
+  return best;
+}
+
 // Logits of type T, read with the adjustments of the call. A type, so that kernels without them are
 // compiled as if there were none.
 template <typename T>

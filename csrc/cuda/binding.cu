@@ -35,7 +35,50 @@ void check(cudaError_t error, const char* what) {
 
 struct Device {
   int processors, major;
+  ActiveRows active;  // sm_90 and newer
 };
+
+// A launch of CTAs in clusters of `split`; the attributes are the caller's to keep.
+cudaLaunchConfig_t cluster_config(int64_t grid, int split, cudaLaunchAttribute (&attributes)[2]) {
+  attributes[0].id = cudaLaunchAttributeClusterDimension;
+  attributes[0].val.clusterDim.x = static_cast<unsigned>(split);
+  attributes[0].val.clusterDim.y = attributes[0].val.clusterDim.z = 1;
+  // Two CTAs of a row on one processor would share what the row was split for.
+  attributes[1].id = cudaLaunchAttributeClusterSchedulingPolicyPreference;
+  attributes[1].val.clusterSchedulingPolicyPreference = cudaClusterSchedulingPolicySpread;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(grid));
+  config.blockDim = dim3(kThreads);
+  config.attrs = attributes;
+  config.numAttrs = 2;
+  return config;
+}
+
+// Clusters of 16 are not portable: a kernel must be told that it may have them.
+constexpr int kPortableCluster = 8;
+cudaError_t allow_large_clusters(const void* kernel) {
+  return cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+}
+
+// Asked of one kernel: all are compiled to the same number of CTAs a processor (kMinBlocks), and
+// clusters are held by groups of processors, of which a device may have fewer than its size says.
+ActiveRows active_rows(int processors) {
+  const auto kernel = reinterpret_cast<const void*>(steered_sample_kernel<BFloat16, kBase>);
+  ActiveRows active{{static_cast<int64_t>(processors) * kMinBlocks}};
+  const bool large = allow_large_clusters(kernel) == cudaSuccess;
+  for (int k = 1; k < kClusterSizes; ++k) {
+    const int split = 1 << k;
+    if (split > kPortableCluster && !large) break;
+    cudaLaunchAttribute attributes[2] = {};
+    const cudaLaunchConfig_t config = cluster_config(split, split, attributes);
+    int clusters = 0;
+    if (cudaOccupancyMaxActiveClusters(&clusters, kernel, &config) == cudaSuccess) {
+      active.of[k] = clusters;
+    }
+  }
+  cudaGetLastError();  // a size that the device does not have is no error of ours
+  return active;
+}
 
 Device device_of(int index) {
   static std::mutex mutex;
@@ -46,6 +89,7 @@ Device device_of(int index) {
     Device d{};
     check(cudaDeviceGetAttribute(&d.processors, cudaDevAttrMultiProcessorCount, index), "device");
     check(cudaDeviceGetAttribute(&d.major, cudaDevAttrComputeCapabilityMajor, index), "device");
+    if (d.major >= 9) d.active = active_rows(d.processors);
     found = known.emplace(index, d).first;
   }
   return found->second;
@@ -105,34 +149,28 @@ void launch(const char* name, void (*kernel)(Args), int64_t grid, int split, boo
             const Place& place, Args args) {
   if (grid == 0) return;
   STD_TORCH_CHECK(grid <= 0x7fffffff, "svdk::", name, ": too many rows");
+  const auto address = reinterpret_cast<const void*>(kernel);
   cudaLaunchAttribute attributes[2] = {};
-  attributes[0].id = cudaLaunchAttributeClusterDimension;
-  attributes[0].val.clusterDim.x = static_cast<unsigned>(split);
-  attributes[0].val.clusterDim.y = attributes[0].val.clusterDim.z = 1;
-  // Two CTAs of a row on one processor would share what the row was split for.
-  attributes[1].id = cudaLaunchAttributeClusterSchedulingPolicyPreference;
-  attributes[1].val.clusterSchedulingPolicyPreference = cudaClusterSchedulingPolicySpread;
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(grid));
-  config.blockDim = dim3(kThreads);
+  cudaLaunchConfig_t config = cluster_config(grid, split, attributes);
   config.stream = place.stream;
-  if (clusters) {
-    config.attrs = attributes;
-    config.numAttrs = 2;
-  }
+  if (!clusters) config.numAttrs = 0;
+  if (clusters && split > kPortableCluster) check(allow_large_clusters(address), name);
   void* arguments[] = {&args};
-  check(cudaLaunchKernelExC(&config, reinterpret_cast<const void*>(kernel), arguments), name);
+  check(cudaLaunchKernelExC(&config, address, arguments), name);
 }
 
 // How the rows of a call are split, and the workspace that this needs.
 void plan(Call& c, const Place& place) {
   const Device device = device_of(place.device);
+  if (device.major >= 9) {
+    c.split = choose_cluster(c.batch, c.vocab, device.active);
+    c.transport = c.split == 1 ? kSolo : kCluster;
+    return;
+  }
   const int64_t resident = static_cast<int64_t>(device.processors) * kMinBlocks;
-  // Eight CTAs is the largest cluster that every device of sm_90 and newer can hold.
-  const int most = device.major >= 9 ? 8 : kMaxSlices;
-  c.split = choose_split(c.batch, c.vocab, resident, most);
-  c.transport = c.split == 1 ? kSolo : device.major >= 9 ? kCluster : kWorkspace;
-  if (c.transport != kWorkspace) return;
+  c.split = choose_split(c.batch, c.vocab, resident, kMaxSlices);
+  c.transport = c.split == 1 ? kSolo : kWorkspace;
+  if (c.split == 1) return;
   const Workspace w = workspace_of(place.device, place.stream, resident);
   c.parts = w.parts;
   c.tickets = w.tickets;

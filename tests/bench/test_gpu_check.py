@@ -7,13 +7,15 @@ import os
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
 import torch
 
 import svdk
-from svdk.bench import cases, gpu_check, gpu_steps, machine, timing
+from svdk.bench import cases, gpu_check, gpu_steps, logits, machine, placement, timing
+from svdk.bench.goodness import PER_TEST, fit_p_values
 from tests import ROOT
 from tests.helpers import ops_cases as oc
 from tests.helpers import triton_interpreter
@@ -51,9 +53,12 @@ def test_both_backends_go_through_every_step_within_the_limit():
     for name in ("distributions", "agreement", "graphs", "tests", "memcheck"):
         assert {f"{name}_cuda", f"{name}_triton"} <= set(steps)
     assert gpu_check.LIMIT < 480
-    alone = sum(step.seconds for step in steps.values() if step.alone)
-    longest = max(step.seconds for step in steps.values() if not step.alone)
-    assert alone + longest <= gpu_check.LIMIT, "the longest step must fit beside those that measure"
+    names = list(steps)
+    assert all(steps[name].alone for name in names[:3]) and names[:3] == ["variants", "times", "tuning"]
+    assert sum(steps[name].seconds for name in names[:2]) <= gpu_check.LIMIT, "a call that measures"
+    rest = [step.seconds for name, step in steps.items() if name not in names[:3]]
+    assert not any(steps[name].alone for name in names[3:])
+    assert max(rest) + sorted(rest)[-7] <= gpu_check.LIMIT, "a call for the rest, six side by side"
     assert set(gpu_check.steps(["triton"], ROOT)) < set(steps)
 
 
@@ -86,11 +91,11 @@ def test_a_step_that_fails_in_any_way_loses_no_other():
             seconds=3,
         ),
         absent=gpu_check.Step(lambda _: ["no-such-program"], 5, why_not="no-such-program is not on PATH"),
-        last=python("print('after all')", alone=True),
+        first=python("print('before all')", alone=True),
     )
     assert {name: one["ok"] for name, one in found.items()} == {
         "good": True, "silent": True, "bad": False, "raises": False, "dies": False, "hangs": False,
-        "absent": None, "last": True,
+        "absent": None, "first": True,
     }  # fmt: skip
     assert found["good"]["n"] == 3
     assert found["bad"]["detail"] == "row 3 differs"
@@ -98,7 +103,7 @@ def test_a_step_that_fails_in_any_way_loses_no_other():
     assert "launch failed" in found["raises"]["detail"]
     assert found["hangs"]["rows"] == [1], "what was found before the end of its time is kept"
     assert "not done after 3 s\nat 2" in found["hangs"]["detail"]
-    assert list(found)[-1] == "last"
+    assert next(iter(found)) == "first"
 
 
 def test_a_hanging_step_takes_its_children_with_it(tmp_path):
@@ -115,13 +120,50 @@ def test_a_hanging_step_takes_its_children_with_it(tmp_path):
     raise AssertionError("the child of a step that was ended lives on")
 
 
-def test_the_limit_holds_and_what_measures_keeps_its_time():
+def test_the_limit_holds_and_what_measures_comes_first():
     start = time.monotonic()
     steps = {f"slow{i}": python("import time; time.sleep(30)") for i in range(3)}
     found = outcomes(jobs=1, limit=6, **steps, times=python("print(1)", seconds=4, alone=True))
     assert time.monotonic() - start < 12
-    assert [one["ok"] for one in found.values()] == [False, None, None, True]
+    assert [one["ok"] for one in found.values()] == [True, False, None, None]
     assert "no time was left" in found["slow1"]["detail"]
+
+
+def test_every_outcome_is_in_the_folder_as_soon_as_it_is_there(tmp_path):
+    """Also that of a step which another one's end does not wait for, and of one that never ran."""
+    seen = {}
+
+    def done(name, outcome):
+        seen[name] = json.loads((tmp_path / "out" / f"{name}.json").read_text())
+        assert seen[name] == outcome
+
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "silent.json").write_text('{"ok": true, "of": "an earlier run"}')
+    steps = {
+        "times": python(REPORT.format({"ok": True, "rows": [1]}), alone=True),
+        "silent": python("print('said')"),
+        "raises": python(REPORT.format({"ok": True, "n": 2}) + "raise RuntimeError('lost')"),
+        "absent": gpu_check.Step(lambda _: ["none"], 5, why_not="ncu is not on PATH"),
+    }
+    gpu_check.run_steps(steps, 2, 60, done, tmp_path / "out")
+    assert set(seen) == set(steps)
+    assert (seen["times"]["rows"], seen["raises"]["n"], seen["raises"]["ok"]) == ([1], 2, False)
+    assert "of" not in seen["silent"]
+    assert seen["absent"] == {"ok": None, "detail": "ncu is not on PATH"}
+    assert "said" in (tmp_path / "out" / "silent.log").read_text()
+
+
+def test_the_rest_can_be_a_run_of_its_own(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(gpu_check, "refusals", lambda _: {})
+    steps = {name: python("print(1)") for name in ("times", "tests", "graphs")}
+    monkeypatch.setattr(gpu_check, "steps", lambda *_: steps)
+    wanted = ["--output", str(tmp_path / "gpu.json"), "--device", "cpu", "--folder", str(tmp_path / "steps")]
+    assert gpu_check.main([*wanted, "--skip", "times"]) == 0
+    report = json.loads((tmp_path / "gpu.json").read_text())
+    assert set(report["steps"]) == {"tests", "graphs"}
+    assert {path.name for path in (tmp_path / "steps").glob("*.json")} == {"tests.json", "graphs.json"}
+    assert gpu_check.main([*wanted, "--skip", "time"]) == 2
+    assert "--skip was ['time']; allowed: times, tests, graphs" in capsys.readouterr().err
 
 
 def test_what_measures_runs_alone(tmp_path):
@@ -179,6 +221,36 @@ def test_a_step_as_its_own_process(tmp_path):
     assert json.loads(output.read_text()) == {"ok": True}
 
 
+@NO_GPU
+@pytest.mark.parametrize("step", gpu_steps.STEPS)
+def test_without_a_gpu_a_step_starts_refuses_and_writes_its_file(step, tmp_path):
+    output = tmp_path / "step.json"
+    done = run(
+        "--step", step, "triton" if step in ("variants", "tuning") else "cuda", "--output", str(output)
+    )
+    assert done.returncode == 1, done.stderr
+    outcome = json.loads(output.read_text())
+    assert outcome["ok"] is False
+    assert any(word in outcome["detail"] for word in ("CUDA", "NVIDIA", "GPU", "cuda")), outcome
+
+
+def test_what_was_found_before_an_error_is_kept(tmp_path, monkeypatch):
+    def breaks(device, backend):
+        yield {"ok": True, "rows": [1, 2]}
+        raise RuntimeError("the device is lost\nmore")
+
+    monkeypatch.setitem(gpu_steps.STEPS, "times", breaks)
+    output = tmp_path / "step.json"
+    assert gpu_check.main(["--device", "cpu", "--step", "times", "cpu", "--output", str(output)]) == 1
+    want = {"ok": False, "rows": [1, 2], "detail": "RuntimeError: the device is lost"}
+    assert json.loads(output.read_text()) == want
+
+
+def test_two_ctas_of_a_cluster_on_one_processor_are_counted():
+    found = placement.shared_processors([0, 1, 2, 3, 4, 4, 5, 6], 4)
+    assert found == {"size": 4, "clusters": [[0, 1, 2, 3], [4, 4, 5, 6]], "doubled": 1}
+
+
 def last(step, *arguments):
     *_, outcome = step(*arguments)
     return outcome
@@ -208,9 +280,10 @@ def test_distributions_and_agreement_hold_for_the_cpu_and_notice_a_biased_sample
 def small(monkeypatch):
     monkeypatch.setattr(gpu_steps, "VOCAB", 999)
     monkeypatch.setattr(gpu_steps, "BATCHES", (2, 1))
+    monkeypatch.setattr(gpu_steps, "TUNED", (2, 1))
     monkeypatch.setattr(gpu_steps, "PLAN", timing.Plan(seconds=0.002, rounds=2))
     monkeypatch.setattr(gpu_steps, "BASELINES", ("eager", "softmax+multinomial", "flashinfer"))
-    monkeypatch.setattr(machine, "bandwidth", lambda device: {"copy": 1e9})
+    monkeypatch.setattr(machine, "bandwidth", lambda device, seconds: {"copy": 1e9, "read": 2e9})
     monkeypatch.setattr(machine, "last_cache", lambda device: 1 << 16)
 
 
@@ -230,6 +303,15 @@ def test_times_keep_going_when_a_contestant_cannot(small, monkeypatch):
             for cache in ("cold", "hot"):
                 assert {(setting, batch, cache, who) for who in ("cpu", "reference")} <= measured
     assert ("sample", 2, "cold", "eager") in measured
+    for kind in ("zipf", "masked", "wide"):
+        for setting in ("sample", "plain"):
+            some = [r for r in outcome["rows"] if (r["logits"], r["setting"]) == (kind, setting)]
+            assert {(r["batch"], r["cache"]) for r in some} == {
+                (b, c) for b in (1, 2) for c in ("cold", "hot")
+            }
+    assert all(r["of_copy_bandwidth"] == pytest.approx(2 * r["of_read_bandwidth"]) for r in outcome["rows"])
+    assert any("two-stage Gumbel" in str(x) for x in (measured, outcome["skipped"]))
+    assert any("compile race: RuntimeError: no compiler" in line for line in outcome["skipped"])
     assert any("compile: RuntimeError: no compiler" in line for line in outcome["skipped"])
     assert any("flashinfer_logits: ModuleNotFoundError" in line for line in outcome["skipped"])
     monkeypatch.setitem(gpu_steps.SECONDS, "times", 0)
@@ -260,14 +342,75 @@ def test_tuning_measures_every_candidate(small, monkeypatch):
     assert not outcome["skipped"]
 
 
+@pytest.mark.skipif("triton" not in oc.kernels(), reason="triton is not installed")
+@NO_GPU
+def test_the_variants_that_are_timed_are_launched_before(small, monkeypatch):
+    from svdk.kernels import tuning
+
+    triton_interpreter.enable()
+    ran = []
+    monkeypatch.setattr(cases, "svdk_call", lambda s, *_: lambda x: ran.append((s.name, len(x.warm))))
+    for worker in range(3):
+        gpu_steps.compile_some(CPU, "triton", worker, 3)
+    timed = {(name, batch) for name in ("sample", "plain", "plain_top_k_top_p") for batch in (1, 2)}
+    assert set(ran) == timed
+    assert len(ran) == len(timed) + 2 * len(tuning.CANDIDATES)
+
+
+def test_flashinfer_gets_seeds_and_offsets_of_the_device(monkeypatch):
+    got = {}
+
+    def sampler(x, *_, **options):
+        got.update(options)
+        return torch.zeros(len(x), dtype=torch.int32)
+
+    names = "sampling_from_probs sampling_from_logits top_k_top_p_sampling_from_probs "
+    names += "top_k_top_p_sampling_from_logits"
+    sampling = types.SimpleNamespace(**dict.fromkeys(names.split(), sampler))
+    monkeypatch.setitem(sys.modules, "flashinfer", types.SimpleNamespace(sampling=sampling))
+    x = logits.make("zipf", 3, 100, torch.float32, CPU)
+    for name in ("plain", "plain_top_k_top_p"):
+        setting = cases.SETTINGS[name]
+        for call in (cases.baseline_call(setting, "flashinfer", CPU), gpu_steps._flashinfer_logits(setting)):
+            got.clear()
+            call(x)
+            assert got["seed"] is x.seeds
+            assert torch.equal(got["offset"], torch.zeros(3, dtype=torch.int64))
+
+
+def test_masked_and_wide_logits_are_what_they_say():
+    masked = logits.make("masked", 4, 5000, torch.float32, CPU)
+    assert 0.88 < float((masked.warm == -torch.inf).float().mean()) < 0.92
+    assert torch.equal(masked.warm == -torch.inf, masked.base == -torch.inf)
+    wide = logits.make("wide", 4, 5000, torch.float32, CPU).warm
+    assert wide.max(1).values.tolist() == [25.0] * 4
+    assert 2.3 < float(wide.std()) < 2.7
+
+
+@pytest.mark.skipif("triton" not in oc.kernels(), reason="triton is not installed")
+@NO_GPU
+def test_the_two_stage_baseline_draws_from_the_distribution(monkeypatch):
+    triton_interpreter.enable()
+    from svdk.bench import gumbel
+
+    monkeypatch.setattr(gumbel, "BLOCK", 8)  # several blocks
+    row = torch.tensor([0.0, 1.0, -1.0, 0.5, -torch.inf, 2.0, 0.0, 1.5, -0.5, 1.0])
+    draws = 6000
+    seeds, step = torch.arange(draws) * 7919, torch.zeros(1, dtype=torch.int64)
+    counts = torch.bincount(gumbel.two_stage(row.expand(draws, -1), seeds, step), minlength=10).double()
+    p_values = fit_p_values(counts, row.double().softmax(0))
+    assert min(p_values.values()) > PER_TEST
+    assert counts[4] == 0
+
+
 # --- the verdicts
 
 
 def test_targets_are_met_missed_or_open():
     def row(who, batch, us, setting="sample", share=0.85):
         return {
-            "setting": setting, "batch": batch, "cache": "cold", "contestant": who, "median_us": us,
-            "of_copy_bandwidth": share,
+            "setting": setting, "logits": "zipf", "batch": batch, "cache": "cold", "contestant": who,
+            "median_us": us, "of_copy_bandwidth": share,
         }  # fmt: skip
 
     rows = [

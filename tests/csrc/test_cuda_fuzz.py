@@ -67,7 +67,7 @@ def first_difference(library, seconds: float, schedules: int = 3) -> str | None:
         want = bits(cuda_shim.Shim(library), flat)
         for _ in range(schedules):
             transport = rng.choice((cuda_shim.CLUSTER, cuda_shim.CLUSTER, cuda_shim.WORKSPACE))
-            layout = (transport, rng.choice((2, 3, 4)), rng.randrange(1, 10**6))
+            layout = (transport, rng.choice((2, 3, 4, 16)), rng.randrange(1, 10**6))
             try:
                 got = bits(cuda_shim.Shim(library, *layout), flat)
             except cuda_shim.ShimError as error:

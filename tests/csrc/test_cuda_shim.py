@@ -8,6 +8,8 @@ tests can fail.
 
 from __future__ import annotations
 
+import ctypes
+
 import pytest
 import torch
 
@@ -139,7 +141,12 @@ def test_every_layout_and_schedule_gives_the_same_bits(case, vocab, library, mon
     args, kwargs = oc.operands(case, warm, base)
     first = None
     layouts = [(cuda_shim.SOLO, 1, 0), (cuda_shim.SOLO, 1, 3), (cuda_shim.CLUSTER, 2, 0)]
-    layouts += [(cuda_shim.CLUSTER, 4, 7), (cuda_shim.WORKSPACE, 4, 0), (cuda_shim.WORKSPACE, 3, 11)]
+    layouts += [
+        (cuda_shim.CLUSTER, 16, 9),
+        (cuda_shim.CLUSTER, 4, 7),
+        (cuda_shim.WORKSPACE, 4, 0),
+        (cuda_shim.WORKSPACE, 3, 11),
+    ]
     for layout in layouts:
         install(monkeypatch, cuda_shim.Shim(library, *layout))
         got = svdk.steered_sample(*args, **kwargs, seed=3, backend="shim", return_info=True)
@@ -231,3 +238,35 @@ def test_a_rising_maximum_loses_no_candidate(backend):
         got, want = (svdk.extract(w, b, backend=name) for name in (backend, "reference"))
         assert torch.equal(got.token_ids, want.token_ids)
         oc.assert_close(got.delta, want.delta, "delta")
+
+
+# Planted: 132 processors in groups of 16 or 18, two CTAs on each, as an H100 may have them; clusters of 16
+# as two a group. The wanted numbers follow from what `choose_cluster` says that it counts.
+H100 = (264, 132, 64, 32, 16)
+NO_LARGE = (264, 132, 64, 32, 0)
+
+
+@pytest.mark.parametrize(
+    ("batch", "active", "split"),
+    [
+        (1, H100, 16), (8, H100, 16), (16, H100, 16), (17, H100, 8), (32, H100, 8),
+        (33, H100, 4), (64, H100, 4), (132, H100, 2), (133, H100, 4), (256, H100, 1), (264, H100, 1),
+        (265, H100, 4), (1, NO_LARGE, 8), (8, NO_LARGE, 8), (33, NO_LARGE, 4), (0, H100, 1),
+        (1, (264, 0, 0, 0, 0), 1), (100_000, H100, 1),
+    ],
+)  # fmt: skip
+def test_a_row_more_than_fills_the_device_starts_no_second_wave_of_long_rows(batch, active, split):
+    choose = cuda_shim.build().shim_choose_cluster
+    rows = (ctypes.c_int64 * 5)(*active)
+    assert choose(ctypes.c_int64(batch), ctypes.c_int64(151936), rows) == split
+
+
+@pytest.mark.parametrize("vocab", [1, 8192, 8193, 50257, 151936, 10**7])
+def test_no_cluster_is_larger_than_a_row_has_slices_or_the_device_holds(vocab):
+    choose = cuda_shim.build().shim_choose_cluster
+    for active in (H100, NO_LARGE, (8, 4, 0, 0, 0)):
+        held = [1 << k for k, rows in enumerate(active) if rows]
+        for batch in (1, 2, 31, 64, 300, 5000):
+            split = choose(ctypes.c_int64(batch), ctypes.c_int64(vocab), (ctypes.c_int64 * 5)(*active))
+            assert split in held
+            assert split <= -(-vocab // 8192)

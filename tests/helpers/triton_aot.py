@@ -23,7 +23,7 @@ from svdk.kernels.extract import extract_count_kernel, extract_fill_kernel
 from svdk.kernels.logits import measure_rows_kernel, write_rows_kernel
 from svdk.kernels.logprob import steered_logprob_kernel
 from svdk.kernels.sample import steered_sample_kernel
-from svdk.kernels.tuning import DEFAULT
+from svdk.kernels.tuning import DEFAULT, block_of
 from svdk.ops import schema
 
 COMPACT, DIRECT, FILTERS, INFO, OUTSIDE = (
@@ -56,14 +56,14 @@ TYPES = {name: kind for kind, names in OTHERS.items() for name in names.split()}
 TYPES |= ROWS | {x.name: {"float": "fp32", "scalar": "fp32", "int": "i64"}[x.kind] for x in schema.PARAMETERS}
 ALIGNED = ("warm_stride", "other_stride", "vocab", "slice_size")
 """Multiples of 16 for every usual model; a launch finds that out by itself."""
-SHAPE = {"BLOCK": DEFAULT.block, "STAGES": DEFAULT.stages}
+SHAPE = {"BLOCK": None, "STAGES": DEFAULT.stages}
 KL = schema.KL_GRADIENT
 COMPACTED = KL | COMPACT
-SAMPLE = {"KIND": COMPACTED, "MODE": schema.CONSTANT, "SPLITS": 8, "CAP": DEFAULT.cap, **SHAPE}
+SAMPLE = {"KIND": COMPACTED, "MODE": schema.CONSTANT, "SPLITS": 4, "CAP": DEFAULT.cap, **SHAPE}
 LOGPROB = {"KIND": COMPACTED | OUTSIDE, "SPLITS": 1, "CAP": DEFAULT.cap, **SHAPE}
 SAMPLES = (
     ("sample", {}, "fp32", ()),
-    ("sample.bf16.rows", {"SPLITS": 128}, "bf16", ("seed_rows", "offset_rows")),
+    ("sample.bf16.rows", {"SPLITS": 64}, "bf16", ("seed_rows", "offset_rows")),
     ("sample.alone", {"SPLITS": 1}, "bf16", ("warm_rows", "base_rows")),
     ("sample.filters.info", {"KIND": COMPACTED | FILTERS | INFO}, "bf16", tuple(ROWS)),
     ("sample.label", {"MODE": schema.LABEL}, "fp16", ("labels",)),
@@ -86,8 +86,8 @@ VARIANTS = (
     ("logprob.wide", steered_logprob_kernel, LOGPROB | {"KIND": KL}, "bf16", ("labels", "strength_rows")),
     ("logits.measure", measure_rows_kernel, SAMPLE | {"MODE": schema.KL_BUDGET}, "bf16", ("skip",)),
     ("logits.write", write_rows_kernel, SAMPLE | {"KIND": COMPACTED | OUTSIDE}, "bf16", ("skip",)),
-    ("extract.count", extract_count_kernel, {"KIND": KL, "SPLITS": 8, **SHAPE}, "fp32", ()),
-    ("extract.fill", extract_fill_kernel, {"KIND": KL, "BLOCK": DEFAULT.block}, "bf16", ()),
+    ("extract.count", extract_count_kernel, {"KIND": KL, "SPLITS": 4, **SHAPE}, "fp32", ()),
+    ("extract.fill", extract_fill_kernel, {"KIND": KL, "BLOCK": None}, "bf16", ()),
 )
 EVERYWHERE = (
     "logits.measure",
@@ -104,6 +104,9 @@ EVERYWHERE = (
 def compile_variant(kernel, constants: dict, dtype: str, given: tuple[str, ...], target: GPUTarget):
     """The compiled kernel: row tensors not in ``given`` are absent, as when a caller passes scalars."""
     signature, constexprs = {}, {}
+    constants = constants | {"BLOCK": block_of(DEFAULT, 4 if dtype == "fp32" else 2)}
+    if "logit_bias" in given or "bitmask" in given:
+        constants["STAGES"] = 1  # as library.py
     for name in kernel.arg_names:
         if name in constants:
             signature[name], constexprs[name] = "constexpr", constants[name]
@@ -142,7 +145,12 @@ def resources(compiled) -> dict[str, int]:
 
 
 def main(names: list[str]) -> None:
-    """``names``: targets; with "+" after one, all variants, else the first of each kernel and the filters."""
+    """``names``: targets, with "+" for all variants, else some; or "unspecialised", for arguments."""
+    if names == ["unspecialised"]:
+        for kernel in dict.fromkeys(variant[1] for variant in VARIANTS):
+            listed = [x.name for x in kernel.params if x.do_not_specialize]
+            print(json.dumps({"kernel": kernel.__name__, "unspecialised": listed}), flush=True)
+        return
     for name in names or [f"{target}+" for target in TARGETS]:
         target = name.rstrip("+")
         for label, kernel, constants, dtype, given in VARIANTS:

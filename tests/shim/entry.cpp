@@ -74,6 +74,10 @@ int64_t shim_sizes(int which) {
   return sizes[which];
 }
 
+int shim_choose_cluster(int64_t batch, int64_t vocab, const ActiveRows* active) {
+  return choose_cluster(batch, vocab, *active);
+}
+
 const char* shim_sample(const Call* c, uint64_t schedule) {
   const SampleArgs a = sample_args(*c);
   const char* error = nullptr;
