@@ -31,7 +31,7 @@ from svdk.warmstart.api import warm_start
 
 TASKS = ("dates", "records", "sentiment")
 SCHEDULES = ("linear", "constant")
-RATES = (5e-4, 1e-3)
+RATES = (5e-4, 1e-3, 2e-3)
 SEEDS = (0, 1, 2)
 STEPS, BATCH = 8, 8
 
