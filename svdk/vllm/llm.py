@@ -32,9 +32,7 @@ class LLM(vllm.LLM):
 
     """
 
-    def __init__(
-        self, model: str, adapters: Mapping[str, str | Path] | None = None, **options: Any
-    ) -> None:
+    def __init__(self, model: str, adapters: Mapping[str, str | Path] | None = None, **options: Any) -> None:
         """Start the engine and load the adapters."""
         mine = engine_options(model, adapters)
         overrides = mine["hf_overrides"] | (options.pop("hf_overrides", None) or {})

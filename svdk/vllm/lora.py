@@ -82,7 +82,7 @@ def patch_adapter_loading() -> None:
         return lora
 
     setattr(load_adapter, _PATCHED, True)
-    WorkerLoRAManager._load_adapter = load_adapter  # type: ignore[method-assign]
+    WorkerLoRAManager._load_adapter = load_adapter
 
 
 def _scale(lora: Any, scale: float) -> None:

@@ -10,7 +10,7 @@ from vllm.forward_context import get_forward_context
 
 from svdk.errors import InputError
 from svdk.vllm.requests import RequestDial
-from svdk.vllm.slots import Rows, SlotTable
+from svdk.vllm.slots import Rows, SlotTable, kind_of
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -40,7 +40,9 @@ class Pairing:
         most = vllm_config.scheduler_config.max_num_batched_tokens
         most = -(-most // 8) * 8
         if most > BASE**DIGITS:
-            raise InputError(f"max_num_batched_tokens was {most}; allowed when steering: at most {BASE**DIGITS}")
+            raise InputError(
+                f"max_num_batched_tokens was {most}; allowed when steering: at most {BASE**DIGITS}"
+            )
         self.hidden_size, self.rules, self.ids = hidden_size, dict[int, "Rule"](), list[int | None]()
         self.table = SlotTable(lora.max_loras, vocab_size, device)
         self.requests = RequestDial.newest
@@ -71,6 +73,7 @@ class Pairing:
             self.ids = list(ids)
             self.refresh()
         used = [self.rules.get(i) for i in set(mapping.index_mapping) if i > 0]
+        self.table.present = {kind_of(rule) for rule in used if rule is not None and rule.steers}
         self._batch_base = any(rule is None or rule.needs_base for rule in used)
         self._batch_steers = any(rule is None or rule.steers for rule in used)
         count = token_slots.shape[0]
@@ -125,5 +128,7 @@ class Pairing:
         starts = getattr(metadata, "query_start_loc", None)
         if starts is None:
             name = type(metadata).__name__
-            raise InputError(f"attention metadata was {name}; allowed when steering: one with query_start_loc")
+            raise InputError(
+                f"attention metadata was {name}; allowed when steering: one with query_start_loc"
+            )
         return torch.searchsorted(starts[1:].long(), self._number[:n], right=True)

@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from vllm import SamplingParams
     from vllm.config import VllmConfig
 
-NAME = "svdk.vllm.requests:RequestDial"
-"""As ``--logits-processors`` and the model's configuration name it."""
 SCALE = "svdk_strength_scale"
 LARGEST = 100.0
 

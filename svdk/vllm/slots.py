@@ -26,6 +26,11 @@ class Kind:
     strength_mode: str
 
 
+def kind_of(rule: Rule) -> Kind:
+    """The kind that rows of a rule are of."""
+    return Kind(rule.config.direction, rule.config.penalty, rule.config.strength_mode)
+
+
 @dataclass(frozen=True, eq=False)
 class Rows:
     """Where rows of logits (n,) belong, as tensors on the logits' device."""
@@ -49,6 +54,8 @@ class SlotTable:
         rows = slots + 1
         self.slots, self.vocab_size, self.device = slots, vocab_size, device
         self.kinds: list[Kind] = []
+        self.present: set[Kind] = set()
+        """Of these, what the rows that come next may be of; the host knows it from their adapters."""
         self.kind = torch.full((rows,), -1, dtype=torch.int64, device=device)
         self.strength = torch.zeros(rows, device=device)
         self.alpha = torch.zeros(rows, device=device)
@@ -67,12 +74,11 @@ class SlotTable:
         strength, alpha = torch.zeros(rows), torch.zeros(rows)
         longest = max((len(rule.config.positions) for rule in held.values()), default=0)
         positions = torch.zeros(rows, max(longest, self.positions.shape[1]))
+        self.kinds = list(dict.fromkeys(kind_of(rule) for rule in held.values()))
+        self.present = set(self.kinds)
         for slot, rule in held.items():
             config = rule.config
-            here = Kind(config.direction, config.penalty, config.strength_mode)
-            if here not in self.kinds:
-                self.kinds.append(here)
-            kind[slot], listed[slot] = self.kinds.index(here), len(config.positions)
+            kind[slot], listed[slot] = self.kinds.index(kind_of(rule)), len(config.positions)
             strength[slot], alpha[slot] = config.strength, config.alpha
             positions[slot, : len(config.positions)] = torch.tensor(list(config.positions))
             if rule.vector is not None:
@@ -86,14 +92,16 @@ class SlotTable:
         else:
             self.positions.copy_(positions)
 
-    def strengths(self, rows: Rows, mode: str) -> Tensor:
-        """float32 (n,): what each row is steered with."""
+    def strengths(self, rows: Rows, number: int) -> Tensor:
+        """float32 (n,): what each row is steered with; 0 for rows of another kind than ``number``."""
         last = self.positions.shape[1] - 1
         at = rows.position.clamp(0, last)
         listed = rows.position < self.listed[rows.slot]
         mu = torch.where(listed, self.positions[rows.slot, at], self.strength[rows.slot])
-        # A KL budget goes with the square of a strength.
-        return mu * (rows.dial * rows.dial if mode == "kl_budget" else rows.dial)
+        # A KL budget goes with the square of a strength, and what is one for a row is out of range for another.
+        budget = self.kinds[number].strength_mode == "kl_budget"
+        mu = mu * (rows.dial * rows.dial if budget else rows.dial)
+        return torch.where(self.kind[rows.slot] == number, mu, 0.0)
 
     def steer(self, warm: Tensor, base: Tensor | None, rows: Rows) -> Tensor:
         """Steered logits float32 (n, V) from warm and base ones (n, V); no host synchronisation.
@@ -109,14 +117,14 @@ class SlotTable:
             vector = None
             if one.direction == "vector":
                 vector = None if self.vectors is None else self.vectors[rows.slot]
-            elif base is None:
+            if one not in self.present or (vector is None and base is None):
                 continue
             source = warm if out is None else out
             out = steered_logits(
                 source,
                 None if vector is not None else base,
                 vector=vector,
-                strength=self.strengths(rows, one.strength_mode),
+                strength=self.strengths(rows, number),
                 strength_mode=one.strength_mode,
                 direction="kl_gradient" if vector is not None else one.direction,
                 alpha=alpha,

@@ -57,7 +57,12 @@ def refuse(vllm_config: Any) -> None:
         ("multimodal model", bool(model.is_multimodal_model), False, "only text is run twice"),
         ("M-RoPE", bool(getattr(model, "uses_mrope", False)), False, "positions are one number a token"),
         ("use_mla", bool(getattr(model, "use_mla", False)), False, "its attention has no twin"),
-        ("kv_sharing_fast_prefill", _flag(vllm_config.cache_config, "kv_sharing_fast_prefill"), False, _SPLITS),
+        (
+            "kv_sharing_fast_prefill",
+            _flag(vllm_config.cache_config, "kv_sharing_fast_prefill"),
+            False,
+            _SPLITS,
+        ),
         ("runner V2", bool(vllm_config.use_v2_model_runner), False, "set VLLM_USE_V2_MODEL_RUNNER=0"),
     ]
     for name, value, allowed, why in found:
@@ -110,4 +115,4 @@ def answer_400() -> None:
         return answer
 
     load_lora_adapter._svdk_patched = True  # type: ignore[attr-defined]
-    OpenAIServingModels.load_lora_adapter = load_lora_adapter  # type: ignore[method-assign]
+    OpenAIServingModels.load_lora_adapter = load_lora_adapter

@@ -48,11 +48,11 @@ def _recorded() -> Iterator[dict[int, tuple[tuple[Any, ...], dict[str, Any]]]]:
         made.setdefault(id(self), (args, options))
         plain(self, *args, **options)
 
-    Attention.__init__ = record  # type: ignore[method-assign]
+    Attention.__init__ = record
     try:
         yield made
     finally:
-        Attention.__init__ = plain  # type: ignore[method-assign]
+        Attention.__init__ = plain
 
 
 def _check_layers(model: nn.Module, layers: dict[str, Any]) -> None:

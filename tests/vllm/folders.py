@@ -38,11 +38,12 @@ COMMON = {
     "tie_word_embeddings": False,
 }
 WINDOW = 48
+TWO_HEADS = {"num_attention_heads": 2}  # 64 / 2: Qwen2 has no head size of its own
 CONFIGS = {
     "llama": lambda: LlamaConfig(**COMMON),
     "mistral": lambda: MistralConfig(sliding_window=None, **COMMON),
     "mistral_window": lambda: MistralConfig(sliding_window=WINDOW, **COMMON),
-    "qwen2": lambda: Qwen2Config(**{k: v for k, v in COMMON.items() if k != "head_dim"} | {"num_attention_heads": 2}),
+    "qwen2": lambda: Qwen2Config(**{k: v for k, v in COMMON.items() if k != "head_dim"} | TWO_HEADS),
     "qwen3": lambda: Qwen3Config(**COMMON | {"tie_word_embeddings": True}),
     "gemma2": lambda: Gemma2Config(sliding_window=WINDOW, **COMMON | {"tie_word_embeddings": True}),
     "gemma3": lambda: Gemma3TextConfig(sliding_window=WINDOW, **COMMON | {"tie_word_embeddings": True}),
@@ -72,23 +73,34 @@ def load(folder: Path, *adapters: Path):
     return peft_model.eval()
 
 
-def save_adapter(folder: Path, model_folder: Path, seed: int = 1, targets: list[str] | None = None, **steering) -> Path:
-    """A random LoRA adapter with a ``steering.json`` of these fields and all fingerprints."""
+def save_adapter(folder: Path, model_folder: Path, seed: int = 1, config=None, **steering) -> Path:
+    """A random LoRA adapter with a ``steering.json`` of these fields and all fingerprints.
+
+    ``config``: of the adapter, another one than the usual.
+    """
     torch.manual_seed(100 + seed)
-    model = load(model_folder)
-    config = LoraConfig(
-        r=4, lora_alpha=8, init_lora_weights=False, task_type="CAUSAL_LM", target_modules=targets or TARGETS
+    config = config or LoraConfig(
+        r=4, lora_alpha=8, init_lora_weights=False, task_type="CAUSAL_LM", target_modules=TARGETS
     )
-    get_peft_model(model, config).save_pretrained(folder)
+    get_peft_model(load(model_folder), config).save_pretrained(folder)
     given = {"strength": 1.5, "direction": "log_ratio", "alpha": 0.1, "lever": "constant"} | steering
     Steering(
         vocab_size=VOCAB_SIZE,
-        peft_type="LORA",
+        peft_type=str(getattr(config.peft_type, "value", config.peft_type)),
         base_model_fingerprint=model_fingerprint(load(model_folder)),
         adapter_fingerprint=adapter_fingerprint(folder),
         **given,
     ).save(folder)
     return folder
+
+
+def save_vector(folder: Path, model_folder: Path, seed: int) -> Path:
+    """An adapter with a static vector."""
+    torch.manual_seed(seed)
+    vector = torch.randn(VOCAB_SIZE)
+    return save_adapter(
+        folder, model_folder, seed, direction="vector", lever="vector", vector=vector, strength=2.0, alpha=0.0
+    )
 
 
 def resteer(folder: Path, **changes) -> None:
