@@ -16,7 +16,7 @@ RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 
 def engine_options(model: str, adapters: Mapping[str, str | Path] | None = None) -> dict[str, Any]:
-    """vLLM's options, by their Python names, that serve ``adapters`` (name -> folder) on ``model`` steered.
+    """VLLM's options, by their Python names, that serve ``adapters`` (name -> folder) on ``model`` steered.
 
     Raises:
         InputError: an architecture without a twin, or a folder that holds no LoRA adapter.

@@ -18,7 +18,7 @@ COUNTERS = "svdk.vllm.counters.Counters"
 
 
 def checks(plain: type[VerifyAndUpdateConfig] | None) -> type[VerifyAndUpdateConfig]:
-    """vLLM's hook for an architecture: that of the class that is twinned, and svdk's."""
+    """VLLM's hook for an architecture: that of the class that is twinned, and svdk's."""
 
     class Checks(VerifyAndUpdateConfig):
         @staticmethod

@@ -11,12 +11,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 
-import gc  # noqa: E402
+import gc
 
-import pytest  # noqa: E402
+import pytest
 
-from tests.vllm import folders  # noqa: E402
-from tests.vllm.reference import Models  # noqa: E402
+from tests.vllm import folders
+from tests.vllm.reference import Models
 
 SMALL = {
     "dtype": "float32",

@@ -125,7 +125,9 @@ def test_dials_of_requests(engine, llama, models):
 @pytest.mark.parametrize("value", ["2", 101, float("nan"), True, None])
 def test_a_bad_dial_is_refused(value, engine):
     params = SamplingParams(temperature=0, max_tokens=2, extra_args={"svdk_strength_scale": value})
-    with pytest.raises(VLLMValidationError, match=r"svdk_strength_scale was .*allowed: a number in \[-100, 100\]"):
+    with pytest.raises(
+        VLLMValidationError, match=r"svdk_strength_scale was .*allowed: a number in \[-100, 100\]"
+    ):
         ask(engine, [[5, 6]], "a", params)
     with pytest.raises(VLLMValidationError, match="svdk_scale was given"):
         ask(engine, [[5, 6]], "a", SamplingParams(max_tokens=2, extra_args={"svdk_scale": 1}))
@@ -155,7 +157,9 @@ def test_a_grammar(engine, llama, models):
     wanted = StructuredOutputsParams(regex="[ab]{4}c[de]{3}")
     params = SamplingParams(temperature=0, max_tokens=TOKENS, structured_outputs=wanted)
     tokenizer = tiny_tokenizer()
-    spelled = [tokenizer.convert_tokens_to_ids(list(x)) for x in ("ab", "ab", "ab", "ab", "c", "de", "de", "de")]
+    spelled = [
+        tokenizer.convert_tokens_to_ids(list(x)) for x in ("ab", "ab", "ab", "ab", "c", "de", "de", "de")
+    ]
     everything = set(range(261))
     for name in ("one", "a"):
         answers = ask(engine, MIXED[:3], name, params)
@@ -178,7 +182,9 @@ def test_stop_strings(engine, llama, models):
         raise AssertionError("no answer held a letter")
     expected = models.answer(llama[1]["a"], ids, stop_strings=[text[at]], tokenizer=tokenizer)
     assert len(expected) == at + 1 < TOKENS
-    assert ask(engine, [ids], "a", SamplingParams(temperature=0, max_tokens=TOKENS, stop=[text[at]])) == [expected]
+    assert ask(engine, [ids], "a", SamplingParams(temperature=0, max_tokens=TOKENS, stop=[text[at]])) == [
+        expected
+    ]
 
 
 def test_logprobs_are_those_of_the_steered_row(engine, llama, models):
