@@ -16,7 +16,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
         "serve",
         help="serve a steered model with vLLM",
-        description="Build the command line of vLLM's OpenAI server, print it and run it: clients get steered "
+        description="Print and run the command line of vLLM's OpenAI server: clients get steered "
         "answers with model=NAME of an adapter, plain ones with model=MODEL. What follows -- goes to vLLM as "
         "it is (docs/serving.md).",
     )
@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
         raise BackendError(
             "vllm is not installed; allowed: an environment with it (pip install 'svdk[vllm]')"
         )
-    os.execv(command[0], command)
+    return os.execv(command[0], command)
 
 
 def adapters_by_name(given: list[str]) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""The fingerprint of a checkpoint on disk, without loading it: an engine keeps its weights fused and sharded."""
+"""The fingerprint of a checkpoint on disk, without loading it: engines fuse and shard their weights."""
 
 from __future__ import annotations
 

@@ -133,7 +133,7 @@ def _is_default(field: dataclasses.Field[Any], value: Any) -> bool:
 
 
 def _check_adapter(folder: Path) -> None:
-    """``InputError`` for an adapter that vLLM would not apply to the warm rows alone, exactly as PEFT does."""
+    """``InputError`` for an adapter that vLLM would not apply to the warm rows alone, as PEFT does."""
     if not (folder / JSON_NAME).is_file():
         raise InputError(f"it has no {JSON_NAME}; allowed: an adapter that `svdk calibrate` has calibrated")
     config, shapes = read_adapter(folder)

@@ -66,7 +66,7 @@ class SlotTable:
         self.fallen = torch.zeros((), dtype=torch.int64, device=device)
 
     def fill(self, ids: Sequence[int | None], rules: Mapping[int, Rule]) -> None:
-        """Write the rules of the adapters ``ids`` (slots,); a slot that is None or has no rule steers nothing."""
+        """Write the rules of the adapters ``ids`` (slots,); a slot without one steers nothing."""
         held = {slot: rules[i] for slot, i in enumerate(ids) if i is not None and i in rules}
         held = {slot: rule for slot, rule in held.items() if rule.steers}
         rows = self.slots + 1
@@ -98,7 +98,7 @@ class SlotTable:
         at = rows.position.clamp(0, last)
         listed = rows.position < self.listed[rows.slot]
         mu = torch.where(listed, self.positions[rows.slot, at], self.strength[rows.slot])
-        # A KL budget goes with the square of a strength, and what is one for a row is out of range for another.
+        # A KL budget goes with the square of a strength, and one row's may be out of range for another.
         budget = self.kinds[number].strength_mode == "kl_budget"
         mu = mu * (rows.dial * rows.dial if budget else rows.dial)
         return torch.where(self.kind[rows.slot] == number, mu, 0.0)

@@ -1,4 +1,4 @@
-"""What is checked when an engine with a steered model starts: whatever has no twin is refused here, by name."""
+"""What is checked when an engine with a steered model starts: what has no twin is refused by name."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def checks(plain: type[VerifyAndUpdateConfig] | None) -> type[VerifyAndUpdateCon
 
 
 def refuse(vllm_config: Any) -> None:
-    """``InputError`` for a setting under which a row would lose its partner, or under which nobody has looked.
+    """``InputError`` for a setting under which a row would lose its partner, or that nobody has tried.
 
     Each has the name of vLLM's option, what it was and what is allowed.
     """

@@ -69,8 +69,8 @@ def _check_layers(model: nn.Module, layers: dict[str, Any]) -> None:
             why = f"shares the cache of {layer.kv_sharing_target_layer_name}"
         if why is not None:
             raise InputError(
-                f"layer {name} of {type(model).__name__} {why}; allowed when steering: decoder attention with "
-                "a cache of its own, which can be run twice"
+                f"layer {name} of {type(model).__name__} {why}; allowed when steering: decoder attention "
+                "with a cache of its own, which can be run twice"
             )
 
 
