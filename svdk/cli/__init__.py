@@ -14,7 +14,7 @@ from typing import Any
 
 from svdk.errors import SvdkError
 
-COMMANDS = ("demo", "warmstart", "calibrate", "generate", "eval", "bench", "info")
+COMMANDS = ("demo", "warmstart", "calibrate", "generate", "serve", "eval", "bench", "info")
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -11,7 +11,7 @@ import pytest
 
 from tests import ROOT
 
-ROOMS = ("utils", "ops", "models", "warmstart", "calibration", "generation", "eval", "demo", "cli")
+ROOMS = ("utils", "ops", "models", "warmstart", "calibration", "generation", "vllm", "eval", "demo", "cli")
 """In this order: a room imports only rooms to its left."""
 SIDE_BY_SIDE = {"demo": {"eval"}}
 """Not even to the left: these know nothing of each other."""
