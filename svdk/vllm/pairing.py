@@ -26,8 +26,8 @@ class Pairing:
     """The state of one steered model: its slots, and the rows of the forward that ran last.
 
     A hidden state leaves ``forward`` with the number of its row beside it, so that the runner may pick rows
-    as it likes; ``compute_logits`` looks up by that number whose row it is. Rows are numbered over the tokens of
-    one forward; the tables are overwritten by the next, which the same stream runs later.
+    as it likes; ``compute_logits`` looks up by that number whose row it is. Rows are numbered over the tokens
+    of one forward; the tables are overwritten by the next, which the same stream runs later.
     """
 
     def __init__(self, vllm_config: VllmConfig, hidden_size: int, vocab_size: int) -> None:
