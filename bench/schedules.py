@@ -54,7 +54,7 @@ def measure(model: Any, tokenizer: Any, data: Data) -> dict[str, float]:
         )
         right = [a.strip() == e.completion.strip() for a, e in zip(answers, examples, strict=True)]
         found |= {
-            f"nll {name}": float(nll[WARM].sum() / tokens.sum()),
+            f"nll {name}": float(nll[WARM].sum() / tokens[WARM].sum()),
             f"right {name}": sum(right) / len(right),
         }
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -15,12 +16,14 @@ from torch import Tensor
 from svdk.calibration.artifact import Steering
 from svdk.calibration.sweep import labelled_rows
 from svdk.demo.task import Score
+from svdk.generation.choose import completion_logprob
 from svdk.generation.generate import generate
+from svdk.generation.sampler import make_sampler
+from svdk.models.adapter_scale import adapter_scale
 from svdk.models.pair import ModelPair
-from svdk.ops.api import steered_logprob
 from svdk.utils.bootstrap import bootstrap
 from svdk.utils.tokens import pad
-from svdk.utils.views import BASE
+from svdk.utils.views import BASE, STEERED, WARM
 from svdk.warmstart.data import Example, encode, encode_prompt
 
 if TYPE_CHECKING:
@@ -28,14 +31,30 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+AS_IT_IS = Steering(0.0, alpha=0.0, lever="none")
+"""The adapter alone, by the same code that steers."""
+
+
 @dataclass(frozen=True)
 class System:
     """One way to decode: the base model, the warm start, or the warm start with a steering."""
 
     key: str
-    """``base``, ``warm``, or a name of its own for a steered system."""
+    """``base``, ``warm``, or a name of its own."""
     label: str
     steering: Steering | None = None
+    view: str = WARM
+    """Without ``steering``: the model that answers, ``warm`` or ``base``."""
+    shots: tuple[Example, ...] = ()
+    """Solved examples in front of the question; the answer then ends with its line."""
+
+    def prompt(self, question: str) -> str:
+        """What the model is asked."""
+        return "".join(f"{one.prompt}{one.completion}\n\n" for one in self.shots) + question
+
+    def how(self) -> Steering | None:
+        """What :func:`svdk.generate` is told; None for the base model, which transformers runs."""
+        return AS_IT_IS if self.steering is None and self.view == WARM else self.steering
 
 
 @dataclass(frozen=True)
@@ -103,7 +122,8 @@ def answer(
     for start in range(0, len(prompts), batch_size):
         batch = prompts[start : start + batch_size]
         ids = _generate(peft_model, tokenizer, batch, system, max_new_tokens=max_new_tokens)
-        answers += tokenizer.batch_decode(ids, skip_special_tokens=True)
+        found = tokenizer.batch_decode(ids, skip_special_tokens=True)
+        answers += [text.split("\n")[0] for text in found] if system.shots else found
         advance(len(batch))
     return answers
 
@@ -140,12 +160,13 @@ def _generate(
     **options: Any,
 ) -> Tensor:
     """New token ids (B, new) by the public call that a user would make."""
-    rows = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+    rows = [encode_prompt(tokenizer, system.prompt(prompt)) for prompt in prompts]
     ids, mask = pad(rows, tokenizer.pad_token_id, device=peft_model.device)
-    if system.steering is not None:
-        options |= {"custom_generate": generate, "steering": system.steering}
+    steering = system.how()
+    if steering is not None:
+        options |= {"custom_generate": generate, "steering": steering}
     # Entered once a call here, not once a token.
-    adapter = peft_model.disable_adapter() if system.key == BASE else nullcontext()
+    adapter = peft_model.disable_adapter() if steering is None else nullcontext()
     with adapter, torch.inference_mode():
         whole = peft_model.generate(
             input_ids=ids,
@@ -158,6 +179,10 @@ def _generate(
     return whole[:, ids.shape[1] :]
 
 
+def _view(system: System) -> str:
+    return system.view if system.steering is None else STEERED
+
+
 def completion_nll(
     pair: ModelPair,
     tokenizer: PreTrainedTokenizerBase,
@@ -166,31 +191,28 @@ def completion_nll(
     *,
     batch_size: int,
     advance: Callable[[int], Any] = lambda count: None,
-) -> tuple[Mapping[str, Tensor], Tensor]:
-    """Teacher-forced NLL of the right completions: (E,) nats by system, and (E,) tokens, float64.
+) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
+    """Teacher-forced NLL of the right completions by system: (E,) nats and (E,) tokens, float64.
 
-    Both models run once over the data; every steered system is scored from the same logits, with
-    lambda = 0 as in calibration (with -inf one label outside C would make the mean infinite).
+    With lambda = 0 as in calibration (with -inf one label outside C would make the mean infinite). Both
+    models run once over the data for all systems that read the same prompts with the same adapter scale.
     """
-    encoded = [encode(tokenizer, example) for example in examples]
-    tokens = torch.tensor([e.label_count for e in encoded], dtype=torch.float64)
+    passes: dict[tuple, list[System]] = {}
+    for system in systems:
+        scale = 1.0 if system.steering is None else system.steering.scale
+        passes.setdefault((scale, system.shots), []).append(system)
     sums = {system.key: torch.zeros(len(examples), dtype=torch.float64) for system in systems}
-    for index, warm, base, labels, rows in labelled_rows(pair, encoded, batch_size):
-        for system in systems:
-            steering = system.steering or Steering(0.0)
-            info = steered_logprob(
-                warm,
-                base,
-                labels,
-                warm_rows=rows,
-                base_rows=rows,
-                check=True,
-                penalty=0.0,
-                strength=steering.strength,
-                direction=steering.direction,
-                alpha=steering.alpha,
-            )
-            logprob = info.logprob_base if system.key == BASE else info.logprob
-            sums[system.key][index] = -logprob.double().sum()
-        advance(1)
+    tokens = {system.key: torch.zeros(len(examples), dtype=torch.float64) for system in systems}
+    for (scale, _), group in passes.items():
+        asked = [dataclasses.replace(e, prompt=group[0].prompt(e.prompt)) for e in examples]
+        encoded = [encode(tokenizer, example) for example in asked]
+        samplers = [make_sampler(pair, 1, steering=one.steering, view=_view(one)) for one in group]
+        with adapter_scale(pair, scale):
+            for index, warm, base, labels, rows in labelled_rows(pair, encoded, batch_size):
+                views = {WARM: warm, BASE: base}
+                for system, sampler in zip(group, samplers, strict=True):
+                    logits = tuple(views[view] for view in sampler.views)
+                    found = completion_logprob(sampler, logits, labels, rows, f"held-out example {index}")
+                    sums[system.key][index], tokens[system.key][index] = -found, len(labels)
+                advance(1)
     return sums, tokens

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from svdk.demo.results import AUTO, PAPER, SETTING, TUNED, Results
+from svdk.demo.results import AUTO, LONGER, PAPER, POSITIONS, SCALE, SETTING, SHOTS, TUNED, Results
 from svdk.utils import figures
 from svdk.utils.views import BASE, WARM
 
@@ -16,12 +16,16 @@ COLOURS = {
     PAPER: figures.VERMILION,
     TUNED: figures.ORANGE,
     AUTO: figures.BLUE,
+    SHOTS: "#b9bec6",
+    LONGER: "#6b7486",
+    SCALE: figures.GREEN,
+    POSITIONS: figures.PURPLE,
 }
 
 
 def draw(results: Results) -> bytes:
     """The picture as PNG: exact match by system, and calibration NLL along the strength."""
-    figure = figures.new_figure(10.4, 3.9, dpi=144)
+    figure = figures.new_figure(10.4, 4.6, dpi=144)
     left, right = figure.subplots(1, 2, width_ratios=(1, 1.1))
     _draw_matches(left, results)
     _draw_curves(right, results)
@@ -48,7 +52,8 @@ def _draw_matches(axes: Any, results: Results) -> None:
 
 def _draw_curves(axes: Any, results: Results) -> None:
     warm = results.calibrations[AUTO].metrics["nll_warm"]
-    used = {key: results.strength(key) for key in (PAPER, TUNED, AUTO)}
+    used = {key: results.strength(key) for key in (PAPER, TUNED)}
+    used[AUTO] = results.calibrations[AUTO].chosen.strength  # whichever lever it took
     floor = warm
     for key in (TUNED, AUTO):
         report = results.calibrations[key]
@@ -62,7 +67,7 @@ def _draw_curves(axes: Any, results: Results) -> None:
         axes.plot(strengths, nll, color=COLOURS[key], linewidth=2, label=label)
     for key, mu in used.items():
         (there,), _ = results.calibrations[key].curve([mu])
-        name = results.outcome(key).system.label.split(", ", 1)[1]
+        name = "auto's setting" if key == AUTO else results.outcome(key).system.label.split(", ", 1)[1]
         axes.plot(
             [mu],
             [there],

@@ -53,16 +53,19 @@ seeded script; no date occurs twice. An answer is an exact match only when all t
 right date.</p>
 {example}
 <h2>Held-out results</h2>
-<div class="scroll"><table><thead><tr><th>system</th><th>strength μ</th><th>exact match</th>
-<th>against<br>warm start</th><th>starts with the<br>right date</th><th>NLL (nats<br>a token)</th>
-<th>against<br>warm start</th><th>ms a<br>token</th></tr></thead><tbody>
+<div class="scroll"><table><thead><tr><th>system</th><th>lever</th><th>exact match</th>
+<th>against<br>warm start</th><th>starts with the<br>right date</th><th>a date and<br>nothing else</th>
+<th>NLL (nats<br>a token)</th><th>against<br>warm start</th><th>ms a<br>token</th></tr></thead><tbody>
 {rows}</tbody></table></div>
 <p class="note">{count} examples, greedy decoding. Small print: 95% bootstrap interval over examples;
 differences are paired, and bold where the interval excludes zero. NLL is teacher-forced with λ = 0. Time is
 at batch size 1, reading the prompt included; a steered token needs both models, run in one forward pass.
 <em>paper</em>: KL gradient, α = 0.1, λ = −∞, strength from the mean of the per-token optima.
-<em>paper, tuned μ</em>: the same with the strength of least calibration NLL. <em>auto</em>: direction and
-mask chosen by cross-validation on the calibration data, strength of least NLL.</p>
+<em>paper, tuned μ</em>: the same with the strength of least calibration NLL. <em>by position</em>: a strength
+for each of the first output positions. <em>auto</em>: the cheapest lever that is not demonstrably worse than
+the best, by cross-validation on the calibration data. <em>examples shown</em>: solved examples before the
+question, no training; the answer ends with its line. The longer warm start took as long as warm start and
+calibration together and saw the examples of both.</p>
 <figure><img alt="Exact match by system, and calibration NLL along the strength"
 src="data:image/png;base64,{picture}">
 <figcaption>Left: held-out exact match with 95% intervals. Right: loss on the calibration examples along the
@@ -81,25 +84,40 @@ strength; dots are the strengths that were used.</figcaption></figure>
 def table(results: Results) -> str:
     """The table of systems in plain text, about 110 columns."""
     head = (
-        f"{'':<31} {'μ':>6}  {'exact match (%)':^20}  {'vs warm (points)':^22}  {'right date':>10}"
-        f"  {'NLL':>6}  {'ms/token':>8}"
+        f"{'':<31} {'lever':>11}  {'exact match (%)':^20}  {'vs warm (points)':^22}  {'right date':>10}"
+        f"  {'form':>6}  {'NLL':>6}  {'ms/token':>8}"
     )
     lines = [head, "-" * len(head)]
     for row in results.rows:
-        steering, means = row.system.steering, row.means
-        mu = f"{steering.strength:.2f}" if steering else ""
+        means = row.means
         change = row.versus_warm.get("exact")
         versus = _span(change, 100, 1, "+") + (" *" if change.sign else "  ") if change else ""
         lines.append(
-            f"{row.system.label:<31} {mu:>6}  {_span(means['exact'], 100, 1):>20}  {versus:>22}"
-            f"  {100 * means['right'].mean:>9.1f}%  {means['nll'].mean:>6.3f}"
+            f"{row.system.label:<31} {lever_text(row):>11}  {_span(means['exact'], 100, 1):>20}  {versus:>22}"
+            f"  {100 * means['right'].mean:>9.1f}%  {100 * means['valid'].mean:>5.1f}%"
+            f"  {means['nll'].mean:>6.3f}"
             f"  {1000 * row.seconds_per_token:>8.1f}"
         )
     lines.append(
         "in brackets: 95% bootstrap interval over examples; *: the paired difference excludes zero;\n"
-        "NLL: nats a token, teacher-forced, with penalty 0; ms/token: at batch size 1"
+        "right date: how the answer starts; form: a date and nothing else; NLL: nats a token, teacher-\n"
+        "forced, with penalty 0; ms/token: at batch size 1"
     )
     return "\n".join(lines)
+
+
+def lever_text(row: Row) -> str:
+    """What steers, in a word or a number."""
+    steering = row.system.steering
+    if steering is None or steering.lever == "none":
+        return ""
+    if steering.lever == "scale":
+        return f"scale {steering.scale:g}"
+    if steering.positions:
+        return f"{len(steering.positions)} positions"
+    if steering.classes is not None:
+        return "3 classes"
+    return f"μ {steering.strength:.2f}"
 
 
 def examples(results: Results) -> str:
@@ -157,9 +175,9 @@ def _html_example(example: Example) -> str:
 
 def _html_row(row: Row) -> str:
     steering, means, versus = row.system.steering, row.means, row.versus_warm
-    mu = ""
-    if steering:
-        mu = f"{steering.strength:.2f}<small>{SETTING[steering.direction]}, α = {steering.alpha:g}</small>"
+    lever = lever_text(row)
+    if steering and steering.steers:
+        lever += f"<small>{SETTING[steering.direction]}, α = {steering.alpha:g}</small>"
 
     def change(measure: str, scale: float, digits: int) -> str:
         if measure not in versus:
@@ -169,13 +187,14 @@ def _html_row(row: Row) -> str:
         weight = ' class="sure"' if found.sign else ""
         return f"<span{weight}>{mean}</span><small>{low} to {high}</small>"
 
-    exact, right, nll = means["exact"], means["right"], means["nll"]
+    exact, right, valid, nll = (means[name] for name in ("exact", "right", "valid", "nll"))
     cells = [
         escape(row.system.label),
-        mu,
+        lever,
         f"{100 * exact.mean:.1f}%<small>{100 * exact.low:.1f} to {100 * exact.high:.1f}</small>",
         change("exact", 100, 1),
         f"{100 * right.mean:.1f}%<small>{100 * right.low:.1f} to {100 * right.high:.1f}</small>",
+        f"{100 * valid.mean:.1f}%<small>{100 * valid.low:.1f} to {100 * valid.high:.1f}</small>",
         f"{nll.mean:.3f}<small>{nll.low:.3f} to {nll.high:.3f}</small>",
         change("nll", 1, 3),
         f"{1000 * row.seconds_per_token:.1f}",

@@ -13,7 +13,10 @@ from svdk.utils.views import WARM
 from svdk.warmstart.data import Example
 
 PAPER, TUNED, AUTO = "paper", "tuned", "auto"
-SETTING = {"kl_gradient": "KL gradient", "log_ratio": "log-ratio"}
+SHOTS, LONGER, SCALE, POSITIONS = "shots", "longer", "scale", "positions"
+ALTERNATIVES = (SHOTS, LONGER, SCALE, POSITIONS)
+"""What auto is compared with, beside the warm start."""
+SETTING = {"kl_gradient": "KL gradient", "log_ratio": "log-ratio", "vector": "static vector"}
 MEASURES = ("exact", "right", "valid", "nll")
 
 
@@ -90,7 +93,10 @@ class Results:
     def conclusion(self) -> list[str]:
         """Plain sentences, the answer first; nothing is called better whose interval spans zero."""
         warm, auto = self.row(WARM), self.row(AUTO)
-        lines = [f"Steering {self.verdict} on this task: SVDecode (auto) {self._exact_match(auto)}."]
+        what = auto.system.steering.setting() if auto.system.steering else ""
+        lines = [
+            f"Calibration {self.verdict} on this task: what auto took ({what}) {self._exact_match(auto)}."
+        ]
         nll = auto.versus_warm["nll"]
         trend = {-1: "falls", 1: "rises", 0: "does not change demonstrably"}[nll.sign]
         before, after = warm.means["nll"].mean, auto.means["nll"].mean
@@ -109,7 +115,15 @@ class Results:
                 f"With {name} and strength {strength:.2f} ({self._estimator(key)}), SVDecode "
                 f"{self._exact_match(self.row(key))}."
             )
-        return lines
+        for key in ALTERNATIVES:
+            one = self.outcome(key)
+            change = difference(self.outcome(AUTO), one, "exact", resamples=self.resamples, seed=self.seed)
+            lines.append(
+                f"Beside it: {one.system.label}, {percent(self.row(key).means['exact'])} "
+                f"({1000 * one.seconds_per_token:.0f} ms a token; auto {1000 * auto.seconds_per_token:.0f}); "
+                f"auto is {points(change)} away from that."
+            )
+        return [*lines, "A confidence mask alone changes no greedy answer, so it has no row."]
 
     def _exact_match(self, row: Row) -> str:
         change = row.versus_warm["exact"]
@@ -161,7 +175,7 @@ class Results:
 
     def _system_json(self, row: Row) -> dict[str, Any]:
         steering, key = row.system.steering, row.system.key
-        fields = ("direction", "alpha", "strength", "estimator", "objective")
+        fields = ("lever", "direction", "alpha", "strength", "positions", "scale", "estimator", "objective")
         return {
             "label": row.system.label,
             "steering": steering and {name: getattr(steering, name) for name in fields},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+import tempfile
 import textwrap
 import time
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ from svdk.calibration.artifact import Steering
 from svdk.calibration.calibrate import calibrate, recalibrate
 from svdk.demo.evaluate import Outcome, System, answer, completion_nll, seconds_per_token
 from svdk.demo.report import examples, table, write_html
-from svdk.demo.results import AUTO, PAPER, TUNED, Results
+from svdk.demo.results import AUTO, LONGER, PAPER, POSITIONS, SCALE, SHOTS, TUNED, Results
 from svdk.demo.task import Task, make_task, score
 from svdk.errors import InputError
 from svdk.models.loading import SMOLLM2, detach, load_adapter, load_model
@@ -34,10 +35,14 @@ if TYPE_CHECKING:
 
 LABELS = {
     BASE: "base model",
+    SHOTS: "base model, {shots} examples shown",
     WARM: "warm start",
+    LONGER: "warm start of the same time",
+    SCALE: "warm, adapter scaled",
     PAPER: "warm + SVDecode, paper",
     TUNED: "warm + SVDecode, paper, tuned μ",
-    AUTO: "warm + SVDecode, auto",
+    POSITIONS: "warm + SVDecode, by position",
+    AUTO: "auto",
 }
 ADAPTER, REPORT, RESULTS = "adapter", "report.html", "results.json"
 
@@ -47,21 +52,25 @@ class Settings:
     """Sizes and hyper-parameters.
 
     Eight steps at this learning rate are where SmolLM2-135M has half understood the task; with twice as many
-    there is little left for steering to do. Chosen on other seeds than the default one.
+    there is little left for steering to do. Chosen on other seeds than the default one. The warm start that
+    training, calibration and their time would pay for sees all labelled examples that those two have seen.
     """
 
     steps: int = 8
     train_batch: int = 8
     learning_rate: float = 5e-4
-    calibration: int = 96
-    held_out: int = 160
-    eval_batch: int = 32
+    calibration: int = 64
+    held_out: int = 96
+    shots: int = 4
+    most_steps: int = 48
+    """Of the longer warm start, however slow the calibration was."""
+    eval_batch: int = 48
     max_new_tokens: int = 16
-    timed_tokens: int = 16
+    timed_tokens: int = 8
     resamples: int = 5000
 
 
-QUICK = Settings(calibration=24, held_out=24, timed_tokens=4, resamples=1000)
+QUICK = Settings(calibration=24, held_out=24, most_steps=12, timed_tokens=4, resamples=1000)
 
 
 @dataclass
@@ -94,9 +103,9 @@ def run_demo(
     """Run the demo, print its progress and findings, and write them into the folder ``output``.
 
     ``output`` then holds ``report.html``, ``results.json``, ``train.jsonl``, ``held_out.jsonl`` and
-    ``adapter`` (a PEFT adapter with its calibration data and the steering that auto chose); what a former
-    run left there is replaced. ``model`` is what :func:`svdk.load_model` takes. The same seed on the same
-    machine gives the same answers; times differ.
+    ``adapter`` (a PEFT adapter with its calibration data and what auto chose); what a former run left there
+    is replaced. ``model`` is what :func:`svdk.load_model` takes. The same seed on the same machine gives the
+    same answers; times differ, and with them the steps of the warm start that takes the same time.
 
     Raises ``InputError`` when matplotlib or the model is missing, or ``output`` is not a folder.
     """
@@ -106,7 +115,7 @@ def run_demo(
     output = Path(output)
     if output.exists() and not output.is_dir():
         raise InputError(f"output was {output}, which is not a folder; allowed: a new or existing folder")
-    stages = Stages(total=5)
+    stages = Stages(total=6)
 
     with stages.stage("model and task", f"{model}, seed {seed}"):
         base, tokenizer = _load(model)
@@ -118,27 +127,53 @@ def run_demo(
         save_examples(task.held_out, output / "held_out.jsonl")
         print(_indented(task.held_out[0].prompt + task.held_out[0].completion))
 
+    common = {
+        "tokenizer": tokenizer,
+        "learning_rate": settings.learning_rate,
+        "batch_size": settings.train_batch,
+        "seed": seed,
+        "resume": False,
+    }
     with stages.stage("warm start", f"LoRA, {settings.steps} steps on {len(task.train)} examples"):
         folder = warm_start(
             base,
             task.train,
-            tokenizer=tokenizer,
             calibration=task.calibration,
             output_dir=output / ADAPTER,
-            learning_rate=settings.learning_rate,
-            batch_size=settings.train_batch,
-            seed=seed,
-            resume=False,
             overwrite=True,
+            **common,
         )
         peft_model = load_adapter(base, folder)
     try:
-        with stages.stage("calibration", f"both models over {len(task.calibration)} labelled examples, once"):
+        with stages.stage("calibration", f"every lever on {len(task.calibration)} labelled examples"):
             steerings = _calibrate(peft_model, tokenizer, folder, seed)
+        systems = _systems(task, steerings, settings)
         with stages.stage("evaluation", f"{len(task.held_out)} held-out examples, greedy decoding"):
-            outcomes = _evaluate(peft_model, tokenizer, task, steerings, settings)
+            outcomes = _evaluate(peft_model, tokenizer, task, systems, settings)
     finally:
         detach(peft_model)
+
+    used = stages.seconds["warm start"] + stages.seconds["calibration"]
+    steps = round(settings.steps * used / stages.seconds["warm start"])
+    steps = min(max(steps, settings.steps + 1), settings.most_steps)
+    with stages.stage("the same time spent on training", f"{steps} steps instead of {settings.steps}"):
+        longer = System(LONGER, f"warm start, {steps} steps")
+        with tempfile.TemporaryDirectory() as place:
+            seen = [*task.train, *task.calibration]
+            other = warm_start(
+                base,
+                seen,
+                calibration=task.calibration,
+                output_dir=Path(place) / ADAPTER,
+                max_steps=steps,
+                **common,
+            )
+            peft_model = load_adapter(base, other)
+        try:
+            (outcome,) = _evaluate(peft_model, tokenizer, task, [longer], settings)
+        finally:
+            detach(peft_model)
+        outcomes.insert([o.system.key for o in outcomes].index(WARM) + 1, outcome)
 
     with stages.stage("report"):
         results = Results(
@@ -178,13 +213,17 @@ def _load(model: str) -> Any:
 def _calibrate(
     peft_model: PeftModel, tokenizer: PreTrainedTokenizerBase, folder: Path, seed: int
 ) -> dict[str, Steering]:
-    """Three steerings from one sweep over the calibration data; the one that auto chose is saved."""
-    auto = calibrate(peft_model, folder, tokenizer=tokenizer, direction="auto", seed=seed, progress=True)
+    """Steerings from one sweep over the calibration data; the one that auto chose is saved."""
+    auto = calibrate(
+        peft_model, folder, tokenizer=tokenizer, direction="auto", lever="auto", seed=seed, progress=True
+    )
     auto.save(folder)
-    paper: dict[str, Any] = {"direction": "kl_gradient", "alpha": 0.1, "seed": seed}
+    paper: dict[str, Any] = {"direction": "kl_gradient", "alpha": 0.1, "lever": "constant", "seed": seed}
     steerings = {
+        SCALE: recalibrate(folder, lever="scale", seed=seed),
         PAPER: recalibrate(folder, estimator="mean", **paper),
         TUNED: recalibrate(folder, estimator="optimum", **paper),
+        POSITIONS: recalibrate(folder, direction="auto", lever="positions", seed=seed),
         AUTO: auto,
     }
     print(auto.report().table())
@@ -193,16 +232,27 @@ def _calibrate(
     return steerings
 
 
+def _systems(task: Task, steerings: dict[str, Steering], settings: Settings) -> list[System]:
+    """All that share the adapter, in the order of the report."""
+    shots = tuple(task.train[: settings.shots])
+    found = []
+    for key, label in LABELS.items():
+        if key != LONGER:
+            view = BASE if key in (BASE, SHOTS) else WARM
+            name = label.format(shots=len(shots)) + (f": {steerings[key].lever}" if key == AUTO else "")
+            found.append(System(key, name, steerings.get(key), view, shots if key == SHOTS else ()))
+    return found
+
+
 def _evaluate(
     peft_model: PeftModel,
     tokenizer: PreTrainedTokenizerBase,
     task: Task,
-    steerings: dict[str, Steering],
+    systems: list[System],
     settings: Settings,
 ) -> list[Outcome]:
     from tqdm.auto import tqdm
 
-    systems = [System(key, label, steerings.get(key)) for key, label in LABELS.items()]
     prompts = [example.prompt for example in task.held_out]
     answers = {}
     for system in systems:
@@ -216,7 +266,7 @@ def _evaluate(
                 max_new_tokens=settings.max_new_tokens,
                 advance=bar.update,
             )
-    with tqdm(total=len(prompts), desc=f"{'NLL, all systems':<31}", unit="example", file=sys.stderr) as bar:
+    with tqdm(desc=f"{'NLL, all systems':<31}", unit="example", file=sys.stderr) as bar:
         nll, tokens = completion_nll(
             ModelPair(peft_model),
             tokenizer,
@@ -244,7 +294,7 @@ def _evaluate(
             answers[system.key],
             [score(a, e.completion) for a, e in zip(answers[system.key], task.held_out, strict=True)],
             nll[system.key],
-            tokens,
+            tokens[system.key],
             seconds[system.key],
         )
         for system in systems

@@ -121,7 +121,7 @@ def choose(
     runs = OptionRuns(pair, encoded, batch_size=batch_size)
     with torch.inference_mode(), adapter_scale(pair, sampler.steering.scale):
         for question, option, logits, labels, rows in runs.rows(sampler.views):
-            found[question, option] = _logprob(sampler, logits, labels, rows, f"prompt {question}")
+            found[question, option] = completion_logprob(sampler, logits, labels, rows, f"prompt {question}")
     results = [ChoiceResult(tuple(texts), row + bias) for row in found]
     return results[0] if isinstance(prompt, str) else results
 
@@ -146,8 +146,13 @@ def _bias(steering: Steering, texts: list[str]) -> Tensor:
     return torch.tensor([known[text] for text in texts], dtype=torch.float64)
 
 
-def _logprob(sampler: Sampler, logits: tuple[Tensor, ...], labels: Tensor, rows: Tensor, name: str) -> float:
-    """Nats: of all tokens of one option."""
+def completion_logprob(
+    sampler: Sampler, logits: tuple[Tensor, ...], labels: Tensor, rows: Tensor, name: str
+) -> float:
+    """Nats: of all tokens of one option or completion, with lambda = 0.
+
+    ``logits``: (R, V) of each of the sampler's views; ``rows`` (t,): those of the ``labels`` (t,).
+    """
     steering, warm = sampler.steering, logits[0]
     values: dict[str, Any] = {"strength": 0.0}
     if len(logits) == 2 or sampler.vector is not None:

@@ -76,7 +76,7 @@ def test_a_schedule_is_measured_on_the_test_examples(tmp_path, tiny_tokenizer, m
     nll, tokens = completion_nll(
         ModelPair(model), tiny_tokenizer, data.test["letters"], [system], batch_size=3
     )
-    assert found["nll letters"] == pytest.approx(float(nll[WARM].sum() / tokens.sum()), rel=1e-4)
+    assert found["nll letters"] == pytest.approx(float(nll[WARM].sum() / tokens[WARM].sum()), rel=1e-4)
     prompts = [example.prompt for example in data.test["letters"]]
     answers = answer(model, tiny_tokenizer, prompts, system, batch_size=3, max_new_tokens=24)
     right = [a.strip() == e.completion.strip() for a, e in zip(answers, data.test["letters"], strict=True)]

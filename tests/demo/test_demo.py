@@ -11,13 +11,14 @@ from dataclasses import replace
 import pytest
 import torch
 
+import svdk
 from svdk.calibration.artifact import Steering
 from svdk.cli import main
 from svdk.demo import run as demo_run
 from svdk.demo.evaluate import Outcome, System, answer, completion_nll, difference, mean_of
 from svdk.demo.report import examples as examples_text
 from svdk.demo.report import render, table
-from svdk.demo.results import AUTO, PAPER, TUNED
+from svdk.demo.results import AUTO, LONGER, PAPER, POSITIONS, SCALE, SHOTS, TUNED
 from svdk.demo.run import QUICK, Settings, run_demo
 from svdk.demo.task import MONTHS, Score, make_task, ordinal_suffix, score
 from svdk.errors import InputError
@@ -27,9 +28,10 @@ from svdk.utils.views import BASE, WARM
 from svdk.warmstart.data import Example
 
 TINY = Settings(
-    steps=2, train_batch=4, calibration=6, held_out=7, eval_batch=4, max_new_tokens=5, timed_tokens=2,
-    resamples=200,
+    steps=2, train_batch=4, calibration=6, held_out=7, shots=2, most_steps=3, eval_batch=4, max_new_tokens=5,
+    timed_tokens=2, resamples=200,
 )  # fmt: skip
+KEYS = [BASE, SHOTS, WARM, LONGER, SCALE, PAPER, TUNED, POSITIONS, AUTO]
 FILES = {"report.html", "results.json", "train.jsonl", "held_out.jsonl", "adapter"}
 
 
@@ -121,9 +123,15 @@ def test_nll_of_a_padded_batch_is_that_of_each_example_alone(tiny_peft, tiny_tok
     model = tiny_peft("lora")
     data = [Example("ab", " 1"), Example("a longer prompt", " 23456"), Example("c", " 78")]
     steering = Steering(0.7, direction="log_ratio", alpha=0.0)
-    systems = [System(BASE, "b"), System(WARM, "w"), System(AUTO, "a", steering)]
+    positions = Steering(0.7, direction="log_ratio", alpha=0.0, positions=(0.2, -1.0))
+    systems = [
+        System(BASE, "b", view=BASE), System(WARM, "w"), System(AUTO, "a", steering),
+        System(POSITIONS, "p", positions),
+        System(SCALE, "s", Steering(0.0, alpha=0.0, lever="scale", scale=2.0)),
+        System(SHOTS, "f", view=BASE, shots=(Example("q", " 9"),)),
+    ]  # fmt: skip
     nll, tokens = completion_nll(ModelPair(model), tiny_tokenizer, data, systems, batch_size=2)
-    assert tokens.tolist() == [3.0, 7.0, 4.0]  # bytes and EOS
+    assert all(found.tolist() == [3.0, 7.0, 4.0] for found in tokens.values())  # bytes and EOS
     for row, example in enumerate(data):
         prompt = tiny_tokenizer(example.prompt).input_ids
         labels = [*tiny_tokenizer(example.completion).input_ids, tiny_tokenizer.eos_token_id]
@@ -133,7 +141,14 @@ def test_nll_of_a_padded_batch_is_that_of_each_example_alone(tiny_peft, tiny_tok
             with model.disable_adapter():
                 base = model(input_ids=ids).logits[0, len(prompt) - 1 : -1].double()
         ratio = warm.log_softmax(-1) - base.log_softmax(-1)
-        logits = {BASE: base, WARM: warm, AUTO: warm + 0.7 * ratio}
+        mu = torch.tensor([0.2, -1.0, *[0.7] * (len(labels) - 2)])[:, None]
+        with torch.no_grad(), svdk.adapter_scale(model, 2.0):
+            scaled = model(input_ids=ids).logits[0, len(prompt) - 1 : -1].double()
+        shown = tiny_tokenizer(f"q 9\n\n{example.prompt}").input_ids
+        with torch.no_grad(), model.disable_adapter():
+            after = model(input_ids=torch.tensor([shown + labels])).logits[0, len(shown) - 1 : -1].double()
+        logits = {BASE: base, WARM: warm, AUTO: warm + 0.7 * ratio, POSITIONS: warm + mu * ratio}
+        logits |= {SCALE: scaled, SHOTS: after}
         for key, z in logits.items():
             wanted = -z.log_softmax(-1)[range(len(labels)), labels].sum()
             assert nll[key][row].item() == pytest.approx(wanted.item(), rel=1e-4)
@@ -147,7 +162,7 @@ def test_answers_of_every_system(tiny_peft, tiny_tokenizer):
     told = []
 
     def ask(key, steering=None, batch_size=2):
-        system = System(key, key, steering)
+        system = System(key, key, steering, BASE if key == BASE else WARM)
         return answer(
             model, tiny_tokenizer, prompts, system, batch_size=batch_size, advance=told.append, **options
         )
@@ -158,6 +173,10 @@ def test_answers_of_every_system(tiny_peft, tiny_tokenizer):
     assert ask(AUTO, plain) == warm
     assert ask(AUTO, Steering(6.0, direction="log_ratio", alpha=0.0)) != warm
     assert ask(WARM, batch_size=1) == warm
+    shown = System(SHOTS, "s", view=BASE, shots=(Example("q", " 9"),))
+    assert shown.prompt("x") == "q 9\n\nx"
+    lines = answer(model, tiny_tokenizer, prompts, shown, batch_size=3, **options)
+    assert lines != base and all("\n" not in line for line in lines)
     for prompt, found in zip(prompts, base, strict=True):
         ids = torch.tensor([tiny_tokenizer(prompt).input_ids])
         with model.disable_adapter():
@@ -179,7 +198,7 @@ def tiny_demo(tiny_folder, tmp_path_factory):
 def test_the_demo_writes_its_findings(tiny_demo):
     results, output = tiny_demo
     assert {path.name for path in output.iterdir()} == FILES
-    assert [o.system.key for o in results.outcomes] == [BASE, WARM, PAPER, TUNED, AUTO]
+    assert [o.system.key for o in results.outcomes] == KEYS
     assert all(len(o.answers) == len(o.scores) == len(o.nll) == TINY.held_out for o in results.outcomes)
     assert all(o.seconds_per_token > 0 for o in results.outcomes)
     record = json.loads((output / "results.json").read_text("utf-8"), parse_constant=pytest.fail)
@@ -188,6 +207,8 @@ def test_the_demo_writes_its_findings(tiny_demo):
     assert record["systems"][PAPER]["steering"]["estimator"] == "mean"
     saved = Steering.load(output / "adapter")
     assert saved.strength == results.outcome(AUTO).system.steering.strength
+    assert saved.lever == results.outcome(AUTO).system.steering.lever
+    assert results.outcome(LONGER).system.label == "warm start, 3 steps"
 
 
 def test_paper_and_auto_are_what_they_claim(tiny_demo):
@@ -197,6 +218,10 @@ def test_paper_and_auto_are_what_they_claim(tiny_demo):
         assert (steering.direction, steering.alpha, steering.penalty) == ("kl_gradient", 0.1, float("-inf"))
     assert (paper.estimator, tuned.estimator, auto.estimator) == ("mean", "optimum", "optimum")
     assert len(results.calibrations[AUTO].settings) == 4
+    levers = {key: results.outcome(key).system.steering.lever for key in (SCALE, PAPER, TUNED, POSITIONS)}
+    assert list(levers.values()) == ["scale", "constant", "constant", "positions"]
+    names = [row.fitted.lever for row in results.calibrations[AUTO].levers]
+    assert names == ["none", "scale", "vector", "constant", "classes", "positions"]
 
 
 def test_the_same_seed_gives_the_same_answers_and_replaces_the_old_files(tiny_demo, tiny_folder, tmp_path):
@@ -238,18 +263,27 @@ def results_with(results, warm, steered, right=None):
     return replace(results, outcomes=outcomes, held_out=held_out, resamples=1000)
 
 
+def test_the_alternatives_stand_beside_auto(tiny_demo):
+    text = results_with(tiny_demo[0], [1] * 10 + [0] * 30, [1] * 30 + [0] * 10).conclusion()
+    beside = [line for line in text if line.startswith("Beside it: ")]
+    assert len(beside) == 4
+    assert "base model, 2 examples shown, 25.0%" in beside[0] and "+50.0 points" in beside[0]
+    assert "warm start, 3 steps, 25.0%" in beside[1]
+    assert "adapter scaled, 75.0%" in beside[2] and "+0.0 points" in beside[2]
+    assert "mask alone" in text[-1]
+
+
 def test_conclusion_follows_the_intervals(tiny_demo):
     low, high = [1] * 10 + [0] * 30, [1] * 30 + [0] * 10
     slightly = [1] * 11 + [0] * 29
     helps = results_with(tiny_demo[0], low, high).conclusion()
-    assert helps[0].startswith(
-        "Steering helps on this task: SVDecode (auto) raises exact match: 25.0% to 75.0%"
-    )
+    assert helps[0].startswith("Calibration helps on this task: what auto took (")
+    assert ") raises exact match: 25.0% to 75.0%" in helps[0]
     hurts = results_with(tiny_demo[0], high, low).conclusion()
-    assert hurts[0].startswith("Steering hurts on this task: SVDecode (auto) lowers exact match")
+    assert hurts[0].startswith("Calibration hurts on this task") and ") lowers exact match" in hurts[0]
     for after in (slightly, low):
         neither = results_with(tiny_demo[0], low, after).conclusion()
-        assert neither[0].startswith("Steering does not help on this task")
+        assert neither[0].startswith("Calibration does not help on this task")
         text = " ".join(neither)
         assert "does not demonstrably change exact match" in text
         assert "NLL does not change demonstrably" in text
