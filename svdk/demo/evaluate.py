@@ -18,7 +18,7 @@ from svdk.calibration.sweep import labelled_rows
 from svdk.demo.task import Score
 from svdk.generation.choose import completion_logprob
 from svdk.generation.generate import generate
-from svdk.generation.sampler import make_sampler
+from svdk.generation.sampler import FIELDS, make_sampler
 from svdk.models.adapter_scale import adapter_scale
 from svdk.models.pair import ModelPair
 from svdk.utils.bootstrap import bootstrap
@@ -51,6 +51,16 @@ class System:
     def prompt(self, question: str) -> str:
         """What the model is asked."""
         return "".join(f"{one.prompt}{one.completion}\n\n" for one in self.shots) + question
+
+    def same_as(self, other: System) -> bool:
+        """Whether both decode alike, whatever they are called."""
+        if self.steering is None or other.steering is None:
+            return (self.steering, self.view, self.shots) == (other.steering, other.view, other.shots)
+        mine, theirs = self.steering, other.steering
+        vectors = mine.vector is theirs.vector is None or (
+            mine.vector is not None and theirs.vector is not None and torch.equal(mine.vector, theirs.vector)
+        )
+        return vectors and all(getattr(mine, name) == getattr(theirs, name) for name in FIELDS)
 
     def how(self) -> Steering | None:
         """What :func:`svdk.generate` is told; None for the base model, which transformers runs."""

@@ -84,7 +84,7 @@ strength; dots are the strengths that were used.</figcaption></figure>
 def table(results: Results) -> str:
     """The table of systems in plain text, about 110 columns."""
     head = (
-        f"{'':<31} {'lever':>11}  {'exact match (%)':^20}  {'vs warm (points)':^22}  {'right date':>10}"
+        f"{'':<31} {'lever':>12}  {'exact match (%)':^20}  {'vs warm (points)':^22}  {'right date':>10}"
         f"  {'form':>6}  {'NLL':>6}  {'ms/token':>8}"
     )
     lines = [head, "-" * len(head)]
@@ -93,7 +93,7 @@ def table(results: Results) -> str:
         change = row.versus_warm.get("exact")
         versus = _span(change, 100, 1, "+") + (" *" if change.sign else "  ") if change else ""
         lines.append(
-            f"{row.system.label:<31} {lever_text(row):>11}  {_span(means['exact'], 100, 1):>20}  {versus:>22}"
+            f"{row.system.label:<31} {lever_text(row):>12}  {_span(means['exact'], 100, 1):>20}  {versus:>22}"
             f"  {100 * means['right'].mean:>9.1f}%  {100 * means['valid'].mean:>5.1f}%"
             f"  {means['nll'].mean:>6.3f}"
             f"  {1000 * row.seconds_per_token:>8.1f}"

@@ -117,11 +117,13 @@ class Results:
             )
         for key in ALTERNATIVES:
             one = self.outcome(key)
+            if auto.system.same_as(one.system):
+                continue
             change = difference(self.outcome(AUTO), one, "exact", resamples=self.resamples, seed=self.seed)
             lines.append(
                 f"Beside it: {one.system.label}, {percent(self.row(key).means['exact'])} "
                 f"({1000 * one.seconds_per_token:.0f} ms a token; auto {1000 * auto.seconds_per_token:.0f}); "
-                f"auto is {points(change)} away from that."
+                f"against it auto makes {points(change)}."
             )
         return [*lines, "A confidence mask alone changes no greedy answer, so it has no row."]
 

@@ -154,6 +154,21 @@ def test_nll_of_a_padded_batch_is_that_of_each_example_alone(tiny_peft, tiny_tok
             assert nll[key][row].item() == pytest.approx(wanted.item(), rel=1e-4)
 
 
+def test_systems_that_decode_alike_are_told_by_their_settings():
+    one = Steering(0.7, positions=(0.2,), lever="positions")
+    system = System(POSITIONS, "p", one)
+    assert system.same_as(System(AUTO, "a", replace(one, gain=1.0, lever="constant")))
+    for other in (replace(one, positions=(0.3,)), replace(one, alpha=0.2), replace(one, strength=0.8), None):
+        assert not system.same_as(System(AUTO, "a", other))
+    static = {"direction": "vector", "alpha": 0.0}
+    vectors = [Steering(1.0, vector=torch.tensor([0.0, x]), **static) for x in (1.0, 1.0, 0.5)]
+    same, alike, another = (System(AUTO, "a", steering) for steering in vectors)
+    assert same.same_as(alike) and not same.same_as(another) and not same.same_as(system)
+    assert System(BASE, "b", view=BASE).same_as(System("other", "o", view=BASE))
+    assert not System(BASE, "b", view=BASE).same_as(System(WARM, "w"))
+    assert not System(BASE, "b", view=BASE).same_as(System(SHOTS, "s", view=BASE, shots=(Example("q", "a"),)))
+
+
 def test_answers_of_every_system(tiny_peft, tiny_tokenizer):
     model = tiny_peft("lora")
     prompts = ["one", "a longer prompt", "two"]
@@ -264,13 +279,21 @@ def results_with(results, warm, steered, right=None):
 
 
 def test_the_alternatives_stand_beside_auto(tiny_demo):
-    text = results_with(tiny_demo[0], [1] * 10 + [0] * 30, [1] * 30 + [0] * 10).conclusion()
-    beside = [line for line in text if line.startswith("Beside it: ")]
-    assert len(beside) == 4
-    assert "base model, 2 examples shown, 25.0%" in beside[0] and "+50.0 points" in beside[0]
-    assert "warm start, 3 steps, 25.0%" in beside[1]
-    assert "adapter scaled, 75.0%" in beside[2] and "+0.0 points" in beside[2]
-    assert "mask alone" in text[-1]
+    made = results_with(tiny_demo[0], [1] * 10 + [0] * 30, [1] * 30 + [0] * 10)
+
+    def beside(steering):
+        *rest, last = made.outcomes
+        auto = replace(last, system=replace(last.system, steering=steering))
+        text = replace(made, outcomes=[*rest, auto]).conclusion()
+        assert "mask alone" in text[-1]
+        return [line for line in text if line.startswith("Beside it: ")]
+
+    lines = beside(Steering(3.3))
+    assert len(lines) == 4
+    assert "base model, 2 examples shown, 25.0%" in lines[0] and "+50.0 points" in lines[0]
+    assert "warm start, 3 steps, 25.0%" in lines[1]
+    assert "adapter scaled, 75.0%" in lines[2] and "+0.0 points" in lines[2]
+    assert len(beside(made.outcome(SCALE).system.steering)) == 3  # nothing stands beside itself
 
 
 def test_conclusion_follows_the_intervals(tiny_demo):
