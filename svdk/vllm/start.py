@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import logging
-from http import HTTPStatus
 from typing import Any
 
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
@@ -13,6 +12,8 @@ from svdk.errors import InputError
 from svdk.vllm.rules import REFUSED
 
 logger = logging.getLogger("vllm.svdk")
+BAD_REQUEST = 400
+"""Of HTTP."""
 DIAL = "svdk.vllm.requests:RequestDial"
 COUNTERS = "svdk.vllm.counters.Counters"
 
@@ -111,7 +112,7 @@ def answer_400() -> None:
         error = getattr(answer, "error", None)
         if error is not None and REFUSED in error.message:
             error.message = error.message[error.message.index(REFUSED) :]
-            error.code, error.type = HTTPStatus.BAD_REQUEST.value, "BadRequestError"
+            error.code, error.type = BAD_REQUEST, "BadRequestError"
         return answer
 
     load_lora_adapter._svdk_patched = True  # type: ignore[attr-defined]

