@@ -31,7 +31,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; 0 on success, 2 on an input error, 130 when interrupted."""
-    args = build_parser().parse_args(argv)
+    given, rest = _split(sys.argv[1:] if argv is None else list(argv))
+    args = build_parser().parse_args(given)
+    if rest is not None:
+        args.rest = rest
     try:
         with _short_warnings(args):
             return args.run(args) or 0
@@ -43,6 +46,15 @@ def main(argv: list[str] | None = None) -> int:
         return _fail(args, f"{error.strerror or error}: {error.filename or ''}".rstrip(": "))
     except KeyboardInterrupt:
         return 130
+
+
+def _split(argv: list[str]) -> tuple[list[str], list[str] | None]:
+    """The arguments before and after ``--`` of ``svdk serve``, which hands on the latter; argparse cannot."""
+    command = next((word for word in argv if not word.startswith("-")), None)
+    if command != "serve" or "--" not in argv:
+        return argv, None
+    at = argv.index("--")
+    return argv[:at], argv[at + 1 :]
 
 
 @contextmanager

@@ -29,15 +29,15 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         help="a LoRA adapter calibrated by `svdk calibrate`, and its name; may be given several times",
     )
     parser.add_argument("--print-only", action="store_true", help="print the command line, run nothing")
-    parser.add_argument("vllm", nargs="*", metavar="-- OPTION ...", help="more options of vLLM's server")
-    parser.set_defaults(run=run)
+    parser.usage = "svdk serve MODEL [--adapter NAME=FOLDER ...] [--print-only] [-- OPTION ...]"
+    parser.set_defaults(run=run, rest=[])
 
 
 def run(args: argparse.Namespace) -> int:
     """Print the command line and become that process."""
     from svdk.vllm.options import serve_command
 
-    command = serve_command(args.model, adapters_by_name(args.adapter), sys.executable, args.vllm)
+    command = serve_command(args.model, adapters_by_name(args.adapter), sys.executable, args.rest)
     print(shlex.join(command), flush=True)
     if args.print_only:
         return 0
