@@ -14,7 +14,6 @@ import argparse
 import dataclasses
 import itertools
 import json
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ import torch
 from torch import Tensor
 
 from svdk.bench.machine import describe
-from svdk.bench.tasks import Data, make
+from svdk.bench.tasks import BATCH, Data, make, warm_started
 from svdk.calibration import levers
 from svdk.calibration.alone import SCALES, WarmRuns
 from svdk.calibration.calibrate import calibrate, recalibrate
@@ -32,16 +31,15 @@ from svdk.calibration.kept_statistics import Statistics
 from svdk.calibration.levers import Fitted, Judge
 from svdk.calibration.sweep import Sweep, extract_steering
 from svdk.demo.evaluate import System, answer
-from svdk.models.loading import SMOLLM2, detach, load_adapter, load_model
+from svdk.models.loading import SMOLLM2, load_model
 from svdk.models.pair import ModelPair
 from svdk.utils.bootstrap import bootstrap
 from svdk.utils.files import write_json
-from svdk.warmstart.api import warm_start
 from svdk.warmstart.data import Example, encode_all
 
 TASKS = ("dates", "records", "sentiment")
 SEEDS = (0, 1, 2)
-STEPS, BATCH, RATE, SCHEDULE = 8, 8, 5e-4, "linear"
+STEPS, RATE, SCHEDULE = 8, 5e-4, "linear"
 """Where SmolLM2-135M has half understood the tasks; ``svdk.bench.schedules`` has other rates."""
 ANSWERED = 96
 """Test examples that are answered, not only scored: answers cost more."""
@@ -77,61 +75,44 @@ def judged(statistics: Statistics | ChoiceStatistics, fitted: list[Fitted]) -> d
 
 def run(base: Any, tokenizer: Any, data: Data, seed: int) -> dict[str, Any]:
     """One warm start, its calibration with every lever, and each lever on the test examples."""
-    with tempfile.TemporaryDirectory() as place:
-        folder = warm_start(
-            base,
-            data.train[: STEPS * BATCH],
+    settings = {"learning_rate": RATE, "lr_scheduler": SCHEDULE}
+    with warm_started(base, tokenizer, data, STEPS, seed, **settings) as (model, folder, _):
+        start = time.perf_counter()
+        auto = calibrate(
+            model,
+            folder,
             tokenizer=tokenizer,
-            calibration=data.calibration,
-            output_dir=Path(place) / "adapter",
-            batch_size=BATCH,
-            learning_rate=RATE,
-            lr_scheduler=SCHEDULE,
+            direction="auto",
+            objective="auto",
+            lever="auto",
             seed=seed,
-            progress=False,
         )
-        model = load_adapter(base, folder)
-        try:
-            start = time.perf_counter()
-            auto = calibrate(
-                model,
-                folder,
-                tokenizer=tokenizer,
-                direction="auto",
-                objective="auto",
-                lever="auto",
-                seed=seed,
-            )
-            seconds = time.perf_counter() - start
-            auto.save(folder)
-            report = auto.report()
-            fitted = [row.fitted for row in report.levers]
-            assert report.auto is not None
-            found: dict[str, Any] = {
-                "seconds": round(seconds, 1),
-                "chosen": auto.lever,
-                "auto": dataclasses.asdict(report.auto),
-                "fitted": {row.fitted.lever: row.summary() for row in report.levers},
-                "out_of_fold": {row.fitted.lever: [row.gain, *row.interval] for row in report.levers},
-            }
-            for name, examples in data.test.items():
-                statistics = statistics_of(ModelPair(model), tokenizer, examples, report.vector)
-                found[name] = judged(statistics, fitted)
-                if data.choice:
-                    continue
-                some = examples[:ANSWERED]
-                for one in fitted:
-                    system = System(one.lever, one.lever, recalibrate(folder, lever=one.lever))
-                    given = answer(
-                        model, tokenizer, [e.prompt for e in some], system, batch_size=32, max_new_tokens=24
-                    )
-                    right = [
-                        float(a.strip() == e.completion.strip()) for a, e in zip(given, some, strict=True)
-                    ]
-                    found[name][one.lever]["exact"] = right
-            return found
-        finally:
-            detach(model)
+        seconds = time.perf_counter() - start
+        auto.save(folder)
+        report = auto.report()
+        fitted = [row.fitted for row in report.levers]
+        assert report.auto is not None
+        found: dict[str, Any] = {
+            "seconds": round(seconds, 1),
+            "chosen": auto.lever,
+            "auto": dataclasses.asdict(report.auto),
+            "fitted": {row.fitted.lever: row.summary() for row in report.levers},
+            "out_of_fold": {row.fitted.lever: [row.gain, *row.interval] for row in report.levers},
+        }
+        for name, examples in data.test.items():
+            statistics = statistics_of(ModelPair(model), tokenizer, examples, report.vector)
+            found[name] = judged(statistics, fitted)
+            if data.choice:
+                continue
+            some = examples[:ANSWERED]
+            for one in fitted:
+                system = System(one.lever, one.lever, recalibrate(folder, lever=one.lever))
+                given = answer(
+                    model, tokenizer, [e.prompt for e in some], system, batch_size=32, max_new_tokens=24
+                )
+                right = [float(a.strip() == e.completion.strip()) for a, e in zip(given, some, strict=True)]
+                found[name][one.lever]["exact"] = right
+        return found
 
 
 def table(runs: list[dict[str, Any]]) -> str:

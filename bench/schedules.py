@@ -11,29 +11,26 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from svdk.bench.machine import describe
-from svdk.bench.tasks import Data, make
+from svdk.bench.tasks import BATCH, Data, make, warm_started
 from svdk.calibration.choices import choice_statistics, choices_of
 from svdk.calibration.sweep import Sweep
 from svdk.demo.evaluate import System, answer, completion_nll
-from svdk.models.loading import SMOLLM2, detach, load_adapter, load_model
+from svdk.models.loading import SMOLLM2, load_model
 from svdk.models.pair import ModelPair
 from svdk.utils.files import write_json
 from svdk.utils.views import WARM
-from svdk.warmstart.api import warm_start
 
 TASKS = ("dates", "records", "sentiment")
 SCHEDULES = ("linear", "constant")
 RATES = (5e-4, 1e-3, 2e-3)
 SEEDS = (0, 1, 2)
-STEPS, BATCH = 8, 8
+STEPS = 8
 
 
 def measure(model: Any, tokenizer: Any, data: Data) -> dict[str, float]:
@@ -62,25 +59,8 @@ def measure(model: Any, tokenizer: Any, data: Data) -> dict[str, float]:
 
 def run(base: Any, tokenizer: Any, data: Data, seed: int, **settings: Any) -> dict[str, Any]:
     """One warm start of :data:`STEPS` steps with ``settings``, measured."""
-    with tempfile.TemporaryDirectory() as folder:
-        start = time.perf_counter()
-        adapter = warm_start(
-            base,
-            data.train[: STEPS * BATCH],
-            tokenizer=tokenizer,
-            calibration=data.calibration,
-            output_dir=Path(folder) / "adapter",
-            batch_size=BATCH,
-            seed=seed,
-            progress=False,
-            **settings,
-        )
-        seconds = time.perf_counter() - start
-        model = load_adapter(base, adapter)
-        try:
-            return measure(model, tokenizer, data) | {"seconds": round(seconds, 1)}
-        finally:
-            detach(model)
+    with warm_started(base, tokenizer, data, STEPS, seed, **settings) as (model, _, seconds):
+        return measure(model, tokenizer, data) | {"seconds": round(seconds, 1)}
 
 
 def main() -> None:

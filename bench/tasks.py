@@ -8,16 +8,26 @@ from __future__ import annotations
 
 import json
 import random
+import tempfile
+import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from svdk.demo.task import CITIES, NAMES
 from svdk.demo.task import examples as dates
 from svdk.errors import DataError
+from svdk.models.loading import detach, load_adapter
+from svdk.warmstart.api import warm_start
 from svdk.warmstart.data import Example
 
+if TYPE_CHECKING:
+    from peft import PeftModel
+
 SIZES = {"train": 128, "calibration": 96, "test": 160}
+BATCH = 8
 TEST_SEED = 1_000_003
 """Of the test examples; seeds of the warm start are small numbers."""
 OPTIONS = (" negative", " positive")
@@ -72,6 +82,35 @@ def make(task: str, seed: int, folder: Path | None = None, sizes: dict[str, int]
     stream = source(seed)
     calibration = _take(stream, sizes["calibration"], seen)
     return Data(_take(stream, sizes["train"], seen), calibration, {task: test})
+
+
+@contextmanager
+def warm_started(
+    base: Any, tokenizer: Any, data: Data, steps: int, seed: int, **settings: Any
+) -> Iterator[tuple[PeftModel, Path, float]]:
+    """The model after a warm start of ``steps`` steps of 8 examples, its folder, and the seconds it took.
+
+    ``settings``: more arguments of :func:`svdk.warm_start`. Afterwards ``base`` is as before.
+    """
+    with tempfile.TemporaryDirectory() as place:
+        start = time.perf_counter()
+        folder = warm_start(
+            base,
+            data.train[: steps * BATCH],
+            tokenizer=tokenizer,
+            calibration=data.calibration,
+            output_dir=Path(place) / "adapter",
+            batch_size=BATCH,
+            seed=seed,
+            progress=False,
+            **settings,
+        )
+        seconds = time.perf_counter() - start
+        model = load_adapter(base, folder)
+        try:
+            yield model, folder, seconds
+        finally:
+            detach(model)
 
 
 def _take(stream: Iterator[Example], count: int, seen: set[str]) -> list[Example]:
