@@ -104,7 +104,7 @@ def twin(model_class: type[nn.Module]) -> type[nn.Module]:
             with _recorded() as made:
                 super().__init__(vllm_config=vllm_config, prefix=prefix, **options)
             context = vllm_config.compilation_config.static_forward_context
-            _check_layers(self, {name: context[name] for name in set(context) - known})
+            _check_layers(self, {name: layer for name, layer in context.items() if name not in known})
             config = vllm_config.model_config.hf_text_config
             self.pairing = Pairing(vllm_config, config.hidden_size, config.vocab_size)
             self.svdk_config = vllm_config
