@@ -25,7 +25,7 @@ from svdk.bench.machine import describe
 from svdk.bench.tasks import BATCH, Data, make, warm_started
 from svdk.calibration import levers
 from svdk.calibration.alone import SCALES, WarmRuns
-from svdk.calibration.calibrate import calibrate, recalibrate
+from svdk.calibration.calibrate import calibrate
 from svdk.calibration.choices import ChoiceStatistics, choice_statistics, choices_of
 from svdk.calibration.kept_statistics import Statistics
 from svdk.calibration.levers import Fitted, Judge
@@ -88,7 +88,6 @@ def run(base: Any, tokenizer: Any, data: Data, seed: int) -> dict[str, Any]:
             seed=seed,
         )
         seconds = time.perf_counter() - start
-        auto.save(folder)
         report = auto.report()
         fitted = [row.fitted for row in report.levers]
         assert report.auto is not None
@@ -106,7 +105,7 @@ def run(base: Any, tokenizer: Any, data: Data, seed: int) -> dict[str, Any]:
                 continue
             some = examples[:ANSWERED]
             for one in fitted:
-                system = System(one.lever, one.lever, recalibrate(folder, lever=one.lever))
+                system = System(one.lever, one.lever, report.of_lever(one.lever).steering())
                 given = answer(
                     model, tokenizer, [e.prompt for e in some], system, batch_size=32, max_new_tokens=24
                 )

@@ -65,6 +65,10 @@ class WarmRuns:
         nll = torch.empty(int(statistics.tokens.sum()), len(every))
         hits = torch.empty(nll.shape, dtype=torch.bool)
         for column, scale in enumerate(every):
+            if scale == 1:  # which the statistics know
+                nll[:, column] = -statistics.logprob_warm
+                hits[:, column] = statistics.due() == statistics.labels()
+                continue
             with adapter_scale(self.pair, scale):
                 for index, span, warm, labels, rows in self.rows(statistics, f"scale {scale:g}"):
                     info = steered_logprob(warm, labels=labels, warm_rows=rows, backend=self.backend)

@@ -36,9 +36,9 @@ if TYPE_CHECKING:
 
 FORMAT = "svdk-steering"
 FORMAT_VERSION = 2
-_LATER: dict[str, Any] = {"options": [], "bias": [], "classes": None}
-"""What the first artifacts of format 2 did not have, and what stood in its place."""
-_ADDED: dict[str, Any] = {"lever": None, "positions": [], "scale": 1.0} | _LATER
+_LATER: tuple[dict[str, Any], ...] = ({"classes": None}, {"options": [], "bias": []})
+"""What earlier artifacts of format 2 did not have, the latest first, and what stood in its place."""
+_ADDED: dict[str, Any] = {"lever": None, "positions": [], "scale": 1.0} | _LATER[0] | _LATER[1]
 """What format 1 did not have, which is still read, and what stood in its place."""
 LEVERS = ("none", "bias", "scale", "vector", "constant", "classes", "positions")
 JSON_NAME = "steering.json"
@@ -410,7 +410,10 @@ def _read_json(path: Path) -> dict[str, Any]:
     if version == 1:
         keys -= set(_ADDED)
     else:
-        record = _LATER | record
+        for added in _LATER:
+            if set(added) & set(record):
+                break
+            record |= added
     if set(record) != keys:
         raise ArtifactError(f"{path}: missing or unknown entries: {', '.join(sorted(set(record) ^ keys))}")
     if version == 1:

@@ -32,15 +32,9 @@ class ClassFit:
 
     def of_tokens(self) -> Tensor:
         """Mu float64 (T,)."""
-        return strengths_by_class(self.due, self.classes, self.strength)
-
-
-def strengths_by_class(due: Tensor, classes: ClassStrengths | None, strength: float) -> Tensor:
-    """Mu float64 (T,) where the tokens ``due`` (T,) are what the warm-started model likes best."""
-    if classes is None:
-        return torch.full(due.shape, strength, dtype=torch.float64)
-    table = torch.tensor([strength, classes.template, classes.stop], dtype=torch.float64)
-    return table[classes.classes_of(due)]
+        if self.classes is None:
+            return torch.full(self.due.shape, self.strength, dtype=torch.float64)
+        return self.classes.at(self.due, self.strength)
 
 
 def fit_classes(

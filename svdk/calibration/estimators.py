@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -153,6 +153,15 @@ def split_folds(examples: int, folds: int, seed: int) -> Tensor:
     return fold
 
 
+def folds_of(keep: Tensor, folds: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """The examples ``keep`` (E,) bool without each fold of them, and that fold; (E,) bool each."""
+    members = keep.nonzero()[:, 0]
+    fold = torch.full((len(keep),), -1)
+    fold[members] = split_folds(len(members), folds, seed)
+    for k in range(min(folds, len(members))):
+        yield keep & (fold != k), fold == k
+
+
 def gains_at(view: Judged, strength: float) -> Gains:
     """Improvement of every example at ``strength`` over mu = 0."""
     return Gains(
@@ -189,12 +198,8 @@ def out_of_fold(
     """
     first = next(iter(views.values()))
     keep = torch.ones(first.examples, dtype=torch.bool) if keep is None else keep
-    members = keep.nonzero()[:, 0]
-    fold = torch.full((first.examples,), -1)
-    fold[members] = split_folds(len(members), folds, seed)
     nll, correct = torch.zeros(2, first.examples, dtype=torch.float64)
-    for k in range(min(folds, len(members))):
-        train, held_out = keep & (fold != k), fold == k
+    for train, held_out in folds_of(keep, folds, seed):
         view = views[select(views, estimator, objective, train, folds, seed)]
         gains = gains_at(view, fit(view, estimator, objective, train).strength)
         nll[held_out], correct[held_out] = gains.nll[held_out], gains.correct[held_out]

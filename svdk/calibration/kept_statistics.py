@@ -125,6 +125,10 @@ class Statistics:
             )
         return self.greedy.long()
 
+    def labels(self) -> Tensor:
+        """(T,) int64: the labels, where they were kept."""
+        return _there(self.label_ids).long()
+
     def stops(self) -> tuple[int, ...]:
         """The tokens that end a completion."""
         return tuple(_there(self.stop_ids).tolist())
@@ -133,7 +137,7 @@ class Statistics:
         """The tokens that stand somewhere in nearly all completions of the examples ``keep`` (E,) bool."""
         example = self.examples_of_tokens()
         used = keep[example]
-        pairs = torch.stack([_there(self.label_ids).long()[used], example[used]], 1).unique(dim=0)
+        pairs = torch.stack([self.labels()[used], example[used]], 1).unique(dim=0)
         ids, completions = pairs[:, 0].unique(return_counts=True)
         share = completions / max(1, int((keep & (self.tokens > 0)).sum()))
         common = (completions >= LEAST_OF_TEMPLATE) & (share >= TEMPLATE_SHARE)
@@ -152,7 +156,7 @@ class Statistics:
         Stop tokens end a completion; a template token is the one that stands at its position in nearly all
         completions that reach it.
         """
-        position, ids = self.positions(), _there(self.label_ids).long()
+        position, ids = self.positions(), self.labels()
         kinds = torch.zeros_like(position)
         for at in range(int(position.max()) + 1 if len(position) else 0):
             here = position == at

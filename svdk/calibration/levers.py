@@ -13,9 +13,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from svdk.calibration.choice_view import ChoiceView
 from svdk.calibration.choices import ChoiceStatistics
-from svdk.calibration.classes import fit_classes, strengths_by_class
-from svdk.calibration.estimators import Judged, Setting, fit, select, split_folds
+from svdk.calibration.classes import fit_classes
+from svdk.calibration.estimators import Judged, Setting, fit, folds_of, select
 from svdk.calibration.kept_statistics import KINDS, Statistics
 from svdk.calibration.loss_views import GridView, MaskedView
 from svdk.calibration.positions import fit_positions, strengths_at
@@ -129,7 +130,8 @@ class Judge:
         if lever == "bias":
             return Fitted(lever, bias=tuple(self._choices().bias(keep).tolist()))
         if lever == "vector":
-            return Fitted(lever, VECTOR, fit(self._vector(), "optimum", self.objective, keep).strength)
+            along = self._of_tokens().vector_view()
+            return Fitted(lever, VECTOR, fit(along, "optimum", self.objective, keep).strength)
         setting = self._setting(keep)
         view = self.views[setting]
         if lever == VOCABULARY:
@@ -150,15 +152,15 @@ class Judge:
             self._settings[key] = select(self.views, "optimum", self.objective, keep, self.folds, self.seed)
         return self._settings[key]
 
-    def _tokens(self, view: Judged) -> tuple[Statistics, MaskedView | GridView]:
-        if not isinstance(self.statistics, Statistics) or not isinstance(view, (MaskedView, GridView)):
-            raise InputError("lever was one of tokens, with choices; allowed: " + ", ".join(OF_CHOICES))
-        return self.statistics, view
-
-    def _vector(self) -> GridView:
+    def _of_tokens(self) -> Statistics:
         if not isinstance(self.statistics, Statistics):
             raise InputError("lever was one of tokens, with choices; allowed: " + ", ".join(OF_CHOICES))
-        return self.statistics.vector_view()
+        return self.statistics
+
+    def _tokens(self, view: Judged) -> tuple[Statistics, MaskedView | GridView]:
+        statistics = self._of_tokens()
+        assert not isinstance(view, ChoiceView)  # which statistics of tokens do not have
+        return statistics, view
 
     def _choices(self) -> ChoiceStatistics:
         if not isinstance(self.statistics, ChoiceStatistics):
@@ -184,14 +186,14 @@ class Judge:
         if one.setting is None:
             nothing = torch.zeros(len(self.statistics.examples_of_tokens()), dtype=torch.float64)
             return nothing, nothing
-        view = self._vector() if one.lever == "vector" else self.views[one.setting]
+        view = self._of_tokens().vector_view() if one.lever == "vector" else self.views[one.setting]
         mu: float | Tensor = one.strength
         if one.positions:
             statistics, view = self._tokens(view)
             mu = strengths_at(statistics.positions(), one.positions, one.strength)
         if one.classes is not None:
             statistics, view = self._tokens(view)
-            mu = strengths_by_class(statistics.due(), one.classes, one.strength)
+            mu = one.classes.at(statistics.due(), one.strength)
         before, after = view.at_tokens(0.0).nll, view.at_tokens(mu).nll
         return before - after, view.correct_tokens(mu) - view.correct_tokens(0.0)
 
@@ -230,13 +232,10 @@ class Judge:
     def _out_of_fold(self, keep: Tensor, fit: Callable[[Tensor], Fitted]) -> tuple[Tensor, Tensor]:
         """As :meth:`gains`, each token's by what was fitted without its fold; 0 outside ``keep``."""
         example = self.statistics.examples_of_tokens()
-        members = keep.nonzero()[:, 0]
-        fold = torch.full((len(keep),), -1)
-        fold[members] = split_folds(len(members), self.folds, self.seed)
         nll, correct = torch.zeros(2, len(example), dtype=torch.float64)
-        for k in range(min(self.folds, len(members))):
-            held_out = (fold == k)[example]
-            saved, right = self.gains(fit(keep & (fold != k)))
+        for train, examples in folds_of(keep, self.folds, self.seed):
+            held_out = examples[example]
+            saved, right = self.gains(fit(train))
             nll[held_out], correct[held_out] = saved[held_out], right[held_out]
         return nll, correct
 

@@ -162,6 +162,21 @@ class Report:
         """What is judged: a ``choice`` or a ``token``."""
         return "choice" if self.objective == "choice" else "token"
 
+    def of_lever(self, name: str) -> Report:
+        """The same with this one of :attr:`levers` taken, and its gain in place of auto's.
+
+        ``InputError`` for one that was not judged here.
+        """
+        rows = [row for row in self.levers if row.fitted.lever == name]
+        if not rows:
+            have = ", ".join(row.fitted.lever for row in self.levers)
+            raise InputError(f"lever was {name!r}; allowed, as judged here: {have}")
+        (row,) = rows
+        metrics = dict(self.metrics) | {f"gain_{kind}": x for kind, x in row.kinds.items()} | {"levers": 1}
+        return dataclasses.replace(
+            self, lever=row, why="", auto=None, metrics=metrics, gain=row.gain, interval=row.interval
+        )
+
     def steering(self, **origin: Any) -> Steering:
         """The result; ``origin`` are the fields of :class:`svdk.Steering` that say what it was made from."""
         row = self.chosen
@@ -369,20 +384,16 @@ def _with_levers(
     else:  # the others cost time
         offered = [name for name in names if name in ("none", "constant", config.lever)]
     rows = tuple(map(judge.row, offered))
-    if config.lever == "auto":
-        tokens = statistics.tokens.double()
-        chosen, why = levers.cheapest(rows, tokens, resamples=config.resamples, seed=config.seed)
-    else:
-        chosen, why = next(row for row in rows if row.fitted.lever == config.lever), ""
-    metrics = dict(report.metrics) | {f"gain_{name}": x for name, x in chosen.kinds.items()}
-    metrics["levers"] = len(rows) if config.lever == "auto" else 1
-    found = dataclasses.replace(report, metrics=metrics, lever=chosen, levers=rows, why=why)
-    if config.lever == "auto":
-        auto = judge.auto(offered)
-        return dataclasses.replace(found, auto=auto, gain=auto.gain, interval=auto.interval)
-    if chosen.fitted.lever == "constant":  # judged with its estimator, above
-        return found
-    return dataclasses.replace(found, gain=chosen.gain, interval=chosen.interval)
+    found = dataclasses.replace(report, levers=rows)
+    if config.lever != "auto":
+        return found.of_lever(config.lever)
+    tokens = statistics.tokens.double()
+    chosen, why = levers.cheapest(rows, tokens, resamples=config.resamples, seed=config.seed)
+    auto, found = judge.auto(offered), found.of_lever(chosen.fitted.lever)
+    metrics = dict(found.metrics) | {"levers": len(rows)}
+    return dataclasses.replace(
+        found, metrics=metrics, why=why, auto=auto, gain=auto.gain, interval=auto.interval
+    )
 
 
 def metrics_of(statistics: Statistics, view: MaskedView | GridView, strength: float) -> dict[str, float]:

@@ -13,7 +13,7 @@ from typing import Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from svdk.calibration.estimators import fit, split_folds
+from svdk.calibration.estimators import fit, folds_of
 from svdk.calibration.loss_views import View
 
 WIDTHS = (0.0, 0.1, 0.25, 0.5, 1.0, 2.0, 4.0)
@@ -41,18 +41,14 @@ def cross_validated(
     ``fit_at(keep, single, tau)`` fits groups on some examples, given their single strength. Of two widths
     that do equally well, the narrower one is taken.
     """
-    members = keep.nonzero()[:, 0]
     width = 0.0
-    if len(members) >= 2:
-        fold = torch.full((view.examples,), -1)
-        fold[members] = split_folds(len(members), folds, seed)
+    if int(keep.sum()) >= 2:
         losses = dict.fromkeys(WIDTHS, 0.0)
-        for k in range(min(folds, len(members))):
-            train = keep & (fold != k)
+        for train, held_out in folds_of(keep, folds, seed):
             single = fit(view, keep=train).strength
             for tau in WIDTHS:
                 found = fit_at(train, single, tau)
-                losses[tau] += float(view.evaluate(found.of_tokens()).nll[fold == k].sum())
+                losses[tau] += float(view.evaluate(found.of_tokens()).nll[held_out].sum())
         width = min(losses, key=losses.__getitem__)
     return fit_at(keep, fit(view, keep=keep).strength, width)
 

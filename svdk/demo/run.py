@@ -218,15 +218,16 @@ def _calibrate(
         peft_model, folder, tokenizer=tokenizer, direction="auto", lever="auto", seed=seed, progress=True
     )
     auto.save(folder)
+    report = auto.report()
     paper: dict[str, Any] = {"direction": "kl_gradient", "alpha": 0.1, "lever": "constant", "seed": seed}
     steerings = {
-        SCALE: recalibrate(folder, lever="scale", seed=seed),
+        SCALE: report.of_lever("scale").steering(),
         PAPER: recalibrate(folder, estimator="mean", **paper),
         TUNED: recalibrate(folder, estimator="optimum", **paper),
-        POSITIONS: recalibrate(folder, direction="auto", lever="positions", seed=seed),
+        POSITIONS: report.of_lever("positions").steering(),
         AUTO: auto,
     }
-    print(auto.report().table())
+    print(report.table())
     for key, steering in steerings.items():
         print(f"{LABELS[key]}: {steering.verdict()}")
     return steerings

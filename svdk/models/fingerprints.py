@@ -119,9 +119,17 @@ def base_parameters(base: nn.Module) -> list[tuple[str, Tensor]]:
 def _sample(tensor: Tensor) -> bytes:
     """The bytes of evenly spaced entries, rounded to bfloat16."""
     flat = tensor.detach().reshape(-1)
-    count = min(SAMPLES_PER_TENSOR, flat.numel())
-    index = torch.arange(count, device=flat.device) * max(flat.numel() - 1, 0) // max(count - 1, 1)
-    values = flat[index].cpu()
+    return sample_bytes(flat[sample_index(flat.numel()).to(flat.device)].cpu())
+
+
+def sample_index(size: int) -> Tensor:
+    """int64: the entries of a tensor of ``size`` numbers that a fingerprint takes."""
+    count = min(SAMPLES_PER_TENSOR, size)
+    return torch.arange(count) * max(size - 1, 0) // max(count - 1, 1)
+
+
+def sample_bytes(values: Tensor) -> bytes:
+    """What a fingerprint makes of those entries, on the CPU."""
     if values.is_floating_point():
         values = values.to(torch.bfloat16).view(torch.int16)
     return values.contiguous().numpy().tobytes()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -16,6 +17,12 @@ from svdk.utils.checks import fail, is_number
 
 DIRECTIONS = ("kl_gradient", "log_ratio", "vector")
 STRENGTH_MODES = ("constant", "kl_budget")
+
+
+@lru_cache(maxsize=64)
+def _listed(ids: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """``ids`` as a tensor: decoding asks for the same at every step, and must not copy it each time."""
+    return torch.tensor(ids, dtype=dtype, device=device)
 
 
 @dataclass(frozen=True)
@@ -53,14 +60,18 @@ class ClassStrengths:
     def classes_of(self, ids: Tensor) -> Tensor:
         """int64, as ``ids``: 0 for content, 1 for template, 2 for stop."""
         template, stop = (
-            torch.isin(ids, torch.tensor(known, dtype=ids.dtype, device=ids.device))
+            torch.isin(ids, _listed(known, ids.dtype, ids.device))
             for known in (self.template_ids, self.stop_ids)
         )
         return torch.where(stop, 2, template.long())
 
     def of(self, warm: Tensor, content: float | Tensor) -> Tensor:
         """Mu float64 (...,) of rows of warm logits (..., V); ``content``: mu of that class."""
-        classes = self.classes_of(warm.argmax(-1))
+        return self.at(warm.argmax(-1), content)
+
+    def at(self, due: Tensor, content: float | Tensor) -> Tensor:
+        """As :meth:`of`, where the tokens ``due`` (...,) are the likeliest."""
+        classes = self.classes_of(due)
         other = torch.where(classes == 1, self.template, float(self.stop)).double()
         return torch.where(classes == 0, torch.as_tensor(content).to(other), other)
 

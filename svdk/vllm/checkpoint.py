@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from svdk.models.fingerprints import SAMPLES_PER_TENSOR
+from svdk.models.fingerprints import sample_bytes, sample_index
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 MAX_HEADER_BYTES = 1 << 27
@@ -55,13 +55,11 @@ def _tied(config: dict[str, object]) -> bool:
 
 
 def _sample(file: Path, start: int, dtype: torch.dtype, size: int) -> bytes:
-    """The same entries that ``model_fingerprint`` takes, rounded to bfloat16 as there."""
-    count = min(SAMPLES_PER_TENSOR, size)
-    index = torch.arange(count) * max(size - 1, 0) // max(count - 1, 1)
+    """The entries that ``model_fingerprint`` takes, read one by one."""
     taken = bytearray()
     with file.open("rb") as stream:
-        for i in index.tolist():
+        for i in sample_index(size).tolist():
             stream.seek(start + i * dtype.itemsize)
             taken += stream.read(dtype.itemsize)
     values = torch.frombuffer(taken, dtype=dtype) if taken else torch.empty(0, dtype=dtype)
-    return values.to(torch.bfloat16).view(torch.int16).numpy().tobytes()
+    return sample_bytes(values)

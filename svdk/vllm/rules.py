@@ -11,6 +11,7 @@ from torch import Tensor
 
 from svdk.calibration.artifact import JSON_NAME, Steering
 from svdk.errors import ArtifactError, InputError
+from svdk.generation.sampler import WITHOUT_BASE
 from svdk.models.adapter_files import WARMSTART_FILE, read_adapter, read_config
 from svdk.models.adapter_rules import check_config
 from svdk.ops.configs import SteeringConfig
@@ -18,8 +19,6 @@ from svdk.ops.configs import SteeringConfig
 REFUSED = "svdk refused the adapter"
 """What the message of every refusal starts with; the server looks for it to answer 400 instead of 500."""
 LEVERS = (None, "none", "scale", "vector", "constant", "positions")
-WITHOUT_STEERING = ("none", "scale")
-"""Levers that leave the logits of the adapter as they are."""
 MAX_POSITIONS = 4096
 """Each slot holds this many strengths at most."""
 _SERVED = {"strength", "direction", "alpha", "penalty", "strength_mode", "positions", "scale", "vector"}
@@ -118,7 +117,7 @@ def rule_of(steering: Steering, served: Served) -> Rule:
     if len(steering.positions) and not served.dial:
         raise InputError("positions were given; allowed in an engine that does not say them: one strength")
     config = steering.override()
-    if steering.lever in WITHOUT_STEERING and not config.steers:
+    if steering.lever in WITHOUT_BASE and not config.steers:
         return Rule(SteeringConfig(strength=0.0, alpha=0.0, scale=config.scale))
     vector = None if steering.vector is None else steering.vector.float()
     if vector is not None and vector.shape[0] != served.vocab_size:

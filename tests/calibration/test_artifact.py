@@ -231,6 +231,11 @@ def test_the_first_artifacts_of_format_2_are_still_read(tmp_path, absent):
     (tmp_path / JSON_NAME).write_text(reseal(record))
     old = Steering.load(tmp_path)
     assert (old.options, old.bias, old.classes) == ((), (), None)
+    for name in ("options", "bias"):  # together or not at all
+        half = {key: value for key, value in record.items() if key not in ("options", "bias", name)}
+        (tmp_path / JSON_NAME).write_text(reseal(half | {"bias" if name == "options" else "options": []}))
+        with pytest.raises(ArtifactError, match=f"missing or unknown entries: .*{name}"):
+            Steering.load(tmp_path)
     del record["scale"]
     (tmp_path / JSON_NAME).write_text(reseal(record))
     with pytest.raises(ArtifactError, match="scale"):

@@ -9,7 +9,7 @@ import torch
 
 from svdk.calibration import levers
 from svdk.calibration.artifact import Steering
-from svdk.calibration.classes import fit_classes, strengths_by_class
+from svdk.calibration.classes import ClassFit, fit_classes
 from svdk.calibration.estimators import fit
 from svdk.calibration.report import CalibrationConfig, make_report
 from svdk.calibration.shrinkage import FARTHEST, cross_validated
@@ -177,10 +177,10 @@ def test_the_class_is_that_of_the_likeliest_token():
     assert classes.classes_of(due).tolist() == [1, 0, 1, 2, 0]
     warm = torch.eye(5)[due]
     expected = [-1.0, 2.0, -1.0, 0.5, 2.0]
-    assert classes.of(warm, 2.0).tolist() == expected == strengths_by_class(due, classes, 2.0).tolist()
+    assert classes.of(warm, 2.0).tolist() == expected == classes.at(due, 2.0).tolist()
     rows = torch.arange(5.0)
     assert classes.of(warm, rows).tolist() == [-1.0, 1.0, -1.0, 0.5, 4.0]
-    assert strengths_by_class(due, None, 2.0).tolist() == [2.0] * 5
+    assert ClassFit(2.0, None, 0.0, due).of_tokens().tolist() == [2.0] * 5
 
 
 @pytest.mark.parametrize(

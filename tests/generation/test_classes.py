@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import pytest
 import torch
@@ -10,11 +11,11 @@ import torch
 import svdk
 from svdk.errors import InputError
 from svdk.generation.generate import decode
-from svdk.generation.logits_processor import SteeringLogitsProcessor
 from svdk.generation.sampler import make_sampler
 from svdk.models.pair import ModelPair
 from svdk.ops.configs import ClassStrengths
 from tests.generation.test_generation import NO_EOS, STEPS, generate, slow_rows
+from tests.generation.test_levers import through_processor
 from tests.generation.test_mixed_batch import NAMES, through_model, two_adapters
 from tests.helpers import tiny
 from tests.models.test_pair import left_padded
@@ -85,12 +86,7 @@ def test_a_static_vector_by_class(lora):
 @pytest.mark.parametrize("beams", [1, 3])
 def test_the_logits_processor_has_them_too(lora, plain, beams):
     ids, mask, rows = left_padded()
-    options = {"max_new_tokens": STEPS, "attention_mask": mask, "num_beams": beams, **NO_EOS}
-
-    def run(steering, **given):
-        processor = SteeringLogitsProcessor(lora, steering, attention_mask=mask, **given)
-        return lora.generate(input_ids=ids, logits_processor=[processor], **options)[:, 9:]
-
+    run = functools.partial(through_processor, lora, ids, mask, beams)
     got = run(BY_CLASS)
     if beams == 1:
         assert torch.equal(got, slow_classes(lora, plain, rows)[0])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import pytest
 import torch
@@ -77,15 +78,17 @@ def test_a_static_vector_by_position(lora):
     assert [float(info.strength[0]) for info in infos][: len(POSITIONS)] == list(POSITIONS)
 
 
+def through_processor(model, ids, mask, beams, steering, **given):
+    """(B, STEPS) tokens by transformers' own decoding."""
+    processor = SteeringLogitsProcessor(model, steering, attention_mask=mask, **given)
+    options = {"max_new_tokens": STEPS, "attention_mask": mask, "num_beams": beams, **NO_EOS}
+    return model.generate(input_ids=ids, logits_processor=[processor], **options)[:, 9:]
+
+
 @pytest.mark.parametrize("beams", [1, 3])
 def test_the_logits_processor_has_them_too(lora, plain, beams):
     ids, mask, rows = left_padded()
-    options = {"max_new_tokens": STEPS, "attention_mask": mask, "num_beams": beams, **NO_EOS}
-
-    def run(steering, **given):
-        processor = SteeringLogitsProcessor(lora, steering, attention_mask=mask, **given)
-        return lora.generate(input_ids=ids, logits_processor=[processor], **options)[:, 9:]
-
+    run = functools.partial(through_processor, lora, ids, mask, beams)
     got = run(BY_POSITION)
     if beams == 1:
         assert torch.equal(got, slow_positions(lora, plain, rows))
